@@ -1,0 +1,60 @@
+"""One root class of errors, few children. A message says what happened, where, and what to do."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+
+class FaspGraphError(Exception):
+    """Root of all errors that this project raises on purpose."""
+
+
+class CaptureError(FaspGraphError):
+    """torch.export could not capture the model, or the capture computes other numbers."""
+
+
+class UnsupportedOp(FaspGraphError):
+    """An op or layout that a pass cannot rewrite."""
+
+
+class CalibrationError(FaspGraphError):
+    """Calibration data is missing, of the wrong form, or makes non-finite activations."""
+
+
+class BudgetError(FaspGraphError):
+    """The asked sparsity cannot be reached; the message states the largest that can."""
+
+
+class ConfigError(FaspGraphError):
+    """An option has a value that means nothing."""
+
+
+class VerificationError(FaspGraphError):
+    """The compact graph differs from the masked dense model: an internal error, nothing is written."""
+
+
+def where(node: Node) -> str:
+    """`node %x -> (shape) · module m · file.py:12 in forward` for messages."""
+    value = node.meta.get("val")
+    shape = f" -> {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return " · ".join(
+        part for part in (f"node %{node.name}{shape}", module_of(node), user_line(node)) if part
+    )
+
+
+def module_of(node: Node) -> str:
+    """The innermost module that the node was captured in, as `module a.b.c`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values() if entry and entry[0]]
+    return f"module {paths[-1]}" if paths else ""
+
+
+def user_line(node: Node) -> str:
+    """`file.py:12 in forward`: the deepest frame of the stack trace that lies outside torch."""
+    lines = (node.meta.get("stack_trace") or "").splitlines()
+    frames = [line.strip() for line in lines if line.strip().startswith('File "')]
+    frames = [frame for frame in frames if "/torch/" not in frame]
+    if not frames:
+        return ""
+    path, line, function = frames[-1].split(", ", 2)
+    return f"{path[6:-1].rsplit('/', 1)[-1]}:{line.removeprefix('line ')} {function}"

@@ -1,0 +1,76 @@
+"""Axis rules: what an op does to the axes of its operands, one line per op.
+
+    "... i, o i, o? -> ... o"            linear: i is summed, o and ... are carried
+    "... c, c?, c? -> ... c; mixed c"    layer_norm: every output on c depends on every input on c
+
+An operand is a list of axis names; `...` stands for leading axes, aligned to the right; `?` marks an operand that
+may be absent. With S_K keeping the index set K of an axis and 1_K zeroing the rest, the kinds of an axis are
+
+    carry   in the output:                     op(S_K x) = S_K op(x)
+    sum     in operands, not in the output:    op(S_K x, S_K w) = op(1_K x, w)
+    mixed   neither law holds
+    fixed   the position itself has a meaning
+
+A rule is a string, or a function of the call where attributes decide. Ops that only move elements need no rule (they
+are executed on labels); ops that torch tags as pointwise carry every axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Rule = str | Callable[["Call"], str]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: argument values by schema name, tensors replaced by their shapes."""
+
+    arguments: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The argument's value, or `default` where it is absent or None."""
+        value = self.arguments.get(name)
+        return default if value is None else value
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A parsed rule: axis names per operand and output, and the kind of the axes that are not carry or sum."""
+
+    operands: tuple[tuple[str, ...], ...]
+    outputs: tuple[tuple[str, ...], ...]
+    kinds: Mapping[str, str]
+
+
+def parse(rule: str) -> Axes:
+    """`"... i, o i -> ... o; mixed o"` as Axes."""
+    signature, *marks = rule.split(";")
+    left, right = signature.split("->")
+    kinds = {}
+    for mark in marks:
+        kind, *names = mark.split()
+        kinds |= dict.fromkeys(names, kind)
+    return Axes(_sides(left), _sides(right), kinds)
+
+
+def _sides(text: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(side.replace("?", " ").split()) for side in text.split(","))
+
+
+def table() -> dict[str, Rule]:
+    """All families merged; a rule that stands in two families is an error."""
+    from . import attention, contraction, convolution, lookup, normalization, reduction
+
+    merged: dict[str, Rule] = {}
+    for family in (attention, contraction, convolution, lookup, normalization, reduction):
+        twice = merged.keys() & family.RULES.keys()
+        if twice:
+            raise ValueError(f"rules defined twice: {sorted(twice)}")
+        merged |= family.RULES
+    return merged
