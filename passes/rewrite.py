@@ -57,7 +57,7 @@ def sliced(tensor: Tensor, cuts: Cuts) -> Tensor:
     """`tensor` without what the cuts remove; every block keeps the same number, so the result is rectangular."""
     for dim, mask in cuts.items():
         size = count(mask, dim)
-        order = (~mask).to(torch.int8).argsort(dim, stable=True).narrow(dim, 0, size)
+        order = (~mask).to(torch.int8).argsort(dim=dim, stable=True).narrow(dim, 0, size)
         shape = [tensor.shape[k] if k != dim else size for k in range(tensor.dim())]
         if order.numel() == order.shape[dim]:
             tensor = tensor.index_select(dim, order.reshape(-1).to(tensor.device))

@@ -1,0 +1,180 @@
+"""observe: one walk over the graph, all calibration batches side by side at a frontier.
+
+Nodes run in order. Before a node that the caller wants to see, `visit` is called with the walk; it reads the node's
+inputs over all batches and may replace weights, which every later node then uses. A value is dropped after its last use,
+so the walk costs one forward pass and holds only live activations.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from .capture import Args
+from .errors import CalibrationError, where
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens at a consumer's input: gram = X^T X [in, in], mean of X [in], number of tokens."""
+
+    gram: Tensor
+    mean: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class View:
+    """A consumer as a matrix: Y = X W^T with W [out, in * kernel]; column j belongs to index j // kernel."""
+
+    node: Node
+    parameter: str
+    dim: int
+    source: Node
+    source_dim: int
+
+    @property
+    def convolution(self) -> bool:
+        return "conv" in str(self.node.target)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as [out, in * kernel]."""
+        return weight.flatten(1) if self.convolution else weight.movedim(self.dim, -1).flatten(0, -2)
+
+    def weight(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        if self.convolution:
+            return matrix.reshape(like.shape)
+        shape = list(like.movedim(self.dim, -1).shape)
+        return matrix.reshape(shape).movedim(-1, self.dim).contiguous()
+
+    def rows(self, value: Tensor, weight: Tensor) -> Tensor:
+        """The input as [tokens, in * kernel]."""
+        if not self.convolution:
+            return value.movedim(self.source_dim, -1).flatten(0, -2)
+        names = [a.name for a in self.node.target._schema.arguments]  # type: ignore[union-attr]
+        bound = dict(zip(names, self.node.args, strict=False)) | dict(self.node.kwargs)
+        stride, padding, dilation = bound.get("stride", 1), bound.get("padding", 0), bound.get("dilation", 1)
+        if weight.dim() == 3:
+            value, weight = value.unsqueeze(-2), weight.unsqueeze(-2)
+            stride, padding, dilation = ([x, *y] for x, y in ((1, stride), (0, padding), (1, dilation)))
+        columns = torch.nn.functional.unfold(value, weight.shape[2:], dilation, padding, stride)
+        return columns.movedim(1, -1).flatten(0, -2)
+
+
+@dataclass
+class Walk:
+    """The state of a walk: live values per batch, and weights that replace the module's."""
+
+    module: GraphModule
+    environments: list[dict[Node, Any]]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def weight(self, name: str) -> Tensor:
+        """The current weight of a parameter or buffer."""
+        return self.weights[name] if name in self.weights else operator.attrgetter(name)(self.module)
+
+    def value(self, environment: dict[Node, Any], node: Node) -> Any:
+        """A node's value in one batch."""
+        return self.weight(str(node.target)) if node.op == "get_attr" else environment[node]
+
+    def moments(self, view: View) -> Moments:
+        """Sums over all batches at a consumer; CalibrationError if an activation is not finite."""
+        weight = self.weight(view.parameter)
+        gram: Tensor | None = None
+        total: Tensor | None = None
+        tokens = 0
+        for environment in self.environments:
+            rows = view.rows(self.value(environment, view.source), weight).to(torch.float32)
+            square = rows.T @ rows
+            gram = square if gram is None else gram.add_(square)
+            total = rows.sum(0) if total is None else total.add_(rows.sum(0))
+            tokens += len(rows)
+        assert gram is not None and total is not None
+        if not bool(torch.isfinite(gram).all()):
+            raise CalibrationError(
+                f"non-finite activations reach {view.parameter} · {where(view.node)} · help: check the model in this "
+                "precision and the calibration data"
+            )
+        return Moments(gram, total / tokens, tokens)
+
+    def step(self, node: Node) -> None:
+        """Run one node on all batches."""
+        for environment in self.environments:
+            args, kwargs = pytree.tree_map(
+                lambda a, e=environment: self.value(e, a) if isinstance(a, Node) else a,
+                (node.args, node.kwargs),
+                is_leaf=lambda a: isinstance(a, Node),
+            )
+            environment[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def environments(module: GraphModule, batches: Iterable[Args]) -> Iterator[dict[Node, Any]]:
+    """Placeholders bound to each batch."""
+    places = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for args in batches:
+        leaves = pytree.tree_leaves(args)
+        if len(leaves) != len(places):
+            raise CalibrationError(
+                f"a calibration batch has {len(leaves)} values, the model was captured with {len(places)} · "
+                "help: give batches of the same form as `inputs`"
+            )
+        yield dict(zip(places, leaves, strict=True))
+
+
+@torch.no_grad()
+def walk(
+    module: GraphModule,
+    batches: Iterable[Args],
+    stops: Iterable[Node],
+    visit: Callable[[Walk, Node], None],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Run until the last stop; returns the replaced weights by name."""
+    remaining = set(stops)
+    state = Walk(module, list(environments(module, batches)))
+    if remaining and not state.environments:
+        raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
+    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    last = {arg: node for node in nodes for arg in node.all_input_nodes}
+    for position, node in enumerate(nodes):
+        if not remaining:
+            break
+        if node in remaining:
+            visit(state, node)
+            remaining.discard(node)
+        if remaining:
+            state.step(node)
+        for arg in node.all_input_nodes:
+            if last[arg] is node:
+                for environment in state.environments:
+                    environment.pop(arg, None)
+        if progress:
+            progress(position + 1, len(nodes))
+    return state.weights
+
+
+@torch.no_grad()
+def probe(state: Walk, start: Node, views: list[View]) -> dict[str, Moments]:
+    """Moments at several consumers from `start` on, without changing the walk: consumer node name -> moments."""
+    ahead = Walk(state.module, [dict(e) for e in state.environments], state.weights)
+    wanted = {view.node: view for view in views}
+    found: dict[str, Moments] = {}
+    running = False
+    for node in state.module.graph.nodes:
+        running = running or node is start
+        if not running or node.op != "call_function":
+            continue
+        if node in wanted:
+            found[node.name] = ahead.moments(wanted[node])
+        if len(found) == len(wanted):
+            break
+        ahead.step(node)
+    return found

@@ -1,0 +1,129 @@
+"""select: how many units of each group go, and which.
+
+    sparsity = removed parameters / parameters in scope
+    scope    = all parameters of the modules that hold a member of a chain, bilinear or head group
+
+Uniform allocation: one ratio r for every pruned group, solved so that the sparsity is met; since scope also holds Q and K,
+which stay, r is larger than the sparsity. In each block the units of least utility go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .couple import DependencyGraph, Group
+from .errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`kept`: group name -> kept units. `ratio`: removed share of units per group."""
+
+    kept: dict[str, tuple[int, ...]]
+    ratio: float
+    sparsity: float
+    scope: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "kept": {name: list(units) for name, units in self.kept.items()},
+            "ratio": self.ratio,
+            "sparsity": self.sparsity,
+            "scope": self.scope,
+        }
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many units per block each group keeps."""
+
+    keep: dict[str, int]
+    ratio: float
+    sparsity: float
+    scope: int
+
+
+def scope(deps: DependencyGraph) -> set[str]:
+    """Names of the parameters that the sparsity is measured on."""
+    owners = {
+        member.parameter.rpartition(".")[0]
+        for group in deps.groups
+        if group.kind in ("chain", "bilinear", "head")
+        for member in group.members
+    }
+    return {name for name in deps.parameters if name.rpartition(".")[0] in owners}
+
+
+def allocate(
+    deps: DependencyGraph, groups: list[Group], sparsity: float, align: int = 1, min_keep: int = 1
+) -> Budget:
+    """Uniform counts that meet `sparsity`; BudgetError states the largest feasible one."""
+    if not groups:
+        raise BudgetError("no group can be pruned · help: fasp-graph inspect lists the reasons")
+    names = scope(deps)
+    total = sum(_numel(deps.parameters[name]) for name in names)
+    if not 0 < sparsity < 1:
+        raise BudgetError(f"sparsity {sparsity} is not between 0 and 1")
+
+    def at(ratio: float) -> tuple[dict[str, int], float]:
+        keep = {g.name: _count(g, ratio, align, min_keep) for g in groups}
+        return keep, _removed(deps, groups, keep) / total
+
+    _, largest = at(1.0)
+    if largest < sparsity:
+        raise BudgetError(
+            f"sparsity {sparsity:.3f} cannot be reached: {largest:.3f} is the largest with min_keep={min_keep} and "
+            f"align={align} · help: ask for less, or prune more kinds of groups"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[1] < sparsity else (low, middle)
+    ratio = min((low, high), key=lambda r: abs(at(r)[1] - sparsity))
+    keep, reached = at(ratio)
+    return Budget(keep, ratio, reached, total)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _count(group: Group, ratio: float, align: int, min_keep: int) -> int:
+    size = group.size // group.blocks
+    count = round((1 - ratio) * size)
+    if align > 1 and count < size:
+        count = round(count / align) * align if group.blocks == 1 else count
+    return max(min(count, size), min(min_keep, size))
+
+
+def _removed(deps: DependencyGraph, groups: list[Group], keep: Mapping[str, int]) -> int:
+    """Parameters that vanish when each group keeps `keep` units per block."""
+    gone: dict[str, dict[int, int]] = {}
+    for group in groups:
+        units = group.size - keep[group.name] * group.blocks
+        for member in group.members:
+            dims = gone.setdefault(member.parameter, {})
+            dims[member.dim] = dims.get(member.dim, 0) + units * len(member.indices[0])
+    removed = 0
+    for name, dims in gone.items():
+        shape = deps.parameters[name]
+        left = [size - dims.get(d, 0) for d, size in enumerate(shape)]
+        removed += _numel(shape) - _numel(tuple(left))
+    return removed
+
+
+def select(group: Group, utility: Tensor, keep: int) -> tuple[int, ...]:
+    """The `keep` units of greatest utility [size] in each block; ties go to the lower index."""
+    block = torch.tensor(group.block_of)
+    chosen: list[int] = []
+    for number in range(group.blocks):
+        units = torch.nonzero(block == number).reshape(-1)
+        order = utility.cpu()[units].argsort(descending=True, stable=True)
+        chosen += units[order[:keep]].tolist()
+    return tuple(sorted(chosen))
