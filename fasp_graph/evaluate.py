@@ -1,0 +1,138 @@
+"""Measures of a model: perplexity, latency, FLOPs.
+
+    perplexity = exp(-mean log p(x[t] | x[<t]))    over t = 1 .. T-1 of every window; token 0 is not scored
+    latency    = median and interquartile range of alternating runs, in seconds
+    flops      = multiply-adds of matmuls, convolutions and attention, counted twice each, for one call
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils.flop_counter import FlopCounterMode
+
+from passes.errors import FaspGraphError
+
+
+def perplexity(model: nn.Module, tokens: Tensor, batch: int = 16) -> float:
+    """Perplexity of a language model on windows `tokens` [N, T] of int64 ids.
+
+    The model maps ids [B, T] to logits [B, T, V]: a tensor, a tuple or list with the logits first, a mapping or an
+    object with `logits`. A graph module is called with the inputs that it was captured with.
+    """
+    if tokens.dim() != 2 or tokens.shape[1] < 2 or not len(tokens):
+        raise FaspGraphError(
+            f"perplexity needs tokens of shape [windows, length >= 2], not {tuple(tokens.shape)}"
+        )
+    training = model.training
+    device = next((p.device for p in model.parameters()), tokens.device)
+    total = 0.0
+    try:
+        model.eval() if training else None
+        with torch.no_grad():
+            for chunk in tokens.to(device).tensor_split(math.ceil(len(tokens) / batch)):
+                logits = logits_of(call_with_tokens(model, chunk))[:, :-1]
+                loss = F.cross_entropy(
+                    logits.flatten(0, 1).float(), chunk[:, 1:].flatten(), reduction="sum"
+                )
+                total += float(loss)
+    finally:
+        model.train(training) if training else None
+    mean = total / (len(tokens) * (tokens.shape[1] - 1))
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def call_with_tokens(model: nn.Module, tokens: Tensor) -> Any:
+    """Call a language model on ids [B, T], in the way in which a graph module was captured."""
+    spec = getattr(model, "_in_spec", None) if isinstance(model, GraphModule) else None
+    if spec is None:
+        return model(tokens)
+    positional, keyword = spec.children()
+    if positional.num_children:
+        if spec.num_leaves > 1:
+            raise FaspGraphError("perplexity cannot fill the inputs of this graph: it takes several")
+        return model(tokens)
+    filled: dict[str, Any] = {}
+    for name in keyword.context:
+        if name == "attention_mask":
+            filled[name] = torch.ones_like(tokens)
+        elif name == "input_ids" or keyword.num_children == 1:
+            filled[name] = tokens
+        elif name == "use_cache":
+            filled[name] = False
+        else:
+            raise FaspGraphError(
+                f"perplexity cannot fill the input {name!r} of this graph · help: capture it with input_ids only"
+            )
+    return model(**filled)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits [B, T, V] in a model's output."""
+    found = output
+    if isinstance(output, Mapping) and "logits" in output:
+        found = output["logits"]
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor) or found.dim() != 3:
+        raise FaspGraphError(
+            f"perplexity needs logits [batch, length, vocabulary]; the model returned {type(output).__name__}"
+        )
+    return found
+
+
+def latency(
+    calls: Mapping[str, Callable[[], Any]], repeats: int = 15, warmup: int = 2
+) -> dict[str, dict[str, float]]:
+    """Seconds per call: {name: {median, spread}}; spread is the interquartile range.
+
+    Runs alternate between the calls, so a busy moment of the machine falls on all of them.
+    """
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for _ in range(max(2, repeats)):
+            for name, call in calls.items():
+                _synchronize()
+                started = time.perf_counter()
+                call()
+                _synchronize()
+                seconds[name].append(time.perf_counter() - started)
+    result = {}
+    for name, values in seconds.items():
+        low, _, high = statistics.quantiles(values, n=4)
+        result[name] = {"median": statistics.median(values), "spread": high - low}
+    return result
+
+
+def flops(
+    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> int:
+    """FLOPs of one call of `module`."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        module(*args, **(kwargs or {}))
+    return int(counter.get_total_flops())
+
+
+def size_of(module: nn.Module) -> tuple[int, int]:
+    """(parameters, bytes) of a module; a tied parameter counts once."""
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

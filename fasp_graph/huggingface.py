@@ -1,0 +1,297 @@
+"""A pruned model as a folder in Hugging Face form.
+
+    model.safetensors        every storage once; tied names are recorded as aliases
+    config.json, ...         the user's own configuration, generation configuration and tokenizer, if there are any
+    fasp_graph.json          format, plan, how to make the modules smaller, versions, sha256 of the weights
+    README.md                a model card
+
+Nothing in a folder is executed: no pickle, no code, no class but those of the installed transformers. A folder appears
+complete or not at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from passes.errors import FaspGraphError
+
+from .modules import apply_shapes
+
+if TYPE_CHECKING:
+    from .prune import Pruned
+
+FORMAT = 1
+MANIFEST, WEIGHTS = "fasp_graph.json", "model.safetensors"
+_PACKAGES = ("fasp-graph", "torch", "transformers", "safetensors")
+_ATTENTION = ("eager", "sdpa")
+
+
+# ------------------------------------------------------------------------------------------ save
+def save(pruned: Pruned, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+    """Write `pruned` as a folder and return its path.
+
+    An existing target is refused unless it is an earlier folder of this kind; that one is replaced after the new one is
+    complete. `tokenizer` is anything with `save_pretrained`.
+    """
+    target = Path(os.path.abspath(folder))
+    _refuse_foreign(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    draft.mkdir()
+    try:
+        _write(pruned, draft, tokenizer)
+        for path in (*draft.rglob("*"), draft):
+            _flush(path)
+        _swap(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def _write(pruned: Pruned, folder: Path, tokenizer: Any) -> None:
+    model = pruned.model
+    state, aliases = unique_state(model)
+    safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    for owner in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        if hasattr(owner, "save_pretrained"):
+            owner.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    report = pruned.report.to_dict()
+    (folder / "README.md").write_text(model_card(type(model).__name__, report), encoding="utf-8")
+    manifest = {
+        "format": FORMAT,
+        "class": type(model).__name__ if _is_transformers(model) else None,
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        "weights": {"file": WEIGHTS, "sha256": _digest(folder / WEIGHTS)},
+        "aliases": aliases,
+        "emission": pruned.emission,
+        "plan": pruned.plan.to_dict(),
+        "report": report,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "files": sorted({*(path.name for path in folder.iterdir()), MANIFEST}),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with every tensor once, and for each left-out name the name that holds its tensor."""
+    state: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            state[name] = tensor.detach().cpu().contiguous().clone()
+    return state, aliases
+
+
+def model_card(name: str, report: dict[str, Any]) -> str:
+    """README.md of a pruned model."""
+    before, after = report["params_before"], report["params_after"]
+    error = report.get("verify_max_error")
+    verified = "not verified" if error is None else f"{error:.1e}"
+    return f"""---
+library_name: fasp-graph
+tags: [pruning, structured-pruning]
+---
+# {name}, pruned
+
+A smaller {name}, made by [fasp_graph](https://pypi.org/project/fasp-graph/): structured pruning found by analysing the
+model's own graph, with a least-squares repair of what stays.
+
+| | before | after |
+|---|---|---|
+| parameters | {before:,} | {after:,} |
+| bytes | {report["bytes_before"]:,} | {report["bytes_after"]:,} |
+
+Sparsity of the layers in scope: {report["sparsity"]:.1%}. Largest relative difference between this model and the dense
+model with the same units zeroed: {verified}.
+
+```python
+import fasp_graph as fg
+
+model = fg.load("path/to/this/folder")
+```
+
+`fasp_graph.json` lists what was kept, and the sha256 of the weights.
+"""
+
+
+def _refuse_foreign(target: Path) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / MANIFEST).is_file():
+        raise FaspGraphError(f"{target} exists and is no fasp_graph folder · help: choose another")
+    known = _manifest(target).get("files", [])
+    foreign = sorted(path.name for path in target.iterdir() if path.name not in known)
+    if foreign:
+        raise FaspGraphError(
+            f"{target} also holds {foreign[0]}, which would be lost · help: move it away, or choose another folder"
+        )
+
+
+def _swap(draft: Path, target: Path) -> None:
+    """`draft` becomes `target`; an old target goes only after that, and comes back if it fails."""
+    old = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(draft, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------ load
+def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """The pruned model in a folder that `save` wrote, in eval mode on the CPU.
+
+    A transformers model is built from its configuration. Any other needs `model`, a fresh dense instance; it is copied.
+    """
+    root = Path(folder)
+    manifest = _manifest(root)
+    path = _weights(root, manifest)
+    built = copy.deepcopy(model) if model is not None else _build(root, manifest)
+    try:
+        apply_shapes(built, manifest["emission"])
+        state: dict[str, Tensor] = safetensors.torch.load_file(path)
+        for alias, name in manifest["aliases"].items():
+            state[alias] = state[name]
+        built.load_state_dict(state, strict=True, assign=True)
+        _tie(built, manifest["aliases"])
+    except FaspGraphError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        raise FaspGraphError(
+            f"the weights in {root} do not fit {type(built).__name__}: {str(error)[:500]}"
+        ) from error
+    except safetensors.SafetensorError as error:
+        raise FaspGraphError(f"{path} is not a safetensors file: {error}") from error
+    return built.eval()
+
+
+def _manifest(root: Path) -> dict[str, Any]:
+    path = root / MANIFEST
+    if not path.is_file():
+        raise FaspGraphError(f"{root} holds no {MANIFEST} · help: give a folder written by save")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FaspGraphError(f"{path} is not JSON: {error}") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise FaspGraphError(
+            f"{path} has format {version!r}; this version reads {FORMAT} · help: update fasp-graph"
+        )
+    wanted = {"weights": dict, "aliases": dict, "emission": object, "files": list}
+    for key, kind in wanted.items():
+        if not isinstance(manifest.get(key), kind) or key not in manifest:
+            raise FaspGraphError(f"{path} is damaged: {key!r} is missing or of the wrong type")
+    return dict(manifest)
+
+
+def _weights(root: Path, manifest: dict[str, Any]) -> Path:
+    """Path of the weights; their hash has been checked."""
+    name, expected = manifest["weights"].get("file"), manifest["weights"].get("sha256")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
+        raise FaspGraphError(f"{root / MANIFEST}: {name!r} is not a plain file name")
+    path = root / name
+    if not path.is_file():
+        raise FaspGraphError(f"{path} is missing")
+    if _digest(path) != expected:
+        raise FaspGraphError(f"{path} is not the file that was saved: its sha256 differs")
+    return path
+
+
+def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
+    """A dense transformers model with random weights, of the class and configuration of the folder."""
+    name = manifest.get("class")
+    if name is None:
+        raise FaspGraphError(
+            f"{root} holds a model of the user's own class · help: load(folder, model=a fresh dense instance)"
+        )
+    import transformers
+
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise FaspGraphError(
+            f"{name!r} is not a model class of the installed transformers {transformers.__version__}"
+        )
+    if not (root / "config.json").is_file() or found.config_class is None:
+        raise FaspGraphError(f"{root} holds no config.json for {name}")
+    config = found.config_class.from_pretrained(root)
+    if manifest.get("attention") in _ATTENTION:
+        config._attn_implementation = manifest["attention"]
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model: nn.Module = found(config)
+    if (root / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(root)
+    return model
+
+
+def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
+    """Every alias becomes the very parameter or buffer that it names."""
+    for alias, name in aliases.items():
+        holder, _, leaf = name.rpartition(".")
+        tensor = getattr(model.get_submodule(holder), leaf)
+        holder, _, leaf = alias.rpartition(".")
+        owner = model.get_submodule(holder)
+        table = owner._parameters if leaf in owner._parameters else owner._buffers
+        table[leaf] = tensor
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    try:
+        import transformers
+    except ImportError:
+        return False
+    if not isinstance(model, transformers.PreTrainedModel):
+        return False
+    return getattr(transformers, type(model).__name__, None) is type(model)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,61 @@
+"""Report: what a pruning run did, measured; `to_dict` is JSON-able, `to_text` fits a terminal."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One pruned group: units before and kept, relative squared output error of its consumers, and how it was emitted."""
+
+    name: str
+    kind: str
+    units: int
+    kept: int
+    error_before: float
+    error_after: float
+    emitted: str
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A group that was not pruned, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sizes in parameters, bytes and floating-point operations of one forward pass at the example inputs."""
+
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    flops_before: int
+    flops_after: int
+    sparsity: float
+    seconds: dict[str, float]
+    groups: tuple[GroupReport, ...]
+    verify_max_error: float
+    frozen: tuple[Frozen, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; tuples become lists."""
+        found = asdict(self)
+        return {**found, "groups": list(found["groups"]), "frozen": list(found["frozen"])}
+
+    def to_text(self) -> str:
+        """A short summary in words."""
+        kept = sum(group.kept for group in self.groups)
+        units = sum(group.units for group in self.groups)
+        return (
+            f"parameters {self.params_before:,} -> {self.params_after:,} "
+            f"({self.sparsity:.1%} of those in scope removed), FLOPs {self.flops_before:,} -> {self.flops_after:,}, "
+            f"{len(self.groups)} groups keep {kept} of {units} units, {len(self.frozen)} groups were left alone, "
+            f"verified to {self.verify_max_error:.1e}, {sum(self.seconds.values()):.1f} s"
+        )
