@@ -1,9 +1,9 @@
 """What the command line prunes: a target named by text -> model, example inputs, calibration, held-out tokens.
 
-    zoo:NAME                  a model of models_zoo
-    FOLDER                    a Hugging Face folder, or one that `save` wrote
-    package.module:factory    a function that returns (model, inputs) or (model, inputs, calibration)
-    owner/name                a model of the Hugging Face hub
+zoo:NAME                  a model of models_zoo
+FOLDER                    a Hugging Face folder, or one that `save` wrote
+package.module:factory    a function that returns (model, inputs) or (model, inputs, calibration)
+owner/name                a model of the Hugging Face hub
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from torch import Tensor, nn
 
 import models_zoo
 from passes.errors import CalibrationError, FaspGraphError
+from passes.verify import fresh_inputs
 
 from .huggingface import MANIFEST, load
 
-EXAMPLE = (3, 11)  # batch and length of example tokens: odd and distinct, so that axes cannot be confused
+EXAMPLE = (
+    3,
+    11,
+)  # batch and length of example tokens: odd and distinct, so that axes cannot be confused
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,15 @@ def _like(inputs: Any, tokens: Tensor) -> Any:
 
 def _zoo(name: str) -> Target:
     if name not in models_zoo.names():
-        raise FaspGraphError(f"no zoo model {name!r} · help: one of {', '.join(models_zoo.names())}")
+        raise FaspGraphError(
+            f"no zoo model {name!r} · help: one of {', '.join(models_zoo.names())}"
+        )
     entry = models_zoo.load(name)
+    calibration = list(entry.calibration) or [
+        fresh_inputs(entry.inputs, seed, precise=False) for seed in range(4)
+    ]
     return Target(
-        entry.name, entry.model, entry.inputs, list(entry.calibration), entry.heldout, entry.tokenizer
+        entry.name, entry.model, entry.inputs, calibration, entry.heldout, entry.tokenizer
     )
 
 

@@ -1,8 +1,8 @@
 """Measures of a model: perplexity, latency, FLOPs.
 
-    perplexity = exp(-mean log p(x[t] | x[<t]))    over t = 1 .. T-1 of every window; token 0 is not scored
-    latency    = median and interquartile range of alternating runs, in seconds
-    flops      = multiply-adds of matmuls, convolutions and attention, counted twice each, for one call
+perplexity = exp(-mean log p(x[t] | x[<t]))    over t = 1 .. T-1 of every window; token 0 is not scored
+latency    = median and interquartile range of alternating runs, in seconds
+flops      = multiply-adds of matmuls, convolutions and attention, counted twice each, for one call
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def call_with_tokens(model: nn.Module, tokens: Tensor) -> Any:
     positional, keyword = spec.children()
     if positional.num_children:
         if spec.num_leaves > 1:
-            raise FaspGraphError("perplexity cannot fill the inputs of this graph: it takes several")
+            raise FaspGraphError(
+                "perplexity cannot fill the inputs of this graph: it takes several"
+            )
         return model(tokens)
     filled: dict[str, Any] = {}
     for name in keyword.context:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from passes.errors import FaspGraphError
 
+from .jsontext import to_json
 from .modules import apply_shapes
 
 if TYPE_CHECKING:
@@ -80,13 +81,13 @@ def _write(pruned: Pruned, folder: Path, tokenizer: Any) -> None:
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         "weights": {"file": WEIGHTS, "sha256": _digest(folder / WEIGHTS)},
         "aliases": aliases,
-        "emission": pruned.emission,
+        "emission": pruned.emission.to_dict(),
         "plan": pruned.plan.to_dict(),
         "report": report,
         "versions": {"python": platform.python_version(), **_versions()},
         "files": sorted({*(path.name for path in folder.iterdir()), MANIFEST}),
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(to_json(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -185,15 +186,16 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     path = _weights(root, manifest)
     built = copy.deepcopy(model) if model is not None else _build(root, manifest)
     try:
-        apply_shapes(built, manifest["emission"])
         state: dict[str, Tensor] = safetensors.torch.load_file(path)
         for alias, name in manifest["aliases"].items():
             state[alias] = state[name]
+        _check_shapes(root, manifest["emission"], state)
+        built = apply_shapes(built, manifest["emission"])
         built.load_state_dict(state, strict=True, assign=True)
         _tie(built, manifest["aliases"])
     except FaspGraphError:
         raise
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         raise FaspGraphError(
             f"the weights in {root} do not fit {type(built).__name__}: {str(error)[:500]}"
         ) from error
@@ -215,9 +217,9 @@ def _manifest(root: Path) -> dict[str, Any]:
         raise FaspGraphError(
             f"{path} has format {version!r}; this version reads {FORMAT} · help: update fasp-graph"
         )
-    wanted = {"weights": dict, "aliases": dict, "emission": object, "files": list}
+    wanted = {"weights": dict, "aliases": dict, "emission": dict, "files": list}
     for key, kind in wanted.items():
-        if not isinstance(manifest.get(key), kind) or key not in manifest:
+        if not isinstance(manifest.get(key), kind):
             raise FaspGraphError(f"{path} is damaged: {key!r} is missing or of the wrong type")
     return dict(manifest)
 
@@ -259,6 +261,15 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
     if (root / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(root)
     return model
+
+
+def _check_shapes(root: Path, emission: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Every size that the manifest asks for is the size of a stored tensor, so it cannot ask for any memory."""
+    for name, shape in emission["shapes"].items():
+        if name in state and list(state[name].shape) != list(shape):
+            raise FaspGraphError(
+                f"{root}: {MANIFEST} and the weights disagree on the shape of {name}"
+            )
 
 
 def _tie(model: nn.Module, aliases: dict[str, str]) -> None:

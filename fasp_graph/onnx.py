@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import shutil
@@ -30,6 +29,8 @@ from torch.utils import _pytree as pytree
 from passes.capture import Args, tensors
 from passes.errors import FaspGraphError, VerificationError
 
+from .jsontext import to_json
+
 if TYPE_CHECKING:
     from .prune import Pruned
 
@@ -43,7 +44,7 @@ def export_onnx(pruned: Pruned, path: str | os.PathLike[str]) -> Path:
 
     Raises VerificationError, and writes nothing, if ONNX Runtime computes other numbers.
     """
-    metadata = {"fasp_graph.plan": json.dumps(pruned.plan.to_dict())}
+    metadata = {"fasp_graph.plan": to_json(pruned.plan.to_dict())}
     return export_graph(
         pruned.graph_module, pruned.inputs, pruned.dynamic_shapes, Path(path), metadata
     )

@@ -6,7 +6,6 @@ them as text only.
 
 from __future__ import annotations
 
-import json
 import os
 from importlib import resources
 from pathlib import Path
@@ -14,13 +13,21 @@ from typing import Any
 
 from passes.couple import DependencyGraph
 
-_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+from .jsontext import to_json
+
+_ESCAPES = {
+    "<": "\\u003c",
+    ">": "\\u003e",
+    "&": "\\u0026",
+    "\u2028": "\\u2028",
+    "\u2029": "\\u2029",
+}
 
 
 def to_html(deps: DependencyGraph, path: str | os.PathLike[str], plan: Any = None) -> Path:
     """Write the page: modules with their parameters, groups as chips; with a plan, what each group keeps."""
     template = resources.files(__package__).joinpath("templates/graph.html").read_text("utf-8")
-    text = json.dumps(page_data(deps, plan), ensure_ascii=False)
+    text = to_json(page_data(deps, plan))
     for character, escape in _ESCAPES.items():
         text = text.replace(character, escape)
     target = Path(path)

@@ -1,0 +1,28 @@
+"""fasp_graph: a structured-pruning compiler for any PyTorch model.
+
+    deps = analyze(model, inputs)                             # which layers go together, and why
+    pruned = prune(model, inputs, calibration, Config(sparsity=0.3))
+    save(pruned, folder); load(folder); export_onnx(pruned, path)
+"""
+
+from passes.couple import DependencyGraph
+from passes.errors import FaspGraphError
+
+from .config import Config
+from .evaluate import perplexity
+from .huggingface import load, save
+from .onnx import export_onnx
+from .prune import Pruned, analyze, prune
+
+__all__ = [
+    "Config",
+    "DependencyGraph",
+    "FaspGraphError",
+    "Pruned",
+    "analyze",
+    "export_onnx",
+    "load",
+    "perplexity",
+    "prune",
+    "save",
+]

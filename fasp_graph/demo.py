@@ -1,0 +1,250 @@
+"""The demo: prune the bundled language model at several sparsities and measure what is lost and won.
+
+perplexity   on held-out text, of the dense model, of method=fasp, of the same without repair, and of magnitude
+latency      of the dense and the compact graph in torch and in ONNX Runtime, runs alternating
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from torch import Tensor
+from torch.fx import GraphModule
+
+from passes.capture import Args, as_args, capture
+from passes.errors import FaspGraphError
+
+from .config import Config
+from .data import Target, load_target
+from .evaluate import flops, latency, perplexity, size_of
+from .huggingface import save
+from .jsontext import to_json
+from .onnx import export_graph, export_onnx, onnx_session, run_session
+from .prune import Pruned, prune
+from .view import to_html
+
+SPARSITIES = (0.1, 0.2, 0.3, 0.5)
+WRITTEN = 0.3
+VARIANTS: dict[str, dict[str, str]] = {
+    "fasp": {"method": "fasp"},
+    "no_repair": {"method": "fasp", "restore": "none"},
+    "magnitude": {"method": "magnitude"},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `perplexity` maps a variant to its value, times are medians in seconds."""
+
+    name: str
+    perplexity: dict[str, float]
+    parameters: int
+    bytes: int
+    flops: int
+    latency: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    verify_max_error: float | None = None
+
+
+def progress_bar(console: Console) -> Progress:
+    """Bars that vanish when done."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def run_demo(
+    output: Path,
+    console: Console,
+    target: Target | None = None,
+    sparsities: tuple[float, ...] = SPARSITIES,
+    windows: int = 64,
+    repeats: int = 11,
+) -> list[Row]:
+    """Run it all, write the folder, the ONNX file, graph.html and demo.json into `output`, return the table's rows."""
+    target = target or load_target("zoo:llama")
+    if target.heldout is None:
+        raise FaspGraphError(f"{target.name} has no held-out tokens, so the demo cannot measure it")
+    heldout = target.heldout[:windows]
+    written = min(sparsities, key=lambda value: abs(value - WRITTEN))
+    output.mkdir(parents=True, exist_ok=True)
+    sample = as_args(_sized(target.inputs, heldout[:2]))
+    with progress_bar(console) as bars, tempfile.TemporaryDirectory() as scratch:
+        whole = bars.add_task("dense model", total=len(sparsities) * (len(VARIANTS) + 1) + 3)
+        step = _stepper(bars, whole)
+        graphs = {"dense": capture(target.model, target.inputs)}
+        module = graphs["dense"].graph_module
+        rows = [_row("dense", {"dense": perplexity(target.model, heldout)}, module, sample)]
+        calls: dict[str, Callable[[], Any]] = {
+            "dense torch": lambda: module(*sample[0], **sample[1])
+        }
+        step("dense model to ONNX")
+        draft = export_graph(
+            module, graphs["dense"].inputs, graphs["dense"].dynamic_shapes, Path(scratch) / "0.onnx"
+        )
+        calls["dense onnx"] = _session_call(draft, sample)
+        for sparsity in sparsities:
+            name = f"{sparsity:.0%}"
+            pruned, row = _prune_all(target, heldout, sparsity, sample, step, _inner(bars))
+            rows.append(row)
+            step(f"{name} to ONNX")
+            folder = output if sparsity == written else Path(scratch)
+            path = export_onnx(pruned, folder / f"{target.name}-{name.rstrip('%')}.onnx")
+            calls |= {f"{name} torch": _graph_call(pruned.graph_module, sample)}
+            calls |= {f"{name} onnx": _session_call(path, sample)}
+            if sparsity == written:
+                _write(pruned, output, f"{target.name}-{name.rstrip('%')}", target.tokenizer)
+        step("latency, runs alternating")
+        times = latency(calls, repeats)
+    rows = [
+        replace(row, latency={kind: times[f"{row.name} {kind}"] for kind in ("torch", "onnx")})
+        for row in rows
+    ]
+    _record(output, target, heldout, sample, rows)
+    return rows
+
+
+def _prune_all(
+    target: Target,
+    heldout: Tensor,
+    sparsity: float,
+    sample: Args,
+    step: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> tuple[Pruned, Row]:
+    """Every variant at one sparsity; the pruned model and the figures are those of fasp."""
+    values: dict[str, float] = {}
+    chosen: Pruned | None = None
+    seconds = 0.0
+    for variant, options in VARIANTS.items():
+        step(f"{sparsity:.0%} {variant.replace('_', ' ')}")
+        config = Config(sparsity=sparsity, **options)  # type: ignore[arg-type]
+        started = time.perf_counter()
+        pruned = prune(target.model, target.inputs, target.calibration, config, progress)
+        elapsed = time.perf_counter() - started
+        values[variant] = perplexity(pruned.model, heldout)
+        if chosen is None:
+            chosen, seconds = pruned, elapsed
+    assert chosen is not None
+    row = _row(f"{sparsity:.0%}", values, chosen.graph_module, sample)
+    return chosen, replace(row, seconds=seconds, verify_max_error=chosen.report.verify_max_error)
+
+
+def _row(name: str, values: dict[str, float], module: GraphModule, sample: Args) -> Row:
+    parameters, size = size_of(module)
+    return Row(name, values, parameters, size, flops(module, *sample))
+
+
+def _write(pruned: Pruned, output: Path, name: str, tokenizer: Any) -> None:
+    save(pruned, output / name, tokenizer=tokenizer)
+    to_html(pruned.deps, output / "graph.html", pruned.plan)
+
+
+def _record(output: Path, target: Target, heldout: Tensor, sample: Args, rows: list[Row]) -> None:
+    figures = {
+        "model": target.name,
+        "heldout_tokens": heldout.numel(),
+        "latency_input": [
+            list(v.shape) for v in (*sample[0], *sample[1].values()) if isinstance(v, Tensor)
+        ],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rows": [vars(row) for row in rows],
+    }
+    (output / "demo.json").write_text(to_json(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows as the demo prints them."""
+    result = Table(title="Structured pruning, measured", title_justify="left", header_style="bold")
+    for heading in (
+        "removed",
+        "ppl fasp",
+        "no repair",
+        "magnitude",
+        "params",
+        "MB",
+        "GFLOPs",
+        "torch ms",
+        "ORT ms",
+        "seconds",
+        "max error",
+    ):
+        result.add_column(
+            heading, justify="left" if heading == "removed" else "right", no_wrap=True
+        )
+    for row in rows:
+        first = row.perplexity.get("fasp", row.perplexity.get("dense", float("nan")))
+        result.add_row(
+            row.name,
+            _number(first),
+            *(_number(row.perplexity.get(key)) for key in ("no_repair", "magnitude")),
+            f"{row.parameters / 1e6:.2f}M",
+            f"{row.bytes / 1e6:.1f}",
+            f"{row.flops / 1e9:.2f}",
+            *(f"{row.latency[kind]['median'] * 1e3:.1f}" for kind in ("torch", "onnx")),
+            f"{row.seconds:.1f}" if row.seconds else "",
+            "" if row.verify_max_error is None else f"{row.verify_max_error:.0e}",
+        )
+    return result
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+
+
+def _sized(inputs: Any, tokens: Tensor) -> Any:
+    """Example inputs of the size of `tokens`."""
+    if isinstance(inputs, dict):
+        return {k: tokens if k == "input_ids" else torch.ones_like(tokens) for k in inputs}
+    return (tokens,) if isinstance(inputs, (tuple, list)) else tokens
+
+
+def _graph_call(module: GraphModule, sample: Args) -> Callable[[], Any]:
+    return lambda: module(*sample[0], **sample[1])
+
+
+def _session_call(path: Path, sample: Args) -> Callable[[], Any]:
+    session = onnx_session(path)
+    return lambda: run_session(session, sample)
+
+
+def _stepper(bars: Progress, task: Any) -> Callable[[str], None]:
+    def step(description: str) -> None:
+        bars.update(task, advance=1, description=description)
+
+    return step
+
+
+def _inner(bars: Progress) -> Callable[[str, int, int], None]:
+    """A second bar for the stages inside one pruning run."""
+    task = bars.add_task("", total=1)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        bars.update(task, completed=done, total=max(total, 1), description=f"  {stage}")
+
+    return progress
