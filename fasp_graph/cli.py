@@ -1,6 +1,7 @@
 """The command line: `fasp-graph inspect | prune | eval | export | zoo`.
 
-MODEL is zoo:NAME, a folder, package.module:factory or a hub id (fasp_graph/data.py). An error of this project is one
+MODEL is zoo:NAME, a folder, package.module:factory or a hub id (fasp_graph/data.py). An error of
+this project is one
 message on stderr and exit code 2; `--debug` shows where it came from.
 """
 
@@ -140,7 +141,8 @@ def prune_command(
                 for key in (*given, *(["calibration"] if calibration else []))
             )
             raise ConfigError(
-                f"{names} without MODEL · help: name a model, say zoo:llama; the demo takes none of them"
+                f"{names} without MODEL · help: name a model, say zoo:llama; the demo takes none "
+                "of them"
             )
         _demo(output or Path("fasp-demo"), json)
         return
@@ -182,7 +184,8 @@ def _demo(output: Path, json: bool) -> None:
     console = _console()
     console.print(table(rows))
     console.print(
-        "ppl: perplexity on held-out text. ms: one forward pass, median of alternating runs. max error: compact graph "
+        "ppl: perplexity on held-out text. ms: one forward pass, median of alternating runs. max "
+        "error: compact graph "
         "against the dense one with the same units zeroed, in float64."
     )
     console.print(

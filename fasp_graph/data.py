@@ -1,4 +1,5 @@
-"""What the command line prunes: a target named by text -> model, example inputs, calibration, held-out tokens.
+"""What the command line prunes: a target named by text -> model, example inputs, calibration,
+held-out tokens.
 
 zoo:NAME                  a model of models_zoo
 FOLDER                    a Hugging Face folder, or one that `save` wrote
@@ -32,7 +33,9 @@ EXAMPLE = (
 
 @dataclass(frozen=True)
 class Target:
-    """A model to work on. `calibration` holds batches like `inputs`; `heldout` is [N, length] or None."""
+    """A model to work on. `calibration` holds batches like `inputs`; `heldout` is [N, length] or
+    None.
+    """
 
     name: str
     model: nn.Module
@@ -58,7 +61,8 @@ def load_target(
         return target
     if target.tokenizer is None:
         raise CalibrationError(
-            f"{text} has no tokenizer, so a text file cannot calibrate it · help: use package.module:factory"
+            f"{text} has no tokenizer, so a text file cannot calibrate it · help: use "
+            "package.module:factory"
         )
     batches = text_batches(calibration, target.tokenizer, length, count)
     return replace(target, calibration=[_like(target.inputs, batch) for batch in batches])
@@ -67,7 +71,9 @@ def load_target(
 def text_batches(
     path: str | os.PathLike[str], tokenizer: Any, length: int, count: int, batch: int = 8
 ) -> list[Tensor]:
-    """Up to `count` windows of `length` tokens, spread evenly over a text file, in batches [<= batch, length]."""
+    """Up to `count` windows of `length` tokens, spread evenly over a text file, in batches [<=
+    batch, length].
+    """
     windows = text_windows(path, tokenizer, length, count)
     return list(windows.split(batch))
 
@@ -75,7 +81,9 @@ def text_batches(
 def text_windows(
     path: str | os.PathLike[str], tokenizer: Any, length: int, count: int | None = None
 ) -> Tensor:
-    """[N, length] windows of the tokens of a text file; with `count`, at most that many, spread evenly."""
+    """[N, length] windows of the tokens of a text file; with `count`, at most that many, spread
+    evenly.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -84,7 +92,8 @@ def text_windows(
     total = len(ids) // length
     if not total:
         raise CalibrationError(
-            f"{path} has {len(ids)} tokens, fewer than one window of {length} · help: give a longer text"
+            f"{path} has {len(ids)} tokens, fewer than one window of {length} · help: give a "
+            "longer text"
         )
     rows = torch.tensor(ids[: total * length]).view(total, length)
     if count is None or count >= total:
@@ -128,7 +137,8 @@ def _factory(text: str) -> Target:
     result = factory()
     if not isinstance(result, (tuple, list)) or len(result) not in (2, 3):
         raise FaspGraphError(
-            f"{text} must return (model, inputs) or (model, inputs, calibration), not {type(result).__name__}"
+            f"{text} must return (model, inputs) or (model, inputs, calibration), not "
+            f"{type(result).__name__}"
         )
     if not isinstance(result[0], nn.Module):
         raise FaspGraphError(f"{text} returned {type(result[0]).__name__}, not a torch.nn.Module")
@@ -167,7 +177,8 @@ def _auto_model(text: str, local: bool) -> nn.Module:
         model: nn.Module = auto.from_pretrained(text, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise FaspGraphError(
-            f"{text} is no folder here and the hub gave no model: {str(error).splitlines()[0]} · help: give a local "
+            f"{text} is no folder here and the hub gave no model: {str(error).splitlines()[0]} · "
+            "help: give a local "
             "folder, zoo:NAME or package.module:factory; a hub id needs the network"
             if not local
             else f"{text} cannot be loaded: {str(error).splitlines()[0]}"
@@ -188,6 +199,7 @@ def _example(model: nn.Module) -> Any:
         channels = getattr(config, "num_channels", 3)
         return {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
     raise FaspGraphError(
-        f"{type(model).__name__} takes {main}, for which no example can be made · help: use package.module:factory, a "
+        f"{type(model).__name__} takes {main}, for which no example can be made · help: use "
+        "package.module:factory, a "
         "function that returns (model, inputs)"
     )

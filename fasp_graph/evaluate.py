@@ -1,6 +1,7 @@
 """Measures of a model: perplexity, latency, FLOPs.
 
-perplexity = exp(-mean log p(x[t] | x[<t]))    over t = 1 .. T-1 of every window; token 0 is not scored
+perplexity = exp(-mean log p(x[t] | x[<t]))    over t = 1 .. T-1 of every window; token 0 is not
+scored
 latency    = median and interquartile range of alternating runs, in seconds
 flops      = multiply-adds of matmuls, convolutions and attention, counted twice each, for one call
 """
@@ -25,7 +26,8 @@ from passes.errors import FaspGraphError
 def perplexity(model: nn.Module, tokens: Tensor, batch: int = 16) -> float:
     """Perplexity of a language model on windows `tokens` [N, T] of int64 ids.
 
-    The model maps ids [B, T] to logits [B, T, V]: a tensor, a tuple or list with the logits first, a mapping or an
+    The model maps ids [B, T] to logits [B, T, V]: a tensor, a tuple or list with the logits first,
+    a mapping or an
     object with `logits`. A graph module is called with the inputs that it was captured with.
     """
     if tokens.dim() != 2 or tokens.shape[1] < 2 or not len(tokens):
@@ -72,7 +74,8 @@ def call_with_tokens(model: nn.Module, tokens: Tensor) -> Any:
             filled[name] = False
         else:
             raise FaspGraphError(
-                f"perplexity cannot fill the input {name!r} of this graph · help: capture it with input_ids only"
+                f"perplexity cannot fill the input {name!r} of this graph · help: capture it with "
+                "input_ids only"
             )
     return model(**filled)
 
@@ -88,7 +91,8 @@ def logits_of(output: Any) -> Tensor:
         found = output[0]
     if not isinstance(found, Tensor) or found.dim() != 3:
         raise FaspGraphError(
-            f"perplexity needs logits [batch, length, vocabulary]; the model returned {type(output).__name__}"
+            f"perplexity needs logits [batch, length, vocabulary]; the model returned "
+            f"{type(output).__name__}"
         )
     return found
 

@@ -1,11 +1,14 @@
 """A pruned model as a folder in Hugging Face form.
 
     model.safetensors        every storage once; tied names are recorded as aliases
-    config.json, ...         the user's own configuration, generation configuration and tokenizer, if there are any
-    fasp_graph.json          format, plan, how to make the modules smaller, versions, sha256 of the weights
+    config.json, ...         the user's own configuration, generation configuration and tokenizer,
+    if there are any
+    fasp_graph.json          format, plan, how to make the modules smaller, versions, sha256 of the
+    weights
     README.md                a model card
 
-Nothing in a folder is executed: no pickle, no code, no class but those of the installed transformers. A folder appears
+Nothing in a folder is executed: no pickle, no code, no class but those of the installed
+transformers. A folder appears
 complete or not at all.
 """
 
@@ -46,7 +49,8 @@ _ATTENTION = ("eager", "sdpa")
 def save(pruned: Pruned, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
     """Write `pruned` as a folder and return its path.
 
-    An existing target is refused unless it is an earlier folder of this kind; that one is replaced after the new one is
+    An existing target is refused unless it is an earlier folder of this kind; that one is replaced
+    after the new one is
     complete. `tokenizer` is anything with `save_pretrained`.
     """
     target = Path(os.path.abspath(folder))
@@ -91,7 +95,9 @@ def _write(pruned: Pruned, folder: Path, tokenizer: Any) -> None:
 
 
 def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict with every tensor once, and for each left-out name the name that holds its tensor."""
+    """The state dict with every tensor once, and for each left-out name the name that holds its
+    tensor.
+    """
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -116,7 +122,8 @@ tags: [pruning, structured-pruning]
 ---
 # {name}, pruned
 
-A smaller {name}, made by [fasp_graph](https://pypi.org/project/fasp-graph/): structured pruning found by analysing the
+A smaller {name}, made by [fasp_graph](https://pypi.org/project/fasp-graph/): structured pruning
+found by analysing the
 model's own graph, with a least-squares repair of what stays.
 
 | | before | after |
@@ -124,7 +131,8 @@ model's own graph, with a least-squares repair of what stays.
 | parameters | {before:,} | {after:,} |
 | bytes | {report["bytes_before"]:,} | {report["bytes_after"]:,} |
 
-Sparsity of the layers in scope: {report["sparsity"]:.1%}. Largest relative difference between this model and the dense
+Sparsity of the layers in scope: {report["sparsity"]:.1%}. Largest relative difference between this
+model and the dense
 model with the same units zeroed: {verified}.
 
 ```python
@@ -146,7 +154,8 @@ def _refuse_foreign(target: Path) -> None:
     foreign = sorted(path.name for path in target.iterdir() if path.name not in known)
     if foreign:
         raise FaspGraphError(
-            f"{target} also holds {foreign[0]}, which would be lost · help: move it away, or choose another folder"
+            f"{target} also holds {foreign[0]}, which would be lost · help: move it away, or "
+            "choose another folder"
         )
 
 
@@ -179,7 +188,8 @@ def _flush(path: Path) -> None:
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The pruned model in a folder that `save` wrote, in eval mode on the CPU.
 
-    A transformers model is built from its configuration. Any other needs `model`, a fresh dense instance; it is copied.
+    A transformers model is built from its configuration. Any other needs `model`, a fresh dense
+    instance; it is copied.
     """
     root = Path(folder)
     manifest = _manifest(root)
@@ -238,18 +248,22 @@ def _weights(root: Path, manifest: dict[str, Any]) -> Path:
 
 
 def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
-    """A dense transformers model with random weights, of the class and configuration of the folder."""
+    """A dense transformers model with random weights, of the class and configuration of the
+    folder.
+    """
     name = manifest.get("class")
     if name is None:
         raise FaspGraphError(
-            f"{root} holds a model of the user's own class · help: load(folder, model=a fresh dense instance)"
+            f"{root} holds a model of the user's own class · help: load(folder, model=a fresh "
+            "dense instance)"
         )
     import transformers
 
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise FaspGraphError(
-            f"{name!r} is not a model class of the installed transformers {transformers.__version__}"
+            f"{name!r} is not a model class of the installed transformers "
+            f"{transformers.__version__}"
         )
     if not (root / "config.json").is_file() or found.config_class is None:
         raise FaspGraphError(f"{root} holds no config.json for {name}")
@@ -264,7 +278,9 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
 
 
 def _check_shapes(root: Path, emission: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Every size that the manifest asks for is the size of a stored tensor, so it cannot ask for any memory."""
+    """Every size that the manifest asks for is the size of a stored tensor, so it cannot ask for
+    any memory.
+    """
     for name, shape in emission["shapes"].items():
         if name in state and list(state[name].shape) != list(shape):
             raise FaspGraphError(

@@ -184,6 +184,8 @@ def _adapt(emission: Emission, group: Group, kept: set[int], deps: DependencyGra
     """Producers scatter, consumers gather; positions add up over the groups that share a module."""
     consuming = {(c.parameter, c.dim) for c in group.consumers if c.parameter}
     for member in group.members:
+        if member.parameter not in deps.parameters:  # a buffer: its module's weights say the same
+            continue
         path = member.parameter.rpartition(".")[0]
         table = emission.gather if (member.parameter, member.dim) in consuming else emission.scatter
         size = deps.parameters[member.parameter][member.dim]

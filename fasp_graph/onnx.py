@@ -1,7 +1,9 @@
 """ONNX: the compact graph as one file that ONNX Runtime runs, with the plan in its metadata.
 
-The graph is captured again (sizes are then consistent everywhere), exported, checked by onnx.checker and compared with
-the graph module in ONNX Runtime, on the example inputs and on inputs of another batch and sequence size. Only a file
+The graph is captured again (sizes are then consistent everywhere), exported, checked by
+onnx.checker and compared with
+the graph module in ONNX Runtime, on the example inputs and on inputs of another batch and sequence
+size. Only a file
 that passed all of it appears at the path.
 """
 
@@ -134,7 +136,9 @@ def _automatic(inputs: Args) -> Any:
 
 
 def _compare(module: GraphModule, inputs: Args, path: Path) -> None:
-    """ONNX Runtime equals the graph module at the example size and, if an axis is dynamic, at another."""
+    """ONNX Runtime equals the graph module at the example size and, if an axis is dynamic, at
+    another.
+    """
     session = onnx_session(path)
     for case in (inputs, *_other_sizes(module, inputs, session)):
         with torch.no_grad():
@@ -151,7 +155,8 @@ def _compare(module: GraphModule, inputs: Args, path: Path) -> None:
 def _same(left: Tensor, right: Tensor, output: int) -> None:
     if left.shape != right.shape:
         raise VerificationError(
-            f"output {output}: ONNX Runtime gives shape {tuple(right.shape)}, the graph {tuple(left.shape)}"
+            f"output {output}: ONNX Runtime gives shape {tuple(right.shape)}, the graph "
+            f"{tuple(left.shape)}"
         )
     tolerance = 2e-2 if left.dtype in (torch.float16, torch.bfloat16) else 5e-4
     left, right = left.double(), right.double()
@@ -159,7 +164,8 @@ def _same(left: Tensor, right: Tensor, output: int) -> None:
     if not torch.allclose(left, right, rtol=0, atol=tolerance * scale, equal_nan=True):
         worst = float((left - right).abs().max()) / scale
         raise VerificationError(
-            f"output {output}: ONNX Runtime and the graph differ by {worst:.1e} (allowed {tolerance:.0e}); "
+            f"output {output}: ONNX Runtime and the graph differ by {worst:.1e} (allowed "
+            f"{tolerance:.0e}); "
             "nothing was written"
         )
 

@@ -112,6 +112,8 @@ def _removed(deps: DependencyGraph, groups: list[Group], keep: Mapping[str, int]
             dims[member.dim] = dims.get(member.dim, 0) + units * len(member.indices[0])
     removed = 0
     for name, dims in gone.items():
+        if name not in deps.parameters:  # a buffer
+            continue
         shape = deps.parameters[name]
         left = [size - dims.get(d, 0) for d, size in enumerate(shape)]
         removed += _numel(shape) - _numel(tuple(left))
