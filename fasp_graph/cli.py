@@ -8,6 +8,7 @@ message on stderr and exit code 2; `--debug` shows where it came from.
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -282,6 +283,8 @@ def _show(figures: dict[str, Any], json: bool) -> None:
 
 def main() -> None:
     """The console entry."""
+    if "--debug" not in sys.argv:  # deprecations inside libraries mean nothing to the user
+        warnings.simplefilter("ignore")
     try:
         app()
     except FaspGraphError as error:

@@ -151,10 +151,8 @@ def _transformers(text: str) -> Target:
     import transformers
 
     local = Path(text).is_dir()
-    if local and (Path(text) / MANIFEST).is_file():
-        model = load(text)
-    else:
-        model = _auto_model(text, local)
+    pruned = local and (Path(text) / MANIFEST).is_file()
+    model = load(text) if pruned else _auto_model(text, local)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(text, local_files_only=local)
     except Exception:  # a model without a tokenizer; each tokenizer class fails in its own way

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from passes.errors import FaspGraphError
 
+from .card import model_card
 from .jsontext import to_json
 from .modules import apply_shapes
 
@@ -72,6 +73,7 @@ def _write(pruned: Pruned, folder: Path, tokenizer: Any) -> None:
     model = pruned.model
     state, aliases = unique_state(model)
     safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    os.chmod(folder / WEIGHTS, 0o666 & ~_umask())
     for owner in (getattr(model, "config", None), getattr(model, "generation_config", None)):
         if hasattr(owner, "save_pretrained"):
             owner.save_pretrained(folder)
@@ -109,40 +111,6 @@ def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             first[key] = name
             state[name] = tensor.detach().cpu().contiguous().clone()
     return state, aliases
-
-
-def model_card(name: str, report: dict[str, Any]) -> str:
-    """README.md of a pruned model."""
-    before, after = report["params_before"], report["params_after"]
-    error = report.get("verify_max_error")
-    verified = "not verified" if error is None else f"{error:.1e}"
-    return f"""---
-library_name: fasp-graph
-tags: [pruning, structured-pruning]
----
-# {name}, pruned
-
-A smaller {name}, made by [fasp_graph](https://pypi.org/project/fasp-graph/): structured pruning
-found by analysing the
-model's own graph, with a least-squares repair of what stays.
-
-| | before | after |
-|---|---|---|
-| parameters | {before:,} | {after:,} |
-| bytes | {report["bytes_before"]:,} | {report["bytes_after"]:,} |
-
-Sparsity of the layers in scope: {report["sparsity"]:.1%}. Largest relative difference between this
-model and the dense
-model with the same units zeroed: {verified}.
-
-```python
-import fasp_graph as fg
-
-model = fg.load("path/to/this/folder")
-```
-
-`fasp_graph.json` lists what was kept, and the sha256 of the weights.
-"""
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -307,6 +275,13 @@ def _is_transformers(model: nn.Module) -> bool:
     if not isinstance(model, transformers.PreTrainedModel):
         return False
     return getattr(transformers, type(model).__name__, None) is type(model)
+
+
+def _umask() -> int:
+    """The process's umask: safetensors writes files that only their owner may read."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _digest(path: Path) -> str:

@@ -217,13 +217,12 @@ def _quiet() -> Iterator[None]:
     """The exporter's prints, warnings and log lines are dropped; errors still raise."""
     levels = {name: logging.getLogger(name).level for name in _CHATTY}
     sink = io.StringIO()
-    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                for name in _CHATTY:
-                    logging.getLogger(name).setLevel(logging.CRITICAL)
-                yield
-            finally:
-                for name, level in levels.items():
-                    logging.getLogger(name).setLevel(level)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sink))
+        stack.enter_context(contextlib.redirect_stderr(sink))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+            stack.callback(logging.getLogger(name).setLevel, level)
+        yield
