@@ -1,8 +1,8 @@
 """fasp_graph: a structured-pruning compiler for any PyTorch model.
 
-    deps = analyze(model, inputs)                             # which layers go together, and why
-    pruned = prune(model, inputs, calibration, Config(sparsity=0.3))
-    save(pruned, folder); load(folder); export_onnx(pruned, path)
+deps = analyze(model, inputs)                             # which layers go together, and why
+pruned = prune(model, inputs, calibration, Config(sparsity=0.3))
+save(pruned, folder); load(folder); export_onnx(pruned, path)
 """
 
 from passes.couple import DependencyGraph

@@ -17,8 +17,7 @@ tags: [pruning, structured-pruning]
 # {name}, pruned
 
 A smaller {name}, made by [fasp_graph](https://pypi.org/project/fasp-graph/): structured pruning
-found by analysing the
-model's own graph, with a least-squares repair of what stays.
+found by analysing the model's own graph, with a least-squares repair of what stays.
 
 | | before | after |
 |---|---|---|
@@ -26,8 +25,7 @@ model's own graph, with a least-squares repair of what stays.
 | bytes | {report["bytes_before"]:,} | {report["bytes_after"]:,} |
 
 Sparsity of the layers in scope: {report["sparsity"]:.1%}. Largest relative difference between this
-model and the dense
-model with the same units zeroed: {verified}.
+model and the dense model with the same units zeroed: {verified}.
 
 ```python
 import fasp_graph as fg

@@ -27,7 +27,8 @@ class Config:
     method     preset of (score, restore): fasp, magnitude, wanda, flap, random
     score      overrides the method's score: fasp, wanda_l2, magnitude, flap, random
     restore    overrides the method's repair: none, bias, fasp, affine
-    kinds      kinds of groups to prune; bilinear (Q and K) is scored by weight magnitude and cannot be repaired
+    kinds      kinds of groups to prune; bilinear (Q and K) is scored by weight magnitude and
+    cannot be repaired
     align      kept counts of unblocked groups are multiples of this
     min_keep   units that every block keeps at least
     ridge      the repair's ridge, relative to the mean of the Gram matrix's diagonal
@@ -66,4 +67,6 @@ class Config:
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is unknown · help: one of {', '.join(map(str, allowed))}")
+        raise ConfigError(
+            f"{name}={value!r} is unknown · help: one of {', '.join(map(str, allowed))}"
+        )

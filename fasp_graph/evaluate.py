@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.errors import FaspGraphError
@@ -126,9 +127,9 @@ def latency(
 def flops(
     module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> int:
-    """FLOPs of one call of `module`."""
+    """FLOPs of one call of `module`; attention counts alike whichever kernel would run it."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         module(*args, **(kwargs or {}))
     return int(counter.get_total_flops())
 

@@ -1,13 +1,17 @@
 """emit 2: the user's own class with smaller weights.
 
-Every parameter is replaced by its compact form and the size attributes of its module follow. A group's way is then
+Every parameter is replaced by its compact form and the size attributes of its module follow. A
+group's way is then
 
     native    the class's own code runs at the new size
-    adapter   the class's code has the old size burned in: the producers scatter their output back to the old width, the
-              consumers gather their input from it, in forward hooks. Weights, state_dict and outputs are compact
+    adapter   the class's code has the old size burned in: the producers scatter their output back
+    to the old width, the
+              consumers gather their input from it, in forward hooks. Weights, state_dict and
+              outputs are compact
     graph     neither works: the model is the compact graph itself
 
-Each is accepted only if the numbers equal the compact graph's, so a guess can never be silently wrong.
+Each is accepted only if the numbers equal the compact graph's, so a guess can never be silently
+wrong.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ class Emission:
     """How the user's class was made smaller; JSON-able by `to_dict`, replayed by `apply_shapes`.
 
     shapes: parameter or buffer -> new shape; attributes: module -> name -> value;
-    scatter / gather: module -> (axis, its size before, kept positions); ways: group -> native | adapter | graph.
+    scatter / gather: module -> (axis, its size before, kept positions); ways: group -> native |
+    adapter | graph.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -116,7 +121,8 @@ def _agrees(built: tuple[nn.Module, Emission] | None, inputs: Args, expected: li
         return False
     actual = actual[: len(expected)]
     return len(actual) == len(expected) and all(
-        a.shape == e.shape and torch.allclose(a.double(), e.double(), rtol=1e-3, atol=_tolerance(e), equal_nan=True)
+        a.shape == e.shape
+        and torch.allclose(a.double(), e.double(), rtol=1e-3, atol=_tolerance(e), equal_nan=True)
         for a, e in zip(actual, expected, strict=True)
     )
 
@@ -154,11 +160,17 @@ def _build(
 
 
 def _names(model: nn.Module, compact: GraphModule) -> dict[str, str]:
-    """The model's parameters and buffers -> the names under which the compact graph holds them (ties included)."""
+    """The model's parameters and buffers -> the names under which the compact graph holds
+    them (ties included).
+    """
     held = {n for n, _ in compact.named_parameters(remove_duplicate=False)}
     held |= {n for n, _ in compact.named_buffers(remove_duplicate=False)}
-    result, by_identity = {}, {}
-    own = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    result: dict[str, str] = {}
+    by_identity: dict[int, str] = {}
+    own = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     for name, tensor in own:
         if name in held:
             result[name] = name
@@ -179,7 +191,9 @@ def _attributes(module: nn.Module, old: Tensor, new: Tensor) -> dict[str, int]:
                 found |= {"groups": new.shape[0], "in_channels": new.shape[0]}
             return found
     same = {size for size, left in zip(old.shape, new.shape, strict=True) if size == left}
-    moved = {s: left for s, left in zip(old.shape, new.shape, strict=True) if s != left and s not in same}
+    moved = {
+        s: left for s, left in zip(old.shape, new.shape, strict=True) if s != left and s not in same
+    }
     return {k: moved[v] for k, v in vars(module).items() if type(v) is int and v in moved}
 
 
@@ -211,7 +225,9 @@ def _adapt(
 
 
 def apply_shapes(model: nn.Module, emission: Emission | dict[str, Any]) -> nn.Module:
-    """Give `model` (dense, changed in place) the shapes and adapters of `emission`; weights are left uninitialised."""
+    """Give `model` (dense, changed in place) the shapes and adapters of `emission`; weights
+    are left uninitialised.
+    """
     if isinstance(emission, dict):
         emission = Emission.from_dict(emission)
     made: dict[int, Tensor] = {}
@@ -221,7 +237,9 @@ def apply_shapes(model: nn.Module, emission: Emission | dict[str, Any]) -> nn.Mo
         old = getattr(owner, leaf)
         if id(old) not in made:
             empty = torch.zeros(shape, dtype=old.dtype, device=old.device)
-            made[id(old)] = nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty
+            made[id(old)] = (
+                nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty
+            )
             made[-id(old)] = old  # keeps the old tensor alive, so that its id stays unique
         setattr(owner, leaf, made[id(old)])
     for path, sizes in emission.attributes.items():
@@ -239,7 +257,9 @@ def apply_shapes(model: nn.Module, emission: Emission | dict[str, Any]) -> nn.Mo
 
 
 def _places(size: int, kept: tuple[int, ...]) -> Tensor:
-    """For each old position: where the kept one is now; removed ones point at a zero that is appended."""
+    """For each old position: where the kept one is now; removed ones point at a zero that is
+    appended.
+    """
     places = torch.full((size,), len(kept))
     places[list(kept)] = torch.arange(len(kept))
     return places

@@ -63,7 +63,9 @@ class Pruned:
 
 
 def analyze(model: nn.Module, inputs: Any, check: bool = False) -> DependencyGraph:
-    """The dependency graph of `model` at example `inputs` (a tensor, a tuple or a dict). Weights are not read."""
+    """The dependency graph of `model` at example `inputs` (a tensor, a tuple or a dict).
+    Weights are not read.
+    """
     return _couple(capture(model, inputs), check)
 
 
@@ -81,8 +83,10 @@ def prune(
 ) -> Pruned:
     """Prune `model`; the model itself is not changed.
 
-    `inputs`: example inputs (a tensor, a tuple or a dict). `calibration`: batches of the same form, or None for methods
-    that need no data. Raises FaspGraphError: CaptureError, BudgetError, CalibrationError, VerificationError...
+    `inputs`: example inputs (a tensor, a tuple or a dict). `calibration`: batches of the same
+    form, or None for methods
+    that need no data. Raises FaspGraphError: CaptureError, BudgetError, CalibrationError,
+    VerificationError...
     """
     config = config or Config()
     seconds: dict[str, float] = {}
@@ -105,7 +109,15 @@ def prune(
         small, emission = emit_model(model, compact, deps, plan, captured.inputs)
     report = _report(captured, compact, deps, plan, decisions, emission, seconds, error)
     return Pruned(
-        compact, small, plan, report, deps, config, captured.inputs, captured.dynamic_shapes, emission
+        compact,
+        small,
+        plan,
+        report,
+        deps,
+        config,
+        captured.inputs,
+        captured.dynamic_shapes,
+        emission,
     )
 
 
@@ -140,7 +152,8 @@ def _decide(
     needs_data = scoring in NEEDS_DATA or repair != "none"
     if needs_data and calibration is None:
         raise CalibrationError(
-            f"score={scoring}, restore={repair} need calibration batches · help: pass calibration, or "
+            f"score={scoring}, restore={repair} need calibration batches · help: pass "
+            f"calibration, or "
             "method='magnitude'"
         )
     generator = torch.Generator().manual_seed(config.seed)
@@ -159,11 +172,17 @@ def _decide(
                 moments = {node.name: state.moments(found[0])}
             else:
                 moments = probe(state, node, found)
-            _prune_group(state, group, found, moments, budget.keep[group.name], config, generator, decided)
+            _prune_group(
+                state, group, found, moments, budget.keep[group.name], config, generator, decided
+            )
 
     batches = _batches(calibration, captured) if pending else []
     decided.weights = walk(
-        module, batches, pending, visit, (lambda done, total: progress("prune", done, total)) if progress else None
+        module,
+        batches,
+        pending,
+        visit,
+        (lambda done, total: progress("prune", done, total)) if progress else None,
     )
     return decided
 
@@ -171,7 +190,8 @@ def _decide(
 def _batches(calibration: Any, captured: Captured) -> list[Args]:
     if isinstance(calibration, (str, bytes, Tensor)) or not hasattr(calibration, "__iter__"):
         raise CalibrationError(
-            f"calibration is {type(calibration).__name__}, not an iterable of batches · help: give a list of inputs"
+            f"calibration is {type(calibration).__name__}, not an iterable of batches · help: "
+            f"give a list of inputs"
         )
     batches = [as_args(batch) for batch in calibration]
     if not batches:
@@ -180,7 +200,9 @@ def _batches(calibration: Any, captured: Captured) -> list[Args]:
 
 
 def _views(group: Group, deps: DependencyGraph, nodes: dict[str, Node]) -> list[View]:
-    """The group's consumers as matrices; empty if one of them is not a plain linear or convolution."""
+    """The group's consumers as matrices; empty if one of them is not a plain linear or
+    convolution.
+    """
     found = []
     for consumer in group.consumers:
         node = nodes[consumer.node]
@@ -189,7 +211,9 @@ def _views(group: Group, deps: DependencyGraph, nodes: dict[str, Node]) -> list[
         if not consumer.parameter or site is None or not plain:
             return []
         source = next(o for o in site.operands if o.data)
-        found.append(View(node, consumer.parameter, consumer.dim, nodes[source.node.name], source.dim))
+        found.append(
+            View(node, consumer.parameter, consumer.dim, nodes[source.node.name], source.dim)
+        )
     return found
 
 
@@ -247,7 +271,9 @@ def _prune_group(
         name = _bias_name(view)
         bias = state.weight(name).detach() if name else None
         mask = stays.to(weight.device)[_columns(group, view, weight)]
-        result = restore(repair, view.matrix(weight), bias, moments[view.node.name], mask, config.ridge)
+        result = restore(
+            repair, view.matrix(weight), bias, moments[view.node.name], mask, config.ridge
+        )
         state.weights[view.parameter] = view.weight(result.weight, weight)
         if name and result.bias is not None:
             state.weights[name] = result.bias
@@ -263,8 +289,12 @@ def _bias_name(view: View) -> str:
     return str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else ""
 
 
-def _weight_utility(module: GraphModule, group: Group, scoring: str, generator: torch.Generator) -> Tensor:
-    """Without statistics: sqrt of the sum of squares of every weight that a unit owns (or random)."""
+def _weight_utility(
+    module: GraphModule, group: Group, scoring: str, generator: torch.Generator
+) -> Tensor:
+    """Without statistics: sqrt of the sum of squares of every weight that a unit owns (or
+    random).
+    """
     if scoring == "random":
         return torch.rand(group.size, generator=generator, dtype=torch.float64)
     total = torch.zeros(group.size, dtype=torch.float64)
@@ -273,7 +303,11 @@ def _weight_utility(module: GraphModule, group: Group, scoring: str, generator: 
         if consuming and (member.parameter, member.dim) not in consuming:
             continue
         weight = attribute(module, member.parameter).detach().double()
-        squares = weight.square().movedim(member.dim, 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square()
+        squares = (
+            weight.square().movedim(member.dim, 0).flatten(1).sum(1)
+            if weight.dim() > 1
+            else weight.square()
+        )
         total += torch.stack([squares[list(indices)].sum() for indices in member.indices]).cpu()
     return total.sqrt()
 
@@ -299,13 +333,20 @@ def _report(
     unknown = (float("nan"), float("nan"))
     pruned = tuple(
         GroupReport(
-            g.name, g.kind, g.size, len(plan.kept[g.name]), *decisions.errors.get(g.name, unknown), emission.ways[g.name]
+            g.name,
+            g.kind,
+            g.size,
+            len(plan.kept[g.name]),
+            *decisions.errors.get(g.name, unknown),
+            emission.ways[g.name],
         )
         for g in deps.groups
         if g.name in plan.kept
     )
     left = tuple(
-        Frozen(g.name, g.kind, g.reason or "not asked for") for g in deps.groups if g.name not in plan.kept
+        Frozen(g.name, g.kind, g.reason or "not asked for")
+        for g in deps.groups
+        if g.name not in plan.kept
     )
     dense = captured.graph_module
     before, after = list(dense.parameters()), list(compact.parameters())

@@ -8,7 +8,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One pruned group: units before and kept, relative squared output error of its consumers, and how it was emitted."""
+    """One pruned group: units before and kept, relative squared output error of its
+    consumers, and how it was emitted.
+    """
 
     name: str
     kind: str
@@ -30,7 +32,9 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Report:
-    """Sizes in parameters, bytes and floating-point operations of one forward pass at the example inputs."""
+    """Sizes in parameters, bytes and floating-point operations of one forward pass at the
+    example inputs.
+    """
 
     params_before: int
     params_after: int
@@ -55,7 +59,9 @@ class Report:
         units = sum(group.units for group in self.groups)
         return (
             f"parameters {self.params_before:,} -> {self.params_after:,} "
-            f"({self.sparsity:.1%} of those in scope removed), FLOPs {self.flops_before:,} -> {self.flops_after:,}, "
-            f"{len(self.groups)} groups keep {kept} of {units} units, {len(self.frozen)} groups were left alone, "
+            f"({self.sparsity:.1%} of those in scope removed), FLOPs {self.flops_before:,} -> "
+            f"{self.flops_after:,}, "
+            f"{len(self.groups)} groups keep {kept} of {units} units, {len(self.frozen)} groups "
+            f"were left alone, "
             f"verified to {self.verify_max_error:.1e}, {sum(self.seconds.values()):.1f} s"
         )

@@ -1,7 +1,7 @@
 """Models to prune: name -> model, example inputs, calibration batches, held-out tokens.
 
-    llama, opt      trained (models_zoo/train.py) on the standard library's source
-    the others      small, with random weights, one builder function each
+llama, opt      trained (models_zoo/train.py) on the standard library's source
+the others      small, with random weights, one builder function each
 """
 
 from __future__ import annotations

@@ -33,4 +33,6 @@ def vit() -> Entry:
         image_size=32,
         patch_size=8,
     )
-    return random_entry("vit", lambda: ViTModel(config), lambda: {"pixel_values": torch.randn(3, 3, 32, 32)})
+    return random_entry(
+        "vit", lambda: ViTModel(config), lambda: {"pixel_values": torch.randn(3, 3, 32, 32)}
+    )

@@ -1,4 +1,6 @@
-"""The bundled trained language models: Hugging Face folders under data/, float16 on disk, float32 in memory."""
+"""The bundled trained language models: Hugging Face folders under data/, float16 on disk,
+float32 in memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def _load(name: str) -> Entry:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
     encode = tokenizer.backend_tokenizer
-    calibration = windows(token_stream(documents("calibration"), encode), CONTEXT, CALIBRATION_WINDOWS)
+    calibration = windows(
+        token_stream(documents("calibration"), encode), CONTEXT, CALIBRATION_WINDOWS
+    )
     heldout = windows(token_stream(documents("heldout"), encode), CONTEXT, HELDOUT_WINDOWS)
     batches = [{"input_ids": rows} for rows in calibration.split(BATCH)]
     return Entry(name, model, {"input_ids": heldout[:3, :65].clone()}, batches, heldout, tokenizer)

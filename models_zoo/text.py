@@ -2,7 +2,8 @@
 
     split(module) = sha256(module name) mod 100:  0-89 train, 90-94 calibration, 95-99 held-out
 
-A module is wholly in one split, so no line of a held-out module was seen in training or calibration.
+A module is wholly in one split, so no line of a held-out module was seen in training or
+calibration.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def documents(split: Split) -> list[str]:
 
 def token_stream(texts: list[str], tokenizer: Tokenizer) -> torch.Tensor:
     """One int64 vector: every text preceded by BOS and followed by EOS."""
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    (bos,), (eos,) = (tokenizer.encode(t, add_special_tokens=False).ids for t in (BOS, EOS))
     ids: list[int] = []
     for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
         ids += [bos, *encoding.ids, eos]

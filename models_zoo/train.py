@@ -1,7 +1,9 @@
 """Train the bundled language models: `python -m models_zoo.train llama|opt`.
 
-Text: models_zoo/text.py. Tokens: byte-level BPE of about 2k, learnt on the train split and shared by both
-models. Loss: next-token cross-entropy. AdamW, linear warm-up, cosine decay, a fresh window offset each epoch.
+Text: models_zoo/text.py. Tokens: byte-level BPE of about 2k, learnt on the train split and shared
+by both
+models. Loss: next-token cross-entropy. AdamW, linear warm-up, cosine decay, a fresh window offset
+each epoch.
 Everything is drawn from one seed. The result is a Hugging Face folder with float16 weights and
 training.json (settings, held-out and unigram perplexity).
 """
@@ -66,7 +68,9 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def build(architecture: str) -> PreTrainedModel:
-    """An untrained model of about 3M parameters with tied embeddings and a context of 256 tokens."""
+    """An untrained model of about 3M parameters with tied embeddings and a context of 256
+    tokens.
+    """
     shared = {
         "vocab_size": VOCABULARY,
         "hidden_size": 192,
@@ -79,9 +83,7 @@ def build(architecture: str) -> PreTrainedModel:
         "tie_word_embeddings": True,
     }
     if architecture == "llama":
-        return LlamaForCausalLM(
-            LlamaConfig(**shared, num_key_value_heads=2, intermediate_size=512)
-        )
+        return LlamaForCausalLM(LlamaConfig(**shared, num_key_value_heads=2, intermediate_size=512))
     if architecture == "opt":
         return OPTForCausalLM(
             OPTConfig(**shared, ffn_dim=768, word_embed_proj_dim=192, dropout=0.0)

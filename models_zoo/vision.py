@@ -10,7 +10,9 @@ from .entry import Entry, random_entry
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the shortcut subsamples and pads channels with zeros (option A of He et al. 2015)."""
+    """Two 3x3 convolutions; the shortcut subsamples and pads channels with zeros (option A of
+    He et al. 2015).
+    """
 
     def __init__(self, inputs: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -30,7 +32,9 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNet: three stages of n basic blocks with w, 2w, 4w channels, global pooling, one linear layer."""
+    """The CIFAR ResNet: three stages of n basic blocks with w, 2w, 4w channels, global
+    pooling, one linear layer.
+    """
 
     def __init__(self, n: int = 3, width: int = 16, classes: int = 10) -> None:
         super().__init__()

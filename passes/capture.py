@@ -1,7 +1,9 @@
 """capture: model + example inputs -> one cleaned torch.fx graph whose numbers equal the model's.
 
-torch.export, non-strict, under no_grad, on a copy in eval mode. Integer inputs (tokens, masks) are dynamic in
-every axis, other inputs in the first; what the model specialises is taken as it is. The result is accepted only
+torch.export, non-strict, under no_grad, on a copy in eval mode. Integer inputs (tokens, masks) are
+dynamic in
+every axis, other inputs in the first; what the model specialises is taken as it is. The result is
+accepted only
 if it equals eager at the sample size and, where an axis is dynamic, at another one.
 """
 
@@ -39,8 +41,10 @@ _IDENTITY = {
 class Captured:
     """A captured program.
 
-    `graph_module` holds parameters under the user's names (tied ones as one object) and is called like the model;
-    `inputs` are the fresh copies it was captured with; `dynamic_shapes` is what torch.export accepted (None: static).
+    `graph_module` holds parameters under the user's names (tied ones as one object) and is called
+    like the model;
+    `inputs` are the fresh copies it was captured with; `dynamic_shapes` is what torch.export
+    accepted (None: static).
     """
 
     graph_module: GraphModule
@@ -49,7 +53,9 @@ class Captured:
 
 
 def as_args(inputs: Any) -> Args:
-    """A tensor, a tuple (positional) or a mapping (keyword) as (args, kwargs) of fresh contiguous tensors."""
+    """A tensor, a tuple (positional) or a mapping (keyword) as (args, kwargs) of fresh
+    contiguous tensors.
+    """
     if isinstance(inputs, Mapping):
         args: Args = ((), dict(inputs))
     elif isinstance(inputs, (tuple, list)):
@@ -67,7 +73,9 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
     """Capture `model` at `inputs`; CaptureError names the cause. The model is not changed."""
     args = as_args(inputs)
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args)):
-        raise CaptureError("inputs hold no tensor · help: pass a tensor, a tuple or a dict of tensors")
+        raise CaptureError(
+            "inputs hold no tensor · help: pass a tensor, a tuple or a dict of tensors"
+        )
     quantised = [n for n, p in model.named_parameters() if not p.dtype.is_floating_point]
     if quantised:
         raise CaptureError(
@@ -76,7 +84,7 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
         )
     model = copy.deepcopy(model).eval()
     config = getattr(model, "config", None)
-    if getattr(config, "use_cache", None):
+    if config is not None and getattr(config, "use_cache", None):
         config.use_cache = False
     shapes = _dynamic_shapes(args)
     error: Exception | None = None
@@ -94,8 +102,10 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
             if attempt is None:
                 break
     raise CaptureError(
-        f"torch.export cannot capture {type(model).__name__}: {str(error).strip()[:800]} · help: the forward "
-        "must not branch on data; try other example inputs, or prune the part of the model that can be captured"
+        f"torch.export cannot capture {type(model).__name__}: {str(error).strip()[:800]} · "
+        f"help: the forward "
+        "must not branch on data; try other example inputs, or prune the part of the model "
+        "that can be captured"
     ) from error
 
 
@@ -118,7 +128,9 @@ def clean(module: GraphModule) -> GraphModule:
     for node in list(graph.nodes):
         if node.op == "call_module" and not node.users and "guards" in str(node.target):
             graph.erase_node(node)
-        elif node.op == "call_function" and getattr(node.target, "__name__", "").startswith("wrap_with"):
+        elif node.op == "call_function" and getattr(node.target, "__name__", "").startswith(
+            "wrap_with"
+        ):
             _inline(module, node)
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -137,7 +149,9 @@ def clean(module: GraphModule) -> GraphModule:
 
 
 def _inline(module: GraphModule, node: Node) -> None:
-    position = next(i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr")
+    position = next(
+        i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr"
+    )
     body_node = node.args[position]
     assert isinstance(body_node, Node)
     body = getattr(module, str(body_node.target))
@@ -165,7 +179,8 @@ def _check(module: GraphModule, model: nn.Module, args: Args, dynamic: bool) -> 
     sizes = [args]
     if dynamic:
         doubled = pytree.tree_map(
-            lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() and len(v) > 1 else v, args
+            lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() and len(v) > 1 else v,
+            args,
         )
         sizes.append(doubled)
     for positional, keyword in sizes:
@@ -175,7 +190,9 @@ def _check(module: GraphModule, model: nn.Module, args: Args, dynamic: bool) -> 
             expected = tensors(model(*positional, **keyword))
             actual = tensors(module(*positional, **keyword))
         for left, right in zip(expected, actual, strict=True):
-            if not torch.allclose(left.double(), right.double(), rtol=1e-3, atol=1e-4, equal_nan=True):
+            if not torch.allclose(
+                left.double(), right.double(), rtol=1e-3, atol=1e-4, equal_nan=True
+            ):
                 raise CaptureError("the captured graph computes other numbers than the model")
 
 

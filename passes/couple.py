@@ -1,14 +1,17 @@
 """couple: labels -> groups of units that must be removed together.
 
-    unit       a connected component of labels
-    group      units with the same footprint: the same dims of the same weights in the same multiplicity, summed away
-               at the same places
-    blocks     runs of units inside a group (heads) that must each lose equally many, so that shapes stay rectangular
+unit       a connected component of labels
+group      units with the same footprint: the same dims of the same weights in the same
+multiplicity, summed away
+           at the same places
+blocks     runs of units inside a group (heads) that must each lose equally many, so that shapes
+stay rectangular
 
-    chain      made by weights, summed away against weights: removing equals zeroing the consumer's columns
-    bilinear   summed away between two activations (Q.K) or alone: exact, but nothing can be repaired
-    width      crosses an op that mixes it (normalisation): not exact
-    frozen     reaches an output, an input, an index, an unknown op: never removed; the reason is kept
+chain      made by weights, summed away against weights: removing equals zeroing the consumer's
+columns
+bilinear   summed away between two activations (Q.K) or alone: exact, but nothing can be repaired
+width      crosses an op that mixes it (normalisation): not exact
+frozen     reaches an output, an input, an index, an unknown op: never removed; the reason is kept
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A node that sums the group's axis away against dim `dim` of `parameter` ('' between activations)."""
+    """A node that sums the group's axis away against dim `dim` of `parameter` ('' between
+    activations).
+    """
 
     node: str
     parameter: str
@@ -73,10 +78,17 @@ class Group:
             "size": self.size,
             "blocks": self.blocks,
             "members": [
-                {"parameter": m.parameter, "dim": m.dim, "per_unit": len(m.indices[0])} for m in self.members
+                {"parameter": m.parameter, "dim": m.dim, "per_unit": len(m.indices[0])}
+                for m in self.members
             ],
             "consumers": [
-                {"node": c.node, "parameter": c.parameter, "dim": c.dim, "module": c.module, "line": c.line}
+                {
+                    "node": c.node,
+                    "parameter": c.parameter,
+                    "dim": c.dim,
+                    "module": c.module,
+                    "line": c.line,
+                }
                 for c in self.consumers
             ],
             "reason": self.reason,
@@ -96,7 +108,9 @@ class DependencyGraph:
         for group in self.groups:
             if group.name == name:
                 return group
-        raise FaspGraphError(f"no group named {name!r} · help: deps.groups lists {len(self.groups)} groups")
+        raise FaspGraphError(
+            f"no group named {name!r} · help: deps.groups lists {len(self.groups)} groups"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: groups and parameter shapes."""
@@ -106,7 +120,9 @@ class DependencyGraph:
         }
 
     def to_networkx(self) -> nx.Graph:
-        """Parameters are nodes; two are joined by an edge for each group that both are members of."""
+        """Parameters are nodes; two are joined by an edge for each group that both are
+        members of.
+        """
         graph = nx.MultiGraph()
         for name, shape in self.parameters.items():
             graph.add_node(name, shape=str(list(shape)))
@@ -117,10 +133,15 @@ class DependencyGraph:
         return graph
 
     def explain(self, parameter: str) -> str:
-        """For a weight: the groups of its dims, what goes with each index, why it is or is not prunable."""
+        """For a weight: the groups of its dims, what goes with each index, why it is or is
+        not prunable.
+        """
         if parameter not in self.parameters:
             near = [name for name in self.parameters if parameter in name][:5]
-            raise FaspGraphError(f"no parameter {parameter!r} · help: close names: {near or list(self.parameters)[:5]}")
+            raise FaspGraphError(
+                f"no parameter {parameter!r} · help: close names: {near or "
+                f"list(self.parameters)[:5]}"
+            )
         lines = [f"{parameter} {list(self.parameters[parameter])}"]
         for group in self.groups:
             for member in group.members:
@@ -143,11 +164,14 @@ class DependencyGraph:
 def _explained(group: Group, member: Member) -> list[str]:
     others = [f"{m.parameter}[{m.dim}]" for m in group.members if m is not member]
     lines = [
-        f"  dim {member.dim}: group {group.name} ({group.kind}, {group.size} units in {group.blocks} blocks)",
+        f"  dim {member.dim}: group {group.name} ({group.kind}, {group.size} units in "
+        f"{group.blocks} blocks)",
         f"    goes with: {', '.join(others) or 'nothing else'}",
     ]
     for consumer in group.consumers:
-        lines.append(f"    summed away at %{consumer.node} {consumer.module} {consumer.line}".rstrip())
+        lines.append(
+            f"    summed away at %{consumer.node} {consumer.module} {consumer.line}".rstrip()
+        )
     if group.reason:
         lines.append(f"    reason: {group.reason}")
     return lines
@@ -174,7 +198,9 @@ def couple(labels: Labels, parameters: dict[str, Tensor]) -> DependencyGraph:
     order = order[np.argsort(first[order], kind="stable")]
     buckets: dict[tuple[int, str], list[int]] = {}
     for unit in order:
-        buckets.setdefault((int(footprint[unit]), notes.frozen.get(int(unit), "")), []).append(int(unit))
+        buckets.setdefault((int(footprint[unit]), notes.frozen.get(int(unit), "")), []).append(
+            int(unit)
+        )
     where_: dict[int, list[tuple[tuple[str, int], int]]] = {}
     for source, units in members.items():
         for index, unit in enumerate(units):
@@ -206,7 +232,9 @@ class _Notes:
                 if mark.kind == "bent":
                     self.bent.add(int(unit))
                 else:
-                    (self.frozen if mark.kind == "frozen" else self.mixed).setdefault(int(unit), mark.reason)
+                    (self.frozen if mark.kind == "frozen" else self.mixed).setdefault(
+                        int(unit), mark.reason
+                    )
 
 
 def _flat(array: Tensor) -> np.ndarray:
@@ -218,14 +246,17 @@ def _components(labels: Labels) -> np.ndarray:
         return np.arange(labels.count)
     pairs = torch.cat(labels.edges).numpy()
     graph = coo_array(
-        (np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(labels.count, labels.count)
+        (np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])),
+        shape=(labels.count, labels.count),
     )
     return connected_components(graph, directed=False)[1]
 
 
 def _memberships(labels: Labels, component: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
     return {
-        (s.name, s.dim): component[s.start : s.start + s.size] for s in labels.sources if s.kind == "parameter"
+        (s.name, s.dim): component[s.start : s.start + s.size]
+        for s in labels.sources
+        if s.kind == "parameter"
     }
 
 
@@ -266,7 +297,8 @@ def _group(
         for source, index in where_[unit]:
             gathered.setdefault(source, [[] for _ in units])[position].append(index)
     members = tuple(
-        Member(name, dim, tuple(tuple(rows) for rows in indices)) for (name, dim), indices in gathered.items()
+        Member(name, dim, tuple(tuple(rows) for rows in indices))
+        for (name, dim), indices in gathered.items()
     )
     first = units[0]
     sites = notes.sites.get(first, [])

@@ -30,7 +30,9 @@ class ConfigError(FaspGraphError):
 
 
 class VerificationError(FaspGraphError):
-    """The compact graph differs from the masked dense model: an internal error, nothing is written."""
+    """The compact graph differs from the masked dense model: an internal error, nothing is
+    written.
+    """
 
 
 def where(node: Node) -> str:

@@ -1,13 +1,18 @@
 """Label propagation: run the captured graph on labels instead of numbers.
 
-Every index of every dim of every weight is an integer label. A Value carries, per dim, at most one label array: an
-int64 tensor that broadcasts to the value's shape (size 1 on every dim along which the label does not change). The
-dim is the one that pruning compacts; other dims along which the array varies enumerate blocks (heads).
+Every index of every dim of every weight is an integer label. A Value carries, per dim, at most one
+label array: an
+int64 tensor that broadcasts to the value's shape (size 1 on every dim along which the label does
+not change). The
+dim is the one that pruning compacts; other dims along which the array varies enumerate blocks
+(heads).
 
     movement   the same aten op is executed on the label arrays
     pointwise  labels that meet in one element, on the same dim, unite
-    rules      passes/rules: carried axes unite, summed axes unite and end in a Site, mixed and fixed axes are marked
-    otherwise  everything that the op touches is marked frozen, with the op and the user's line as the reason
+    rules      passes/rules: carried axes unite, summed axes unite and end in a Site, mixed and
+    fixed axes are marked
+    otherwise  everything that the op touches is marked frozen, with the op and the user's line as
+    the reason
 """
 
 from __future__ import annotations
@@ -30,17 +35,75 @@ from .rules import Call, parse, table
 
 Arrays = Mapping[int, Tensor]
 MOVEMENT = set(
-    "reshape view _unsafe_view view_as reshape_as flatten unflatten permute transpose t movedim swapaxes squeeze "
-    "unsqueeze expand expand_as select slice narrow split split_with_sizes chunk unbind roll flip repeat tile "
-    "repeat_interleave index_select index pixel_shuffle pixel_unshuffle channel_shuffle unfold diagonal".split()
+    [
+        "reshape",
+        "view",
+        "_unsafe_view",
+        "view_as",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "t",
+        "movedim",
+        "swapaxes",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "select",
+        "slice",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "roll",
+        "flip",
+        "repeat",
+        "tile",
+        "repeat_interleave",
+        "index_select",
+        "index",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "unfold",
+        "diagonal",
+    ]
 )
 SAME_DIMS = {"slice", "narrow", "split", "split_with_sizes", "chunk", "flip", "roll"}
 JOIN = {"cat", "concat", "stack"}
 CARRY = set(
-    "clone contiguous to _to_copy dropout type_as detach alias tril triu masked_fill where clamp gelu silu relu "
-    "hardtanh hardswish softplus zeros_like ones_like empty_like full_like rand_like".split()
+    [
+        "clone",
+        "contiguous",
+        "to",
+        "_to_copy",
+        "dropout",
+        "type_as",
+        "detach",
+        "alias",
+        "tril",
+        "triu",
+        "masked_fill",
+        "where",
+        "clamp",
+        "gelu",
+        "silu",
+        "relu",
+        "hardtanh",
+        "hardswish",
+        "softplus",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+    ]
 )
-LINEAR = set("add sub neg rsub to _to_copy contiguous clone type_as".split())
+LINEAR = set(["add", "sub", "neg", "rsub", "to", "_to_copy", "contiguous", "clone", "type_as"])
 
 
 @dataclass(frozen=True)
@@ -83,7 +146,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of a node's result: its shape, label arrays, and its numbers if it depends on no input."""
+    """What is known of a node's result: its shape, label arrays, and its numbers if it
+    depends on no input.
+    """
 
     fake: Tensor
     arrays: Arrays = field(default_factory=dict)
@@ -143,7 +208,9 @@ class Labels:
         return self.sources[at].kind in ("input", "position")
 
     def meet(self, arrays: list[Tensor]) -> Tensor:
-        """Arrays that compact the same dim of one value unite; the frozen one, else the finest, stands for all."""
+        """Arrays that compact the same dim of one value unite; the frozen one, else the
+        finest, stands for all.
+        """
         for other in arrays[1:]:
             self.unite(arrays[0], other)
         return max(arrays, key=lambda array: (array.numel(), self.immovable(array)))
@@ -274,7 +341,9 @@ class _Propagation:
         return values[0] if single else values
 
     def _constant(self, node: Node, args: Any) -> Any:
-        plain = pytree.tree_map(lambda v: v.const if isinstance(v, Value) else v, args, is_leaf=_is_value)
+        plain = pytree.tree_map(
+            lambda v: v.const if isinstance(v, Value) else v, args, is_leaf=_is_value
+        )
         with torch.no_grad():
             result = node.target(*plain[0], **plain[1])  # type: ignore[operator]
         return pytree.tree_map(
@@ -282,12 +351,16 @@ class _Propagation:
         )
 
     def _execute_fake(self, node: Node, args: Any) -> Any:
-        plain = pytree.tree_map(lambda v: v.fake if isinstance(v, Value) else v, args, is_leaf=_is_value)
+        plain = pytree.tree_map(
+            lambda v: v.fake if isinstance(v, Value) else v, args, is_leaf=_is_value
+        )
         try:
             with self.fakes, torch.no_grad():
                 return node.target(*plain[0], **plain[1])  # type: ignore[operator]
         except Exception as error:
-            raise UnsupportedOp(f"cannot infer the shape of {node.target}: {error} · {where(node)}") from error
+            raise UnsupportedOp(
+                f"cannot infer the shape of {node.target}: {error} · {where(node)}"
+            ) from error
 
     def _labelled(self, node: Node, value: Value) -> Value:
         """A constant gets labels when it meets labelled data (so that it can be gathered)."""
@@ -311,7 +384,9 @@ class _Propagation:
         def execute(array: Tensor) -> list[Tensor]:
             replaced = {id(value): array.expand(value.shape)}
             plain = pytree.tree_map(
-                lambda v: replaced.get(id(v), v.const) if isinstance(v, Value) else v, args, is_leaf=_is_value
+                lambda v: replaced.get(id(v), v.const) if isinstance(v, Value) else v,
+                args,
+                is_leaf=_is_value,
             )
             result = node.target(*plain[0], **plain[1])  # type: ignore[operator]
             return [result] if isinstance(result, Tensor) else list(result)
@@ -319,13 +394,20 @@ class _Propagation:
         outputs: list[dict[int, list[Tensor]]] = []
         for dim, array in value.arrays.items():
             moved = [compress(out) for out in execute(array)]
-            ticks = [compress(out) for out in execute(along(torch.arange(value.shape[dim]), dim, len(value.shape)))]
+            ticks = [
+                compress(out)
+                for out in execute(along(torch.arange(value.shape[dim]), dim, len(value.shape)))
+            ]
             outputs = outputs or [{} for _ in moved]
             for slot, out, tick in zip(outputs, moved, ticks, strict=True):
                 if not out.numel():
                     continue
                 target = dim if _op_name(node) in SAME_DIMS else _home(out, tick)
-                if target is not None and self.labels.immovable(array) and sum(n > 1 for n in out.shape) > 1:
+                if (
+                    target is not None
+                    and self.labels.immovable(array)
+                    and sum(n > 1 for n in out.shape) > 1
+                ):
                     for d, size in enumerate(out.shape):
                         if size > 1:
                             slot.setdefault(d, []).append(self._position(node, d, size, out.dim()))
@@ -335,7 +417,8 @@ class _Propagation:
             result = execute(torch.zeros([1] * len(value.shape), dtype=torch.long))
             return [{} for _ in result]
         return [
-            {dim: self._merge(node, dim, candidates) for dim, candidates in slot.items()} for slot in outputs
+            {dim: self._merge(node, dim, candidates) for dim, candidates in slot.items()}
+            for slot in outputs
         ]
 
     def _position(self, node: Node, dim: int, size: int, rank: int) -> Tensor:
@@ -347,7 +430,9 @@ class _Propagation:
         """Several arrays want one dim (a flatten): the finer one that can be pruned covers it."""
         if len(candidates) == 1:
             return candidates[0]
-        candidates.sort(key=lambda a: (not self.labels.immovable(a), len(torch.unique(a)), a.numel()))
+        candidates.sort(
+            key=lambda a: (not self.labels.immovable(a), len(torch.unique(a)), a.numel())
+        )
         best = candidates.pop()
         if self.labels.immovable(best):
             size = max(a.shape[dim] for a in (best, *candidates))
@@ -358,7 +443,9 @@ class _Propagation:
             if other.shape == best.shape and len(torch.unique(other)) == len(torch.unique(best)):
                 self.labels.unite(best, other)
             else:
-                self.labels.mark("frozen", [other], f"an outer label at {_op_name(node)} · {where(node)}")
+                self.labels.mark(
+                    "frozen", [other], f"an outer label at {_op_name(node)} · {where(node)}"
+                )
         return best
 
     # ---------------------------------------------------------------- join, pad
@@ -366,9 +453,7 @@ class _Propagation:
         bound = _bind(node, args)
         rank, dim = fake.dim(), bound.get("dim", 0) % fake.dim()
         self._operands(node)
-        parts = [
-            self.labels.values[n] for n in _bind(node, (node.args, node.kwargs))["tensors"]
-        ]
+        parts = [self.labels.values[n] for n in _bind(node, (node.args, node.kwargs))["tensors"]]
         stacked = _op_name(node) == "stack"
         shapes, arrays = [], []
         for part in parts:
@@ -379,8 +464,12 @@ class _Propagation:
                 shape.insert(dim, 1)
                 found = {k + (k >= dim): a.unsqueeze(dim) for k, a in found.items()}
             if shape[dim] and dim not in found and not _covered(found, dim):
-                found[dim] = along(self.labels.fresh("position", node.name, dim, shape[dim]), dim, rank)
-                self.labels.mark("frozen", [found[dim]], f"a place in {_op_name(node)} · {where(node)}")
+                found[dim] = along(
+                    self.labels.fresh("position", node.name, dim, shape[dim]), dim, rank
+                )
+                self.labels.mark(
+                    "frozen", [found[dim]], f"a place in {_op_name(node)} · {where(node)}"
+                )
             shapes.append(shape)
             arrays.append(found)
         result: dict[int, Tensor] = {}
@@ -391,14 +480,22 @@ class _Propagation:
             if axis == dim:
                 result[axis] = self._join_along(node, dim, shapes, arrays, held)
                 continue
-            held = [self.labels.collapse(a, dim) if stacked is False and a.shape[dim] > 1 else a for a in held]
+            held = [
+                self.labels.collapse(a, dim) if stacked is False and a.shape[dim] > 1 else a
+                for a in held
+            ]
             if stacked:
                 held = list(torch.broadcast_tensors(*held))
             result[axis] = compress(self.labels.meet(held))
         return result
 
     def _join_along(
-        self, node: Node, dim: int, shapes: list[list[int]], arrays: list[dict[int, Tensor]], held: list[Tensor]
+        self,
+        node: Node,
+        dim: int,
+        shapes: list[list[int]],
+        arrays: list[dict[int, Tensor]],
+        held: list[Tensor],
     ) -> Tensor:
         outer = [max(a.shape[k] for a in held) if k != dim else 1 for k in range(len(shapes[0]))]
         pieces = []
@@ -406,9 +503,15 @@ class _Propagation:
             if not shape[dim]:
                 continue
             if dim not in found:
-                found[dim] = along(self.labels.fresh("position", node.name, dim, shape[dim]), dim, len(shape))
-                self.labels.mark("frozen", [found[dim]], f"a place in {_op_name(node)} · {where(node)}")
-            pieces.append(found[dim].expand([shape[dim] if k == dim else outer[k] for k in range(len(shape))]))
+                found[dim] = along(
+                    self.labels.fresh("position", node.name, dim, shape[dim]), dim, len(shape)
+                )
+                self.labels.mark(
+                    "frozen", [found[dim]], f"a place in {_op_name(node)} · {where(node)}"
+                )
+            pieces.append(
+                found[dim].expand([shape[dim] if k == dim else outer[k] for k in range(len(shape))])
+            )
         return compress(torch.cat(pieces, dim))
 
     def _pad(self, node: Node, args: Any, fake: Tensor) -> dict[int, Tensor]:
@@ -424,14 +527,27 @@ class _Propagation:
                 if other != dim:
                     result[other] = self.labels.collapse(array, dim)
             inner = result.get(dim)
-            if inner is None or left < 0 or right < 0 or not zero or inner.numel() != inner.shape[dim]:
+            if (
+                inner is None
+                or left < 0
+                or right < 0
+                or not zero
+                or inner.numel() != inner.shape[dim]
+            ):
                 if inner is not None:
-                    self.labels.mark("frozen", [inner], f"padded by {_op_name(node)} · {where(node)}")
-                fresh = along(self.labels.fresh("position", node.name, dim, fake.shape[dim]), dim, rank)
+                    self.labels.mark(
+                        "frozen", [inner], f"padded by {_op_name(node)} · {where(node)}"
+                    )
+                fresh = along(
+                    self.labels.fresh("position", node.name, dim, fake.shape[dim]), dim, rank
+                )
                 self.labels.mark("frozen", [fresh], f"padded by {_op_name(node)} · {where(node)}")
                 result[dim] = fresh
                 continue
-            ends = [along(self.labels.fresh("constant", node.name, dim, n), dim, rank) for n in (left, right)]
+            ends = [
+                along(self.labels.fresh("constant", node.name, dim, n), dim, rank)
+                for n in (left, right)
+            ]
             result[dim] = torch.cat([ends[0], inner, ends[1]], dim)
         return result
 
@@ -447,7 +563,9 @@ class _Propagation:
             ]
             if held:
                 result[dim] = self.labels.meet(held)
-        if name.rstrip("_") not in LINEAR and not (name.rstrip("_") in ("mul", "div") and len(values) == 1):
+        if name.rstrip("_") not in LINEAR and not (
+            name.rstrip("_") in ("mul", "div") and len(values) == 1
+        ):
             self.labels.mark("bent", result.values(), name)
         return result
 
@@ -466,9 +584,7 @@ class _Propagation:
     def _rule(self, node: Node, args: Any, rule: Any) -> list[dict[int, Tensor]]:
         nodes = _bind(node, (node.args, node.kwargs))
         self._operands(node)
-        shaped = {
-            k: (v.shape if isinstance(v, Value) else v) for k, v in _bind(node, args).items()
-        }
+        shaped = {k: (v.shape if isinstance(v, Value) else v) for k, v in _bind(node, args).items()}
         if "tensors" in nodes and isinstance(nodes["tensors"], (list, tuple)):
             operands = list(nodes["tensors"])
         else:
@@ -518,7 +634,9 @@ class _Propagation:
         for d in range(channel + 1, len(x.shape)):
             if shape[d] != 1:
                 size = self._execute_fake(node, args).shape[d]
-                result[d] = along(self.labels.fresh("position", node.name, d, size), d, len(x.shape))
+                result[d] = along(
+                    self.labels.fresh("position", node.name, d, size), d, len(x.shape)
+                )
                 self.labels.mark("frozen", [result[d]], f"a position of {_op_name(node)}")
         return result
 
@@ -527,7 +645,8 @@ def _apply(labels: Labels, node: Node, axes: Any, operands: list[Any]) -> list[d
     """Carried axes unite, summed axes unite and make a Site, the others are marked."""
     values = [labels.values[n] if isinstance(n, Node) else None for n in operands]
     lists = [
-        _expand(names, len(v.shape)) if v is not None else () for names, v in zip(axes.operands, values, strict=False)
+        _expand(names, len(v.shape)) if v is not None else ()
+        for names, v in zip(axes.operands, values, strict=False)
     ]
     order = list(dict.fromkeys(name for names in lists for name in names))
     kinds = dict(axes.kinds)
@@ -563,7 +682,9 @@ def _apply(labels: Labels, node: Node, axes: Any, operands: list[Any]) -> list[d
                 shape = _output_shape(labels, node)
                 size = shape[dim] if shape else 0
                 if size > 1:
-                    found[dim] = along(labels.fresh("position", node.name, dim, size), dim, len(names))
+                    found[dim] = along(
+                        labels.fresh("position", node.name, dim, size), dim, len(names)
+                    )
                     labels.mark("frozen", [found[dim]], f"a position of {_op_name(node)}")
         results.append(found)
     return results
@@ -572,10 +693,14 @@ def _apply(labels: Labels, node: Node, axes: Any, operands: list[Any]) -> list[d
 def _output_shape(labels: Labels, node: Node) -> tuple[int, ...]:
     """Concrete output shape of a pooling or convolution, by running it on meta tensors."""
     args = pytree.tree_map(
-        lambda n: labels.values[n] if isinstance(n, Node) else n, (node.args, node.kwargs), is_leaf=_is_node
+        lambda n: labels.values[n] if isinstance(n, Node) else n,
+        (node.args, node.kwargs),
+        is_leaf=_is_node,
     )
     plain = pytree.tree_map(
-        lambda v: torch.empty(v.shape, dtype=v.fake.dtype, device="meta") if isinstance(v, Value) else v,
+        lambda v: (
+            torch.empty(v.shape, dtype=v.fake.dtype, device="meta") if isinstance(v, Value) else v
+        ),
         args,
         is_leaf=_is_value,
     )
@@ -619,7 +744,9 @@ def _restrict(labels: Labels, array: Tensor, order: list[str], names: tuple[str,
 
 
 def _home(array: Tensor, ticks: Tensor) -> int | None:
-    """The dim that pruning compacts after a movement: the last one that still carries the old dim's positions."""
+    """The dim that pruning compacts after a movement: the last one that still carries the old
+    dim's positions.
+    """
     varies = [d for d, size in enumerate(array.shape) if size > 1]
     both = [d for d in varies if ticks.shape[d] > 1]
     return both[-1] if both else varies[-1] if varies else None
@@ -630,7 +757,9 @@ def _covered(arrays: Arrays, dim: int) -> bool:
 
 
 def check_covered(node: Node, value: Value) -> None:
-    """Every dim of size > 1 of a labelled value varies in some array, or the value was expanded along it."""
+    """Every dim of size > 1 of a labelled value varies in some array, or the value was
+    expanded along it.
+    """
     for dim, size in enumerate(value.shape):
         constant = value.fake.stride(dim) == 0
         if size > 1 and not constant and not _covered(value.arrays, dim):
@@ -648,7 +777,11 @@ def _is_value(item: Any) -> bool:
 
 
 def _op_name(node: Node) -> str:
-    return str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+    return (
+        str(node.target).split(".")[1]
+        if isinstance(node.target, torch._ops.OpOverload)
+        else str(node.target)
+    )
 
 
 def _pointwise(node: Node) -> bool:

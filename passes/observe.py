@@ -1,7 +1,9 @@
 """observe: one walk over the graph, all calibration batches side by side at a frontier.
 
-Nodes run in order. Before a node that the caller wants to see, `visit` is called with the walk; it reads the node's
-inputs over all batches and may replace weights, which every later node then uses. A value is dropped after its last use,
+Nodes run in order. Before a node that the caller wants to see, `visit` is called with the walk; it
+reads the node's
+inputs over all batches and may replace weights, which every later node then uses. A value is
+dropped after its last use,
 so the walk costs one forward pass and holds only live activations.
 """
 
@@ -23,7 +25,9 @@ from .errors import CalibrationError, where
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens at a consumer's input: gram = X^T X [in, in], mean of X [in], number of tokens."""
+    """Sums over tokens at a consumer's input: gram = X^T X [in, in], mean of X [in], number
+    of tokens.
+    """
 
     gram: Tensor
     mean: Tensor
@@ -32,7 +36,9 @@ class Moments:
 
 @dataclass(frozen=True)
 class View:
-    """A consumer as a matrix: Y = X W^T with W [out, in * kernel]; column j belongs to index j // kernel."""
+    """A consumer as a matrix: Y = X W^T with W [out, in * kernel]; column j belongs to index
+    j // kernel.
+    """
 
     node: Node
     parameter: str
@@ -46,7 +52,9 @@ class View:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as [out, in * kernel]."""
-        return weight.flatten(1) if self.convolution else weight.movedim(self.dim, -1).flatten(0, -2)
+        return (
+            weight.flatten(1) if self.convolution else weight.movedim(self.dim, -1).flatten(0, -2)
+        )
 
     def weight(self, matrix: Tensor, like: Tensor) -> Tensor:
         """The inverse of `matrix`."""
@@ -61,10 +69,16 @@ class View:
             return value.movedim(self.source_dim, -1).flatten(0, -2)
         names = [a.name for a in self.node.target._schema.arguments]  # type: ignore[union-attr]
         bound = dict(zip(names, self.node.args, strict=False)) | dict(self.node.kwargs)
-        stride, padding, dilation = bound.get("stride", 1), bound.get("padding", 0), bound.get("dilation", 1)
+        stride, padding, dilation = (
+            bound.get("stride", 1),
+            bound.get("padding", 0),
+            bound.get("dilation", 1),
+        )
         if weight.dim() == 3:
             value, weight = value.unsqueeze(-2), weight.unsqueeze(-2)
-            stride, padding, dilation = ([x, *y] for x, y in ((1, stride), (0, padding), (1, dilation)))
+            stride, padding, dilation = (
+                [x, *y] for x, y in ((1, stride), (0, padding), (1, dilation))
+            )
         columns = torch.nn.functional.unfold(value, weight.shape[2:], dilation, padding, stride)
         return columns.movedim(1, -1).flatten(0, -2)
 
@@ -79,7 +93,9 @@ class Walk:
 
     def weight(self, name: str) -> Tensor:
         """The current weight of a parameter or buffer."""
-        return self.weights[name] if name in self.weights else operator.attrgetter(name)(self.module)
+        return (
+            self.weights[name] if name in self.weights else operator.attrgetter(name)(self.module)
+        )
 
     def value(self, environment: dict[Node, Any], node: Node) -> Any:
         """A node's value in one batch."""
@@ -100,7 +116,8 @@ class Walk:
         assert gram is not None and total is not None
         if not bool(torch.isfinite(gram).all()):
             raise CalibrationError(
-                f"non-finite activations reach {view.parameter} · {where(view.node)} · help: check the model in this "
+                f"non-finite activations reach {view.parameter} · {where(view.node)} · help: "
+                f"check the model in this "
                 "precision and the calibration data"
             )
         return Moments(gram, total / tokens, tokens)
@@ -123,7 +140,8 @@ def environments(module: GraphModule, batches: Iterable[Args]) -> Iterator[dict[
         leaves = pytree.tree_leaves(args)
         if len(leaves) != len(places):
             raise CalibrationError(
-                f"a calibration batch has {len(leaves)} values, the model was captured with {len(places)} · "
+                f"a calibration batch has {len(leaves)} values, the model was captured with "
+                f"{len(places)} · "
                 "help: give batches of the same form as `inputs`"
             )
         yield dict(zip(places, leaves, strict=True))
@@ -163,7 +181,9 @@ def walk(
 
 @torch.no_grad()
 def probe(state: Walk, start: Node, views: list[View]) -> dict[str, Moments]:
-    """Moments at several consumers from `start` on, without changing the walk: consumer node name -> moments."""
+    """Moments at several consumers from `start` on, without changing the walk: consumer node
+    name -> moments.
+    """
     ahead = Walk(state.module, [dict(e) for e in state.environments], state.weights)
     wanted = {view.node: view for view in views}
     found: dict[str, Moments] = {}

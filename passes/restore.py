@@ -1,11 +1,13 @@
-"""restore: new weights for the columns that stay. Y = X W^T + b, K kept, P removed, d = ridge * mean(diag G_KK).
+"""restore: new weights for the columns that stay. Y = X W^T + b, K kept, P removed, d = ridge *
+mean(diag G_KK).
 
     none    W_K
     bias    W_K, b + W_P mu_P                                                       FLAP
     fasp    W G_:K (G_KK + dI)^-1              G = X^T X                            FASP
     affine  W_K + W_P C_PK (C_KK + dI)^-1,     C = G/N - mu mu^T, b + W mu - W_K* mu_K
 
-`bias` and `affine` change b only where the consumer has one; without, `affine` uses G in place of C and leaves no bias.
+`bias` and `affine` change b only where the consumer has one; without, `affine` uses G in place of
+C and leaves no bias.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ RESTORES = ("none", "bias", "fasp", "affine")
 
 @dataclass(frozen=True)
 class Restored:
-    """Dense-shaped weight [out, in] (removed columns zero), bias, and ||error||^2 / ||Y||^2 without and with repair."""
+    """Dense-shaped weight [out, in] (removed columns zero), bias, and ||error||^2 / ||Y||^2
+    without and with repair.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -31,7 +35,12 @@ class Restored:
 
 
 def restore(
-    method: str, weight: Tensor, bias: Tensor | None, moments: Moments | None, keep: Tensor, ridge: float
+    method: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: Moments | None,
+    keep: Tensor,
+    ridge: float,
 ) -> Restored:
     """Weights for the kept columns (`keep`: bool [in])."""
     w = weight.double()
@@ -58,7 +67,9 @@ def restore(
 
 
 def _least_squares(w: Tensor, second: Tensor, keep: Tensor, ridge: float) -> Tensor:
-    """argmin ||X (W - W*)^T||^2 + d ||W* - W_K||^2, over columns in `keep`, as W_K + W_P S_PK (S_KK + dI)^-1."""
+    """argmin ||X (W - W*)^T||^2 + d ||W* - W_K||^2, over columns in `keep`, as W_K + W_P S_PK
+    (S_KK + dI)^-1.
+    """
     kept = second[keep][:, keep]
     cross = second[~keep][:, keep]
     diagonal = kept.diagonal()
@@ -71,7 +82,9 @@ def _least_squares(w: Tensor, second: Tensor, keep: Tensor, ridge: float) -> Ten
     return w[:, keep] + torch.cholesky_solve(right, factor).T
 
 
-def _error(w: Tensor, new: Tensor, bias: Tensor | None, b: Tensor | None, moments: Moments) -> float:
+def _error(
+    w: Tensor, new: Tensor, bias: Tensor | None, b: Tensor | None, moments: Moments
+) -> float:
     """||X (W - W*)^T + b - b*||^2 / ||X W^T||^2 from the moments alone."""
     gram = moments.gram.double() / moments.tokens
     delta = w - new

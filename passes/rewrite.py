@@ -1,7 +1,9 @@
 """rewrite: a copy of the graph in which removed units no longer exist.
 
-Parameters and buffers are index-selected by their labels; constants that carry removed labels are gathered; sizes that
-are burned into the graph (reshape, expand, slice, split, pad, groups, normalized_shape) are recomputed from the labels
+Parameters and buffers are index-selected by their labels; constants that carry removed labels are
+gathered; sizes that
+are burned into the graph (reshape, expand, slice, split, pad, groups, normalized_shape) are
+recomputed from the labels
 of the node; the softmax scale of attention stays the dense one. Nothing else is touched.
 """
 
@@ -36,10 +38,15 @@ class Removal:
     gone: np.ndarray
 
     def cuts(self, value: Any) -> Cuts:
-        """Per compacted dim of a value with removed labels: the mask of what stays (broadcasts to the value)."""
+        """Per compacted dim of a value with removed labels: the mask of what stays
+        (broadcasts to the value).
+        """
         if not isinstance(value, Value):
             return {}
-        masks = {d: torch.from_numpy(~self.gone[self.deps.component[a.numpy()]]) for d, a in value.arrays.items()}
+        masks = {
+            d: torch.from_numpy(~self.gone[self.deps.component[a.numpy()]])
+            for d, a in value.arrays.items()
+        }
         return {d: mask for d, mask in masks.items() if not bool(mask.all())}
 
 
@@ -54,7 +61,9 @@ def removal(deps: DependencyGraph, kept: Mapping[str, tuple[int, ...]]) -> Remov
 
 
 def sliced(tensor: Tensor, cuts: Cuts) -> Tensor:
-    """`tensor` without what the cuts remove; every block keeps the same number, so the result is rectangular."""
+    """`tensor` without what the cuts remove; every block keeps the same number, so the result
+    is rectangular.
+    """
     for dim, mask in cuts.items():
         size = count(mask, dim)
         order = (~mask).to(torch.int8).argsort(dim=dim, stable=True).narrow(dim, 0, size)
@@ -125,7 +134,9 @@ def _slice_attribute(module: GraphModule, target: str, cuts: Cuts) -> None:
                     table[key] = new  # type: ignore[assignment]
 
 
-def _gather_constant(module: GraphModule, node: Node, cuts: Cuts, values: Mapping[str, Any]) -> None:
+def _gather_constant(
+    module: GraphModule, node: Node, cuts: Cuts, values: Mapping[str, Any]
+) -> None:
     users = [u for u in node.users if getattr(values.get(u.name), "const", None) is None]
     last = node
     for dim, mask in cuts.items():
@@ -154,7 +165,9 @@ def _trim_broadcast(node: Node, value: Value, cut: Removal, values: Mapping[str,
             own = dim - rank + len(held.shape)
             if own >= 0 and held.shape[own] > 1 and own not in held.arrays:
                 with node.graph.inserting_before(node):
-                    short = node.graph.call_function(aten.slice.Tensor, (arg, own, 0, count(mask, dim)))
+                    short = node.graph.call_function(
+                        aten.slice.Tensor, (arg, own, 0, count(mask, dim))
+                    )
                 node.replace_input_with(arg, short)
 
 
@@ -192,7 +205,9 @@ class Edit:
         rows = mask.movedim(dim, -1).reshape(-1, mask.shape[dim])
         moved = [[int(n) - 1 for n in row.cumsum(0)[old][row[old]]] for row in rows]
         if any(row != moved[0] for row in moved):
-            raise UnsupportedOp(f"{self.node.target} would take different places in different blocks")
+            raise UnsupportedOp(
+                f"{self.node.target} would take different places in different blocks"
+            )
         return moved[0]
 
 
@@ -271,7 +286,9 @@ def _index(edit: Edit) -> None:
         return
     const = edit.values[indices[indexed[0]].name].const
     if len(indexed) > 1 or const is None or const.dim() != 1:
-        raise UnsupportedOp(f"{edit.node.target} indexes a pruned axis in a way that cannot be rewritten")
+        raise UnsupportedOp(
+            f"{edit.node.target} indexes a pruned axis in a way that cannot be rewritten"
+        )
     new = torch.tensor(edit.positions(indexed[0], const.tolist()), dtype=torch.long)
     name = f"_index_{edit.node.name}"
     edit.module.register_buffer(name, new, persistent=False)
@@ -289,7 +306,10 @@ def _pad(edit: Edit) -> None:
         if k >= len(pads) or not (pads[k] or pads[k + 1]):
             continue
         flat = mask.reshape(-1)
-        pads[k], pads[k + 1] = int(flat[: pads[k]].sum()), int(flat[len(flat) - pads[k + 1] :].sum())
+        pads[k], pads[k + 1] = (
+            int(flat[: pads[k]].sum()),
+            int(flat[len(flat) - pads[k + 1] :].sum()),
+        )
     edit.node.args = (edit.source(), pads, *edit.node.args[2:])
 
 
@@ -365,7 +385,9 @@ del EDITS["narrow"], EDITS["roll"]
 
 
 def masked(module: GraphModule, cut: Removal) -> GraphModule:
-    """The dense graph in which every removed label is zero where it is summed away (1_K at each site)."""
+    """The dense graph in which every removed label is zero where it is summed away (1_K at
+    each site).
+    """
     dense = copy.deepcopy(module)
     nodes = {node.name: node for node in dense.graph.nodes}
     done: set[tuple[str, str, int]] = set()

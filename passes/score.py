@@ -1,10 +1,11 @@
-"""score: the utility of each column of a consumer Y = X W^T + b; the lowest go. W [out, in], G = X^T X [in, in].
+"""score: the utility of each column of a consumer Y = X W^T + b; the lowest go. W [out, in], G =
+X^T X [in, in].
 
-    fasp        sum_i |W_ij| ||X_j||_2                       FASP, arXiv 2501.09412
-    wanda_l2    ||W_:j||_2 ||X_j||_2
-    magnitude   ||W_:j||_2
-    flap        Var(X_j) ||W_:j||_2^2                        FLAP, arXiv 2312.11983
-    random      uniform
+fasp        sum_i |W_ij| ||X_j||_2                       FASP, arXiv 2501.09412
+wanda_l2    ||W_:j||_2 ||X_j||_2
+magnitude   ||W_:j||_2
+flap        Var(X_j) ||W_:j||_2^2                        FLAP, arXiv 2312.11983
+random      uniform
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ SCORES = ("fasp", "wanda_l2", "magnitude", "flap", "random")
 NEEDS_DATA = {"fasp", "wanda_l2", "flap"}
 
 
-def score(method: str, weight: Tensor, moments: Moments | None, generator: torch.Generator) -> Tensor:
+def score(
+    method: str, weight: Tensor, moments: Moments | None, generator: torch.Generator
+) -> Tensor:
     """Utility per column [in], float64."""
     w = weight.double()
     if method == "magnitude":

@@ -3,7 +3,8 @@
     sparsity = removed parameters / parameters in scope
     scope    = all parameters of the modules that hold a member of a chain, bilinear or head group
 
-Uniform allocation: one ratio r for every pruned group, solved so that the sparsity is met; since scope also holds Q and K,
+Uniform allocation: one ratio r for every pruned group, solved so that the sparsity is met; since
+scope also holds Q and K,
 which stay, r is larger than the sparsity. In each block the units of least utility go.
 """
 
@@ -78,7 +79,8 @@ def allocate(
     _, largest = at(1.0)
     if largest < sparsity:
         raise BudgetError(
-            f"sparsity {sparsity:.3f} cannot be reached: {largest:.3f} is the largest with min_keep={min_keep} and "
+            f"sparsity {sparsity:.3f} cannot be reached: {largest:.3f} is the largest with "
+            f"min_keep={min_keep} and "
             f"align={align} · help: ask for less, or prune more kinds of groups"
         )
     low, high = 0.0, 1.0

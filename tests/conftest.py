@@ -20,5 +20,9 @@ def mlp():
     """Three linear layers with a ReLU between; a plain model of a user."""
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Linear(7, 16), torch.nn.ReLU(), torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 5)
+        torch.nn.Linear(7, 16),
+        torch.nn.ReLU(),
+        torch.nn.Linear(16, 12),
+        torch.nn.ReLU(),
+        torch.nn.Linear(12, 5),
     )

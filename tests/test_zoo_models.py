@@ -1,4 +1,6 @@
-"""Every zoo model: golden listing of its groups; half of every chain, half of every bilinear group verifies at 1e-9."""
+"""Every zoo model: golden listing of its groups; half of every chain, half of every bilinear
+group verifies at 1e-9.
+"""
 
 from pathlib import Path
 

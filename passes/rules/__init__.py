@@ -3,15 +3,18 @@
     "... i, o i, o? -> ... o"            linear: i is summed, o and ... are carried
     "... c, c?, c? -> ... c; mixed c"    layer_norm: every output on c depends on every input on c
 
-An operand is a list of axis names; `...` stands for leading axes, aligned to the right; `?` marks an operand that
-may be absent. With S_K keeping the index set K of an axis and 1_K zeroing the rest, the kinds of an axis are
+An operand is a list of axis names; `...` stands for leading axes, aligned to the right; `?` marks
+an operand that
+may be absent. With S_K keeping the index set K of an axis and 1_K zeroing the rest, the kinds of
+an axis are
 
     carry   in the output:                     op(S_K x) = S_K op(x)
     sum     in operands, not in the output:    op(S_K x, S_K w) = op(1_K x, w)
     mixed   neither law holds
     fixed   the position itself has a meaning
 
-A rule is a string, or a function of the call where attributes decide. Ops that only move elements need no rule (they
+A rule is a string, or a function of the call where attributes decide. Ops that only move elements
+need no rule (they
 are executed on labels); ops that torch tags as pointwise carry every axis.
 """
 
@@ -41,7 +44,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Axes:
-    """A parsed rule: axis names per operand and output, and the kind of the axes that are not carry or sum."""
+    """A parsed rule: axis names per operand and output, and the kind of the axes that are not
+    carry or sum.
+    """
 
     operands: tuple[tuple[str, ...], ...]
     outputs: tuple[tuple[str, ...], ...]
@@ -52,7 +57,7 @@ def parse(rule: str) -> Axes:
     """`"... i, o i -> ... o; mixed o"` as Axes."""
     signature, *marks = rule.split(";")
     left, right = signature.split("->")
-    kinds = {}
+    kinds: dict[str, str] = {}
     for mark in marks:
         kind, *names = mark.split()
         kinds |= dict.fromkeys(names, kind)

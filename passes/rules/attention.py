@@ -1,4 +1,6 @@
-"""Attention. d is summed: the rewriter pins the softmax scale 1/sqrt(d) to the dense one. s is a softmax axis."""
+"""Attention. d is summed: the rewriter pins the softmax scale 1/sqrt(d) to the dense one. s
+is a softmax axis.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ def _sdpa(call: Call) -> str:
     mask = call.get("attn_mask")
     if mask is None:
         return f"... h t d, ... {heads} s d, ... {heads} s v -> ... h t v; mixed s"
-    names = ["... h t s", "... h t s", "t s", "h t s"][min(len(mask), 3)] if len(mask) < 4 else "... h t s"
+    names = (
+        ["... h t s", "... h t s", "t s", "h t s"][min(len(mask), 3)]
+        if len(mask) < 4
+        else "... h t s"
+    )
     if len(mask) == 2:
         names = "t s"
     return f"... h t d, ... {heads} s d, ... {heads} s v, {names} -> ... h t v; mixed s"

@@ -1,4 +1,6 @@
-"""Convolutions: channels are summed, kernel and spatial positions are fixed. Groups are handled in labels.py."""
+"""Convolutions: channels are summed, kernel and spatial positions are fixed. Groups are
+handled in labels.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Normalisations: statistics over an axis mix it; per-channel statistics that are stored carry it."""
+"""Normalisations: statistics over an axis mix it; per-channel statistics that are stored
+carry it.
+"""
 
 from __future__ import annotations
 

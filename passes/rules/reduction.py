@@ -1,4 +1,6 @@
-"""Reductions: a plain sum obeys the sum law by itself; every other reduction mixes. Pooling fixes positions."""
+"""Reductions: a plain sum obeys the sum law by itself; every other reduction mixes. Pooling
+fixes positions.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +52,28 @@ def _pool3(call: Call) -> str:
     return _pool(call, 3)
 
 
-_MIXED = ("mean", "amax", "amin", "argmax", "argmin", "all", "any", "prod", "var", "std", "logsumexp", "norm")
+_MIXED = (
+    "mean",
+    "amax",
+    "amin",
+    "argmax",
+    "argmin",
+    "all",
+    "any",
+    "prod",
+    "var",
+    "std",
+    "logsumexp",
+    "norm",
+)
 
 RULES: dict[str, Rule] = {
     "sum": _sum,
     **dict.fromkeys((*_MIXED, "linalg_vector_norm"), _mixed),
     **dict.fromkeys(("max", "min", "var_mean", "std_mean"), _pair),
-    **dict.fromkeys(("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d"), _pool1),
+    **dict.fromkeys(
+        ("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d"), _pool1
+    ),
     **dict.fromkeys(
         (
             "max_pool2d",
@@ -68,5 +85,7 @@ RULES: dict[str, Rule] = {
         ),
         _pool2,
     ),
-    **dict.fromkeys(("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "upsample_nearest3d"), _pool3),
+    **dict.fromkeys(
+        ("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "upsample_nearest3d"), _pool3
+    ),
 }
