@@ -1,8 +1,7 @@
 """The command line: `fasp-graph inspect | prune | eval | export | zoo`.
 
 MODEL is zoo:NAME, a folder, package.module:factory or a hub id (fasp_graph/data.py). An error of
-this project is one
-message on stderr and exit code 2; `--debug` shows where it came from.
+this project is one message on stderr and exit code 2; `--debug` shows where it came from.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -285,6 +285,7 @@ def main() -> None:
     """The console entry."""
     if "--debug" not in sys.argv:  # deprecations inside libraries mean nothing to the user
         warnings.simplefilter("ignore")
+        transformers.utils.logging.disable_progress_bar()
     try:
         app()
     except FaspGraphError as error:

@@ -1,5 +1,4 @@
-"""What the command line prunes: a target named by text -> model, example inputs, calibration,
-held-out tokens.
+"""What the command line prunes: a text -> model, example inputs, calibration, held-out tokens.
 
 zoo:NAME                  a model of models_zoo
 FOLDER                    a Hugging Face folder, or one that `save` wrote
@@ -33,9 +32,7 @@ EXAMPLE = (
 
 @dataclass(frozen=True)
 class Target:
-    """A model to work on. `calibration` holds batches like `inputs`; `heldout` is [N, length] or
-    None.
-    """
+    """A model to work on. `calibration`: batches like `inputs`; `heldout`: [N, length] or None."""
 
     name: str
     model: nn.Module
@@ -71,9 +68,7 @@ def load_target(
 def text_batches(
     path: str | os.PathLike[str], tokenizer: Any, length: int, count: int, batch: int = 8
 ) -> list[Tensor]:
-    """Up to `count` windows of `length` tokens, spread evenly over a text file, in batches [<=
-    batch, length].
-    """
+    """Up to `count` windows of `length` tokens of a text file, in batches [<= batch, length]."""
     windows = text_windows(path, tokenizer, length, count)
     return list(windows.split(batch))
 
@@ -81,9 +76,7 @@ def text_batches(
 def text_windows(
     path: str | os.PathLike[str], tokenizer: Any, length: int, count: int | None = None
 ) -> Tensor:
-    """[N, length] windows of the tokens of a text file; with `count`, at most that many, spread
-    evenly.
-    """
+    """[N, length] windows of the tokens of a text file; at most `count`, spread evenly over it."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:

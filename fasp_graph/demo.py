@@ -1,8 +1,6 @@
-"""The demo: prune the bundled language model at several sparsities and measure what is lost and
-won.
+"""The demo: prune the bundled language model at several sparsities, measure what is lost and won.
 
-perplexity   on held-out text, of the dense model, of method=fasp, of the same without repair, and
-of magnitude
+perplexity   on held-out text: dense, method=fasp, the same without repair, magnitude
 latency      of the dense and the compact graph in torch and in ONNX Runtime, runs alternating
 """
 
@@ -52,9 +50,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `perplexity` maps a variant to its value, times are medians in
-    seconds.
-    """
+    """One line of the table; `perplexity`: variant -> value; latency in seconds."""
 
     name: str
     perplexity: dict[str, float]
@@ -87,9 +83,7 @@ def run_demo(
     windows: int = 64,
     repeats: int = 11,
 ) -> list[Row]:
-    """Run it all, write the folder, the ONNX file, graph.html and demo.json into `output`, return
-    the table's rows.
-    """
+    """Write a pruned folder, ONNX, graph.html and demo.json into `output`; return the rows."""
     target = target or load_target("zoo:llama")
     if target.heldout is None:
         raise FaspGraphError(f"{target.name} has no held-out tokens, so the demo cannot measure it")

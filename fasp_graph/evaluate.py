@@ -1,7 +1,6 @@
 """Measures of a model: perplexity, latency, FLOPs.
 
-perplexity = exp(-mean log p(x[t] | x[<t]))    over t = 1 .. T-1 of every window; token 0 is not
-scored
+perplexity = exp(-mean log p(x[t] | x[<t]))    over t = 1 .. T-1 of every window, not token 0
 latency    = median and interquartile range of alternating runs, in seconds
 flops      = multiply-adds of matmuls, convolutions and attention, counted twice each, for one call
 """

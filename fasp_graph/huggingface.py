@@ -1,15 +1,12 @@
 """A pruned model as a folder in Hugging Face form.
 
-    model.safetensors        every storage once; tied names are recorded as aliases
-    config.json, ...         the user's own configuration, generation configuration and tokenizer,
-    if there are any
-    fasp_graph.json          format, plan, how to make the modules smaller, versions, sha256 of the
-    weights
-    README.md                a model card
+    model.safetensors    every storage once; tied names are recorded as aliases
+    config.json, ...     the user's own configuration, generation configuration and tokenizer, if any
+    fasp_graph.json      format, plan, new shapes of the modules, versions, sha256 of the weights
+    README.md            a model card
 
 Nothing in a folder is executed: no pickle, no code, no class but those of the installed
-transformers. A folder appears
-complete or not at all.
+transformers. A folder appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -97,9 +94,7 @@ def _write(pruned: Pruned, folder: Path, tokenizer: Any) -> None:
 
 
 def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict with every tensor once, and for each left-out name the name that holds its
-    tensor.
-    """
+    """The state dict with every tensor once, and left-out name -> the name that holds its tensor."""
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -216,9 +211,7 @@ def _weights(root: Path, manifest: dict[str, Any]) -> Path:
 
 
 def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
-    """A dense transformers model with random weights, of the class and configuration of the
-    folder.
-    """
+    """A dense transformers model with random weights, of the folder's class and configuration."""
     name = manifest.get("class")
     if name is None:
         raise FaspGraphError(
@@ -246,9 +239,7 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
 
 
 def _check_shapes(root: Path, emission: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Every size that the manifest asks for is the size of a stored tensor, so it cannot ask for
-    any memory.
-    """
+    """Every size that the manifest asks for is that of a stored tensor: no surprise allocations."""
     for name, shape in emission["shapes"].items():
         if name in state and list(state[name].shape) != list(shape):
             raise FaspGraphError(

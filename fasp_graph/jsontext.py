@@ -1,5 +1,6 @@
-"""JSON text that any reader takes: numbers that are not finite become null, tuples lists, other
-values text.
+"""JSON text that any reader takes.
+
+Numbers that are not finite become null, tuples lists, values of other types text.
 """
 
 from __future__ import annotations

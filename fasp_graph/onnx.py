@@ -1,10 +1,8 @@
 """ONNX: the compact graph as one file that ONNX Runtime runs, with the plan in its metadata.
 
 The graph is captured again (sizes are then consistent everywhere), exported, checked by
-onnx.checker and compared with
-the graph module in ONNX Runtime, on the example inputs and on inputs of another batch and sequence
-size. Only a file
-that passed all of it appears at the path.
+onnx.checker and compared with the graph module in ONNX Runtime, on the example inputs and on inputs
+of another batch and sequence size. Only a file that passed all of it appears at the path.
 """
 
 from __future__ import annotations
@@ -137,9 +135,7 @@ def _automatic(inputs: Args) -> Any:
 
 
 def _compare(module: GraphModule, inputs: Args, path: Path) -> None:
-    """ONNX Runtime equals the graph module at the example size and, if an axis is dynamic, at
-    another.
-    """
+    """ONNX Runtime equals the graph module at the example size and at another, if it is dynamic."""
     session = onnx_session(path)
     for case in (inputs, *_other_sizes(module, inputs, session)):
         with torch.no_grad():

@@ -1,8 +1,7 @@
 """The dependency graph as one HTML file: it needs no network and no server.
 
-Module and parameter names are untrusted: they reach the page as JSON with `<`, `>` and `&`
-escaped, and the page shows
-them as text only.
+Module and parameter names are untrusted: they reach the page as JSON with `<`, `>` and `&` escaped,
+and the page shows them as text only.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ _ESCAPES = {
 
 
 def to_html(deps: DependencyGraph, path: str | os.PathLike[str], plan: Any = None) -> Path:
-    """Write the page: modules with their parameters, groups as chips; with a plan, what each group
-    keeps.
-    """
+    """Write the page: modules with their parameters, groups as chips, and what a plan keeps."""
     template = resources.files(__package__).joinpath("templates/graph.html").read_text("utf-8")
     text = to_json(page_data(deps, plan))
     for character, escape in _ESCAPES.items():
@@ -39,9 +36,7 @@ def to_html(deps: DependencyGraph, path: str | os.PathLike[str], plan: Any = Non
 
 
 def page_data(deps: DependencyGraph, plan: Any = None) -> dict[str, Any]:
-    """What the page shows: parameters by module, groups with members, consumers, kept units and
-    reason.
-    """
+    """What the page shows: parameters by module; groups with members, consumers, kept, reason."""
     modules: dict[str, list[dict[str, Any]]] = {}
     for name, shape in deps.parameters.items():
         module, _, leaf = name.rpartition(".")

@@ -117,7 +117,7 @@ def _dynamic_shapes(args: Args) -> Any:
         return {axis: Dim.AUTO for axis in free if value.shape[axis] > 1}
 
     positional, keyword = pytree.tree_map(axes, args)
-    return tuple([*positional]) if not keyword else ({**keyword} if not positional else None)
+    return (*positional,) if not keyword else ({**keyword} if not positional else None)
 
 
 def clean(module: GraphModule) -> GraphModule:

@@ -138,10 +138,8 @@ class DependencyGraph:
         """
         if parameter not in self.parameters:
             near = [name for name in self.parameters if parameter in name][:5]
-            raise FaspGraphError(
-                f"no parameter {parameter!r} · help: close names: {near or "
-                f"list(self.parameters)[:5]}"
-            )
+            near = near or list(self.parameters)[:5]
+            raise FaspGraphError(f"no parameter {parameter!r} · help: close names: {near}")
         lines = [f"{parameter} {list(self.parameters[parameter])}"]
         for group in self.groups:
             for member in group.members:

@@ -34,76 +34,72 @@ from .errors import UnsupportedOp, where
 from .rules import Call, parse, table
 
 Arrays = Mapping[int, Tensor]
-MOVEMENT = set(
-    [
-        "reshape",
-        "view",
-        "_unsafe_view",
-        "view_as",
-        "reshape_as",
-        "flatten",
-        "unflatten",
-        "permute",
-        "transpose",
-        "t",
-        "movedim",
-        "swapaxes",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "expand_as",
-        "select",
-        "slice",
-        "narrow",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "roll",
-        "flip",
-        "repeat",
-        "tile",
-        "repeat_interleave",
-        "index_select",
-        "index",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "unfold",
-        "diagonal",
-    ]
-)
+MOVEMENT = {
+    "reshape",
+    "view",
+    "_unsafe_view",
+    "view_as",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "permute",
+    "transpose",
+    "t",
+    "movedim",
+    "swapaxes",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "expand_as",
+    "select",
+    "slice",
+    "narrow",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unbind",
+    "roll",
+    "flip",
+    "repeat",
+    "tile",
+    "repeat_interleave",
+    "index_select",
+    "index",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "unfold",
+    "diagonal",
+}
 SAME_DIMS = {"slice", "narrow", "split", "split_with_sizes", "chunk", "flip", "roll"}
 JOIN = {"cat", "concat", "stack"}
-CARRY = set(
-    [
-        "clone",
-        "contiguous",
-        "to",
-        "_to_copy",
-        "dropout",
-        "type_as",
-        "detach",
-        "alias",
-        "tril",
-        "triu",
-        "masked_fill",
-        "where",
-        "clamp",
-        "gelu",
-        "silu",
-        "relu",
-        "hardtanh",
-        "hardswish",
-        "softplus",
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "full_like",
-        "rand_like",
-    ]
-)
-LINEAR = set(["add", "sub", "neg", "rsub", "to", "_to_copy", "contiguous", "clone", "type_as"])
+CARRY = {
+    "clone",
+    "contiguous",
+    "to",
+    "_to_copy",
+    "dropout",
+    "type_as",
+    "detach",
+    "alias",
+    "tril",
+    "triu",
+    "masked_fill",
+    "where",
+    "clamp",
+    "gelu",
+    "silu",
+    "relu",
+    "hardtanh",
+    "hardswish",
+    "softplus",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+}
+LINEAR = {"add", "sub", "neg", "rsub", "to", "_to_copy", "contiguous", "clone", "type_as"}
 
 
 @dataclass(frozen=True)
@@ -157,6 +153,7 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The concrete shape."""
         return tuple(self.fake.shape)
 
 

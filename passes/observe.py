@@ -48,6 +48,7 @@ class View:
 
     @property
     def convolution(self) -> bool:
+        """Whether the consumer is a convolution."""
         return "conv" in str(self.node.target)
 
     def matrix(self, weight: Tensor) -> Tensor:

@@ -136,5 +136,6 @@ def first_divergence(
         if node.op == "call_function" and getattr(value, "const", None) is None:
             left = sliced(left, cut.cuts(value))
             if left.shape != right.shape or float((left - right).abs().max()) > tolerance * 10:
-                return f"first diverging {where(node)}: shapes {tuple(left.shape)} and {tuple(right.shape)}"
+                shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
+                return f"first diverging {where(node)}: shapes {shapes}"
     return "no single node diverges"

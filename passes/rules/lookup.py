@@ -15,7 +15,8 @@ def _gather(call: Call) -> str:
     dim = call["dim"] % rank
     names = [f"a{k}" for k in range(rank)]
     source = [*names[:dim], "x", *names[dim + 1 :]]
-    return f"{' '.join(source)}, {' '.join(names)} -> {' '.join(names)}; fixed {' '.join([*names, 'x'])}"
+    index = " ".join(names)
+    return f"{' '.join(source)}, {index} -> {index}; fixed {index} x"
 
 
 def _along(call: Call) -> str:
