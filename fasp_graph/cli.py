@@ -125,7 +125,7 @@ def prune_command(
     debug: Debug = False,
 ) -> None:
     """Prune MODEL; with no MODEL, run the demo on the bundled language model."""
-    flags = {
+    flags: dict[str, Any] = {
         "sparsity": sparsity,
         "method": method,
         "score": score,
@@ -134,7 +134,7 @@ def prune_command(
     }
     flags |= {"kinds": tuple(kinds) if kinds else None, "min_keep": min_keep, "ridge": ridge}
     flags |= {"seed": seed, "check": check}
-    given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
+    given = {key: value for key, value in flags.items() if value is not None}
     if model is None:
         if given or calibration:
             names = ", ".join(

@@ -1,7 +1,7 @@
 """A pruned model as a folder in Hugging Face form.
 
     model.safetensors    every storage once; tied names are recorded as aliases
-    config.json, ...     the user's own configuration, generation configuration and tokenizer, if any
+    config.json, ...     the user's configuration, generation configuration, tokenizer
     fasp_graph.json      format, plan, new shapes of the modules, versions, sha256 of the weights
     README.md            a model card
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -48,8 +49,7 @@ def save(pruned: Pruned, folder: str | os.PathLike[str], tokenizer: Any = None) 
     """Write `pruned` as a folder and return its path.
 
     An existing target is refused unless it is an earlier folder of this kind; that one is replaced
-    after the new one is
-    complete. `tokenizer` is anything with `save_pretrained`.
+    after the new one is complete. `tokenizer` is anything with `save_pretrained`.
     """
     target = Path(os.path.abspath(folder))
     _refuse_foreign(target)
@@ -72,7 +72,7 @@ def _write(pruned: Pruned, folder: Path, tokenizer: Any) -> None:
     safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     os.chmod(folder / WEIGHTS, 0o666 & ~_umask())
     for owner in (getattr(model, "config", None), getattr(model, "generation_config", None)):
-        if hasattr(owner, "save_pretrained"):
+        if owner is not None and hasattr(owner, "save_pretrained"):
             owner.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -94,7 +94,7 @@ def _write(pruned: Pruned, folder: Path, tokenizer: Any) -> None:
 
 
 def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict with every tensor once, and left-out name -> the name that holds its tensor."""
+    """The state dict with every tensor once, and left-out name -> the name holding its tensor."""
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -152,7 +152,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     """The pruned model in a folder that `save` wrote, in eval mode on the CPU.
 
     A transformers model is built from its configuration. Any other needs `model`, a fresh dense
-    instance; it is copied.
+    instance, which is copied.
     """
     root = Path(folder)
     manifest = _manifest(root)
@@ -220,8 +220,8 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
         )
     import transformers
 
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not inspect.isclass(found) or not issubclass(found, transformers.PreTrainedModel):
         raise FaspGraphError(
             f"{name!r} is not a model class of the installed transformers "
             f"{transformers.__version__}"

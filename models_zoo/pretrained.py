@@ -10,7 +10,7 @@ from .entry import Entry
 from .text import documents, token_stream, windows
 from .train import CONTEXT, DATA
 
-CALIBRATION_WINDOWS, HELDOUT_WINDOWS, BATCH = 128, 96, 16
+CALIBRATION_WINDOWS, HELDOUT_WINDOWS, BATCH = 64, 96, 16
 
 
 def _load(name: str) -> Entry:
@@ -23,7 +23,7 @@ def _load(name: str) -> Entry:
     )
     heldout = windows(token_stream(documents("heldout"), encode), CONTEXT, HELDOUT_WINDOWS)
     batches = [{"input_ids": rows} for rows in calibration.split(BATCH)]
-    return Entry(name, model, {"input_ids": heldout[:3, :65].clone()}, batches, heldout, tokenizer)
+    return Entry(name, model, {"input_ids": heldout[:3, :17].clone()}, batches, heldout, tokenizer)
 
 
 def llama() -> Entry:
