@@ -185,9 +185,8 @@ def _demo(output: Path, json: bool) -> None:
     console = _console()
     console.print(table(rows))
     console.print(
-        "ppl: perplexity on held-out text. ms: one forward pass, median of alternating runs. max "
-        "error: compact graph "
-        "against the dense one with the same units zeroed, in float64."
+        "ppl: perplexity on held-out text. ms: one forward pass, median of alternating runs. "
+        "max error: compact graph against the dense one with the same units zeroed, in float64."
     )
     console.print(
         escape(f"Written to {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")

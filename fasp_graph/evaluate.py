@@ -27,7 +27,7 @@ def perplexity(model: nn.Module, tokens: Tensor, batch: int = 16) -> float:
     """Perplexity of a language model on windows `tokens` [N, T] of int64 ids.
 
     The model maps ids [B, T] to logits [B, T, V]: a tensor, a tuple or list with the logits first,
-    a mapping or an object with `logits`. A graph module is called with the inputs that it was captured with.
+    a mapping or an object with `logits`. A graph module is called as it was captured.
     """
     if tokens.dim() != 2 or tokens.shape[1] < 2 or not len(tokens):
         raise FaspGraphError(

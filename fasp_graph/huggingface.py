@@ -220,12 +220,13 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
         )
     import transformers
 
-    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not inspect.isclass(found) or not issubclass(found, transformers.PreTrainedModel):
+    known = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not inspect.isclass(known) or not issubclass(known, transformers.PreTrainedModel):
         raise FaspGraphError(
             f"{name!r} is not a model class of the installed transformers "
             f"{transformers.__version__}"
         )
+    found: Any = known
     if not (root / "config.json").is_file() or found.config_class is None:
         raise FaspGraphError(f"{root} holds no config.json for {name}")
     config = found.config_class.from_pretrained(root)
