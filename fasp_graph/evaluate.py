@@ -33,7 +33,7 @@ def perplexity(model: nn.Module, tokens: Tensor, batch: int = 16) -> float:
         raise FaspGraphError(
             f"perplexity needs tokens of shape [windows, length >= 2], not {tuple(tokens.shape)}"
         )
-    training = model.training
+    training = model.training and not isinstance(model, GraphModule)
     device = next((p.device for p in model.parameters()), tokens.device)
     total = 0.0
     try:

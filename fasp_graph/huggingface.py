@@ -15,6 +15,7 @@ import copy
 import hashlib
 import inspect
 import json
+import operator
 import os
 import platform
 import re
@@ -51,6 +52,11 @@ def save(pruned: Pruned, folder: str | os.PathLike[str], tokenizer: Any = None) 
     An existing target is refused unless it is an earlier folder of this kind; that one is replaced
     after the new one is complete. `tokenizer` is anything with `save_pretrained`.
     """
+    if "graph" in pruned.emission.ways.values():
+        raise FaspGraphError(
+            "this model could only be made smaller as a graph, which a "
+            "folder cannot hold · help: use export_onnx, or torch.export.save of graph_module"
+        )
     target = Path(os.path.abspath(folder))
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +168,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         state: dict[str, Tensor] = safetensors.torch.load_file(path)
         for alias, name in manifest["aliases"].items():
             state[alias] = state[name]
-        _check_shapes(root, manifest["emission"], state)
+        _check_emission(built, manifest["emission"], state)
         built = apply_shapes(built, manifest["emission"])
         built.load_state_dict(state, strict=True, assign=True)
         _tie(built, manifest["aliases"])
@@ -239,13 +245,23 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _check_shapes(root: Path, emission: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Every size that the manifest asks for is that of a stored tensor: no surprise allocations."""
+def _check_emission(model: nn.Module, emission: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """A manifest may only make a dense model smaller: sizes shrink, integers replace integers."""
+    held = dict([*model.named_parameters(), *model.named_buffers()])
     for name, shape in emission["shapes"].items():
-        if name in state and list(state[name].shape) != list(shape):
-            raise FaspGraphError(
-                f"{root}: {MANIFEST} and the weights disagree on the shape of {name}"
-            )
+        old = operator.attrgetter(name)(model).shape
+        fits = len(shape) == len(old) and all(0 < n <= m for n, m in zip(shape, old, strict=True))
+        if not fits or (name in state and list(state[name].shape) != list(shape)):
+            raise FaspGraphError(f"{MANIFEST}: shape {shape} of {name} is not that of the weights")
+    for path, sizes in emission["attributes"].items():
+        for name in sizes:
+            if type(getattr(model.get_submodule(path), name, None)) is not int:
+                raise FaspGraphError(f"{MANIFEST}: {path}.{name} is no integer of the model")
+    widest = max((max(tensor.shape, default=1) for tensor in held.values()), default=1)
+    for table in ("scatter", "gather"):
+        for path, (_, size, kept) in emission[table].items():
+            if not 0 < size <= widest or not all(0 <= index < size for index in kept):
+                raise FaspGraphError(f"{MANIFEST}: positions of {path} are out of range")
 
 
 def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
@@ -260,13 +276,10 @@ def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
 
 
 def _is_transformers(model: nn.Module) -> bool:
-    try:
-        import transformers
-    except ImportError:
-        return False
-    if not isinstance(model, transformers.PreTrainedModel):
-        return False
-    return getattr(transformers, type(model).__name__, None) is type(model)
+    import transformers
+
+    known = getattr(transformers, type(model).__name__, None) is type(model)
+    return known and isinstance(model, transformers.PreTrainedModel)
 
 
 def _umask() -> int:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils.flop_counter import FlopCounterMode
 
 from passes.capture import Args, Captured, as_args, capture
 from passes.couple import DependencyGraph, Group, couple, nodes_by_name
@@ -29,6 +28,7 @@ from passes.select import Budget, Plan, allocate, select
 from passes.verify import verify
 
 from .config import Config
+from .evaluate import flops
 from .modules import Emission, emit_model
 from .report import Frozen, GroupReport, Report
 
@@ -355,17 +355,11 @@ def _report(
         sum(p.numel() for p in after),
         sum(p.nbytes for p in before),
         sum(p.nbytes for p in after),
-        _flops(dense, captured.inputs),
-        _flops(compact, captured.inputs),
+        flops(dense, *captured.inputs),
+        flops(compact, *captured.inputs),
         plan.sparsity,
         seconds,
         pruned,
         error,
         left,
     )
-
-
-def _flops(module: nn.Module, args: Args) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*args[0], **args[1])
-    return counter.get_total_flops()
