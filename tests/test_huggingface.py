@@ -1,0 +1,143 @@
+"""Folders: round trip, ties, replacement, and what a hostile folder may not do."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+import fasp_graph as fg
+import models_zoo
+from fasp_graph import huggingface
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    entry = models_zoo.load("llama-random")
+    return fg.prune(entry.model, entry.inputs, entry.calibration, fg.Config(sparsity=0.3))
+
+
+@pytest.fixture
+def folder(pruned, tmp_path):
+    return fg.save(pruned, tmp_path / "small")
+
+
+def edit(folder, change):
+    path = folder / "fasp_graph.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_round_trip(pruned, folder):
+    loaded = fg.load(folder)
+
+    saved = pruned.model.state_dict()
+    assert type(loaded) is type(pruned.model) and not loaded.training
+    assert set(loaded.state_dict()) == set(saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.generation_config.to_dict() == pruned.model.generation_config.to_dict()
+
+
+def test_what_the_folder_holds(pruned, folder):
+    manifest = json.loads((folder / "fasp_graph.json").read_text())
+
+    weights = (folder / "model.safetensors").read_bytes()
+    assert manifest["weights"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert manifest["class"] == type(pruned.model).__name__
+    assert sorted(path.name for path in folder.iterdir()) == manifest["files"]
+    assert f"{pruned.report.params_after:,}" in (folder / "README.md").read_text()
+    assert [path.name for path in folder.parent.iterdir()] == ["small"]
+
+
+def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
+    entry = models_zoo.load("opt")
+    config = fg.Config(method="magnitude", sparsity=0.2)
+    result = fg.prune(entry.model, entry.inputs, None, config)
+
+    loaded = fg.load(fg.save(result, tmp_path / "small", tokenizer=entry.tokenizer))
+
+    state, aliases = huggingface.unique_state(result.model)
+    assert len(aliases) == 1 and not set(aliases) & set(state)
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    assert (tmp_path / "small" / "tokenizer.json").is_file()
+
+
+def test_an_earlier_folder_is_replaced(pruned, folder):
+    (folder / "README.md").write_text("old")
+
+    fg.save(pruned, folder)
+
+    assert (folder / "README.md").read_text() != "old"
+    assert [path.name for path in folder.parent.iterdir()] == ["small"]
+
+
+def test_an_earlier_folder_with_files_of_the_user_stays(pruned, folder):
+    (folder / "notes.txt").write_text("mine")
+
+    with pytest.raises(fg.FaspGraphError, match=r"notes\.txt"):
+        fg.save(pruned, folder)
+
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_failed_save_leaves_the_earlier_folder(pruned, folder):
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    with pytest.raises(OSError, match="disk full"):
+        fg.save(pruned, folder, tokenizer=Broken())
+
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["small"]
+
+
+HOSTILE = {
+    "format": (lambda m: m.update(format=99), "format 99"),
+    "no format": (lambda m: m.pop("format"), "format None"),
+    "traversal": (lambda m: m["weights"].update(file="../x.safetensors"), "plain file name"),
+    "absolute": (lambda m: m["weights"].update(file="/etc/passwd"), "plain file name"),
+    "hash": (lambda m: m["weights"].update(sha256="0" * 64), "sha256"),
+    "a function": (lambda m: m.update({"class": "pipeline"}), "not a model class"),
+    "a module": (lambda m: m.update({"class": "utils"}), "not a model class"),
+    "dotted": (lambda m: m.update({"class": "os.system"}), "not a model class"),
+    "types": (lambda m: m.update(aliases=[]), "damaged"),
+    "method": (lambda m: m["emission"]["attributes"].update({"": {"forward": 1}}), "no integer"),
+    "huge": (lambda m: m["emission"]["shapes"].update({"lm_head.weight": [10**9, 9]}), "shape"),
+    "alias": (lambda m: m["aliases"].update({"lm_head.bias": "nothing"}), "do not fit"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_altered_manifests_are_refused(folder, case):
+    change, message = HOSTILE[case]
+    edit(folder, change)
+
+    with pytest.raises(fg.FaspGraphError, match=message):
+        fg.load(folder)
+
+
+def test_what_is_no_folder(tmp_path):
+    with pytest.raises(fg.FaspGraphError, match="holds no"):
+        fg.load(tmp_path)
+    (tmp_path / "fasp_graph.json").write_text("{")
+    with pytest.raises(fg.FaspGraphError, match="not JSON"):
+        fg.load(tmp_path)
+
+
+def test_a_plain_module_needs_and_keeps_the_callers_instance(tmp_path):
+    entry = models_zoo.load("resnet")
+    result = fg.prune(entry.model, entry.inputs, entry.calibration, fg.Config(sparsity=0.3))
+    folder = fg.save(result, tmp_path / "small")
+    fresh = models_zoo.load("resnet").model
+    shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+
+    loaded = fg.load(folder, model=fresh)
+
+    assert {name: tensor.shape for name, tensor in fresh.state_dict().items()} == shapes
+    assert sum(p.numel() for p in loaded.parameters()) == result.report.params_after
+    with pytest.raises(fg.FaspGraphError, match="model="):
+        fg.load(folder)

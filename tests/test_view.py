@@ -1,0 +1,56 @@
+"""The page: data that survives hostile names, no network, what a plan keeps."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import fasp_graph as fg
+from fasp_graph.view import page_data, to_html
+
+NAME = "</script><img src=x onerror=alert(1)>&"
+
+
+@pytest.fixture
+def hostile():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module(NAME, nn.Linear(5, 8))
+    model.add_module("act", nn.ReLU())
+    model.add_module("out", nn.Linear(8, 3))
+    return model
+
+
+def embedded(page):
+    return re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
+
+
+def test_names_are_data_and_never_markup(hostile, tmp_path):
+    page = to_html(fg.analyze(hostile, torch.randn(3, 5)), tmp_path / "graph.html").read_text()
+
+    text = embedded(page)
+    assert not set("<>&") & set(text)
+    assert NAME in [module["name"] for module in json.loads(text)["modules"]]
+    assert "innerHTML" not in page and "insertAdjacentHTML" not in page
+
+
+def test_the_page_asks_nothing_of_the_network(hostile, tmp_path):
+    page = to_html(fg.analyze(hostile, torch.randn(3, 5)), tmp_path / "graph.html").read_text()
+
+    assert "default-src 'none'" in page
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page.replace(embedded(page), ""))
+
+
+def test_a_plan_adds_what_is_kept(hostile):
+    inputs = torch.randn(3, 5)
+    result = fg.prune(hostile, inputs, [torch.randn(40, 5)], fg.Config(sparsity=0.5))
+
+    data = page_data(result.deps, result.plan)
+
+    chains = [group for group in data["groups"] if group["kind"] == "chain"]
+    assert data["planned"] and [group["size"] for group in chains] == [8]
+    assert chains[0]["kept"] == len(result.plan.kept[chains[0]["name"]]) < 8
+    frozen = [group for group in data["groups"] if group["kind"] == "frozen"]
+    assert frozen and all(group["reason"] for group in frozen)

@@ -1,0 +1,99 @@
+"""The registry: every entry runs, seeded and in eval mode; the trained ones know their text."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import fasp_graph as fg
+import models_zoo
+from models_zoo.train import DATA
+from passes.capture import as_args, tensors
+
+TRAINED = ("llama", "opt")
+RANDOM = [name for name in models_zoo.names() if name not in TRAINED]
+
+
+def run(model, inputs):
+    args, kwargs = as_args(inputs)
+    with torch.no_grad():
+        return tensors(model(*args, **kwargs))[0]
+
+
+def trained(name):
+    if not (DATA / name / "model.safetensors").exists():
+        pytest.skip(f"no bundled weights: run `python -m models_zoo.train {name}`")
+    return models_zoo.load(name)
+
+
+def test_names_are_the_promised_ones():
+    assert [*TRAINED, *RANDOM] == models_zoo.names()
+    assert {"opt-random", "llama-random", "gpt2", "gpt-neox", "phi3"} <= set(RANDOM)
+    assert {"bert", "vit", "resnet"} <= set(RANDOM)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(KeyError) as caught:
+        models_zoo.load("no-such-model")
+
+    assert "no-such-model" in str(caught.value)
+    assert all(name in str(caught.value) for name in models_zoo.names())
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_model_runs(name):
+    entry = models_zoo.load(name)
+
+    assert entry.name == name
+    assert not any(module.training for module in entry.model.modules())
+    assert sum(p.numel() for p in entry.model.parameters()) < 300_000
+    assert entry.heldout is None and entry.tokenizer is None
+    assert len(entry.calibration) == 4
+    for batch in [entry.inputs, *entry.calibration]:
+        output = run(entry.model, batch)
+        assert output.shape[0] == 3
+        assert output.isfinite().all()
+        assert output.std() > 0.1
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_model_is_the_same_each_time(name):
+    first, again = models_zoo.load(name), models_zoo.load(name)
+
+    assert torch.equal(run(first.model, first.inputs), run(again.model, again.inputs))
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_vectors_are_off_their_defaults(name):
+    model = models_zoo.load(name).model
+
+    for key, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert parameter.std() > 0, key
+    for key, buffer in model.named_buffers():
+        if key.endswith(("running_mean", "running_var")):
+            assert buffer.std() > 0, key
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_model_knows_its_text(name):
+    entry = trained(name)
+    facts = json.loads((DATA / name / "training.json").read_text())
+
+    assert (DATA / name / "model.safetensors").stat().st_size <= 8_000_000
+    assert all(p.dtype == torch.float32 for p in entry.model.parameters())
+    assert not entry.model.training
+    assert entry.heldout.dtype == torch.int64
+    assert entry.heldout.shape[1] == 256 and len(entry.heldout) <= 96
+    assert sum(len(batch["input_ids"]) for batch in entry.calibration) == 64
+    perplexity = fg.perplexity(entry.model, entry.heldout[::6])
+    assert math.isfinite(perplexity)
+    assert perplexity < facts["unigram_perplexity"] / 8
+
+
+def test_tokenizer_decodes_what_it_encodes():
+    tokenizer = trained("llama").tokenizer
+    text = "def fünf(x):\n\treturn x ** 2  # naïve\n"
+
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
