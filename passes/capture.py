@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
+from .normalize import normalize
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
 _NO_OP = {
@@ -94,7 +95,7 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
                 program = torch.export.export(
                     model, args[0], args[1], dynamic_shapes=attempt, strict=False
                 )
-            module = clean(program.module(check_guards=False))
+            module = normalize(clean(program.module(check_guards=False)))
             _check(module, model, args, attempt is not None)
             return Captured(module, args, attempt)
         except Exception as failure:
