@@ -127,6 +127,21 @@ def _slice(edit: Edit) -> None:
     edit.change(dim=dim, start=new[0], end=new[-1] + 1, step=step)
 
 
+def _slice_scatter(edit: Edit) -> None:
+    """The written range is counted in what stays of the result's own dim."""
+    bound, shape = edit.bound, edit.shape(edit.source)
+    dim = (bound["dim"] or 0) % len(shape)
+    mask = edit.outs[0].get(dim)
+    if mask is None:
+        return
+    if (bound["step"] or 1) != 1 or mask.numel() != mask.shape[dim]:
+        raise UnsupportedOp("a strided write would become irregular")
+    low, high, _ = slice(bound["start"], bound["end"]).indices(shape[dim])
+    flat = mask.reshape(-1)
+    start = int(flat[:low].sum())
+    edit.change(dim=dim, start=start, end=start + int(flat[low:high].sum()))
+
+
 def _select(edit: Edit) -> None:
     bound, shape = edit.bound, edit.shape(edit.source)
     dim = bound["dim"] % len(shape)
@@ -217,6 +232,7 @@ EDITS: dict[str, Callable[[Edit], None]] = {
     "repeat_interleave": _repeat_interleave,
     "slice": _slice,
     "select": _select,
+    "slice_scatter": _slice_scatter,
     **dict.fromkeys(
         ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"),
         _split,

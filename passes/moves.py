@@ -364,8 +364,44 @@ def grouped_convolution(visit: Visit) -> list[Arrays]:
     return [arrays]
 
 
+def scatter_part(visit: Visit) -> list[Arrays]:
+    """slice_scatter, select_scatter: a part of self is replaced by src."""
+    labels, value, source = visit.labels, visit.given["self"], visit.given["src"]
+    rank = len(value.shape)
+    dim = visit.dim("dim", rank)
+    arrays = dict(source.arrays)
+    if visit.name == "select_scatter":
+        arrays = {d + (d >= dim): a.unsqueeze(dim) for d, a in arrays.items()}
+        places = [visit.given["index"] % value.shape[dim]]
+    else:
+        bounds = (visit.given["start"], visit.given["end"], visit.given["step"])
+        places = list(range(value.shape[dim]))[slice(*bounds)]
+    result: Arrays = {}
+    for axis, array in value.arrays.items():
+        other = arrays.get(axis)
+        if axis != dim:
+            held = [labels.collapse(array, dim)]
+            held += [labels.collapse(other, dim)] if other is not None else []
+            result[axis] = labels.meet(held)
+        elif labels.is_fixed(array) and (other is None or labels.is_fixed(other)):
+            result[axis] = array
+        else:
+            other = visit.fixed(f"a place in {visit.name}") if other is None else other
+            result[axis] = _written(array, other, dim, places, value.shape[dim])
+    return [result]
+
+
+def _written(array: Tensor, other: Tensor, dim: int, places: list[int], size: int) -> Tensor:
+    """`array` with the labels `other` at `places` along `dim`."""
+    shape = [max(a, b) for a, b in zip(array.shape, other.shape, strict=True)]
+    whole = array.expand([size if k == dim else n for k, n in enumerate(shape)]).clone()
+    part = other.expand([len(places) if k == dim else n for k, n in enumerate(shape)])
+    return whole.index_copy(dim, torch.tensor(places), part)
+
+
 HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), join),
     **dict.fromkeys(("constant_pad_nd", "pad"), pad),
     **dict.fromkeys(("index_put", "_index_put_impl"), index_put),
+    **dict.fromkeys(("slice_scatter", "select_scatter"), scatter_part),
 }

@@ -2,6 +2,7 @@
 
     select, unbind, split of a reshape's outer dim   slices of the flat dim, reshaped one by one
     ... with a permute in between                    the slice goes first
+    slice_scatters that cover a tensor               cat
 
 A fused QKV is often reshaped to (3, heads, size) and then taken apart: in that form Q, K and V
 share the dim `size` and would have to shrink together. Taken apart first, each shrinks alone. The
@@ -31,6 +32,8 @@ def normalize(module: GraphModule) -> GraphModule:
         if _takes_all(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+        elif node.target is aten.slice_scatter.default:
+            _join(node)
     for node in list(module.graph.nodes):
         parts = _parts(module, node)
         if parts is not None:
@@ -42,6 +45,44 @@ def normalize(module: GraphModule) -> GraphModule:
     module.graph.lint()
     module.recompile()
     return module
+
+
+def _join(node: Node) -> None:
+    """Writes that cover a dim from end to end are a concatenation of what was written."""
+    shape = _shape(node)
+    dim = bind(node, node.args, node.kwargs)["dim"] or 0
+    pieces: dict[int, tuple[int, Node]] = {}
+    at: Any = node
+    while isinstance(at, Node) and at.target is aten.slice_scatter.default:
+        bound = bind(at, at.args, at.kwargs)
+        bounds = (bound["start"], bound["end"])
+        if (bound["dim"] or 0) != dim or bound["step"] != 1 or shape is None:
+            return
+        if not isinstance(shape[dim], int) or any(isinstance(b, Node) for b in bounds):
+            return
+        low, high, _ = slice(*bounds).indices(shape[dim])
+        pieces.setdefault(low, (high, bound["src"]))
+        at = bound["self"]
+    low, parts = 0, []
+    while shape is not None and low in pieces and low < shape[dim]:
+        low, part = pieces[low]
+        parts.append(part)
+    if shape is None or low != shape[dim] or not all(_same_but(p, shape, dim) for p in parts):
+        return
+    with node.graph.inserting_before(node):
+        joined = node.graph.call_function(aten.cat.default, (parts, dim))
+    joined.meta = dict(node.meta)
+    node.replace_all_uses_with(joined)
+    node.graph.erase_node(node)
+
+
+def _same_but(part: Node, shape: tuple[Any, ...], dim: int) -> bool:
+    """Whether a written part needed no broadcast."""
+    held = _shape(part)
+    if held is None or len(held) != len(shape):
+        return False
+    at = dim % len(shape)
+    return all(str(a) == str(b) for k, (a, b) in enumerate(zip(held, shape, strict=True)) if k != at)
 
 
 def _takes_all(node: Node) -> bool:
