@@ -22,7 +22,7 @@ from passes.labels import propagate
 from passes.rewrite import removal, rewrite
 from passes.verify import verify
 
-from .build_type import BuildError, build
+from .build_type import build
 from .layers import layers_with_chains
 
 KINDS = ("chain", "bilinear", "head")

@@ -20,12 +20,10 @@ from passes.labels import Value
 
 CONTRACTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d"}
 CURVED = set(
-    "relu relu_ gelu silu silu_ sigmoid tanh hardtanh hardswish hardsigmoid mish elu leaky_relu "
-    "softplus relu6 pow square".split()
+    ["relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "hardtanh", "hardswish", "hardsigmoid", "mish", "elu", "leaky_relu", "softplus", "relu6", "pow", "square"]
 )
 PASSING = CURVED | set(
-    "mul mul_ reshape view permute transpose contiguous clone to dropout slice split chunk "
-    "split_with_sizes batch_norm clamp unbind squeeze unsqueeze flatten select".split()
+    ["mul", "mul_", "reshape", "view", "permute", "transpose", "contiguous", "clone", "to", "dropout", "slice", "split", "chunk", "split_with_sizes", "batch_norm", "clamp", "unbind", "squeeze", "unsqueeze", "flatten", "select"]
 )
 PRODUCTS = {"matmul", "bmm", "einsum"}
 

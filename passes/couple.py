@@ -25,7 +25,9 @@ from .values import Labels, Site, Source, Value, varying
 __all__ = ["Consumer", "DependencyGraph", "Group", "Layer", "Member", "couple"]
 
 
-def couple(labels: Labels, parameters: dict[str, Tensor], blocks: Labels | None = None) -> DependencyGraph:
+def couple(
+    labels: Labels, parameters: dict[str, Tensor], blocks: Labels | None = None
+) -> DependencyGraph:
     """Groups of the first run, and of `blocks` (the run on blocks) those that are whole blocks."""
     layers = [Layer(labels, _components(labels))]
     groups = _groups(layers[0], 0)
@@ -138,9 +140,7 @@ class _Builder:
         owned = self._members(group_of, place, [len(m) for m in members])
         summed = self._sites(group_of, len(members))
         tags = _block_tags(self.layer, wanted & (self.notes.frozen < 0))
-        return [
-            self._group(held, owned[g], summed[g], tags) for g, held in enumerate(members)
-        ]
+        return [self._group(held, owned[g], summed[g], tags) for g, held in enumerate(members)]
 
     def _members(
         self, group_of: np.ndarray, place: np.ndarray, sizes: list[int]

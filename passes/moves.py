@@ -24,7 +24,17 @@ MOVEMENT = {
     *("expand", "expand_as", "select", "slice", "narrow", "split", "split_with_sizes", "chunk"),
     *("unbind", "roll", "flip", "repeat", "tile", "repeat_interleave", "index_select", "index"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "diagonal", "tensor_split"),
-    *("broadcast_to", "adjoint", "mT", "mH", "matrix_H", "as_strided", "rot90", "unsafe_split", "unsafe_chunk"),
+    *(
+        "broadcast_to",
+        "adjoint",
+        "mT",
+        "mH",
+        "matrix_H",
+        "as_strided",
+        "rot90",
+        "unsafe_split",
+        "unsafe_chunk",
+    ),
 }
 SELECTION = {"clone", "contiguous", "to", "_to_copy", "detach", "alias"}
 LIKE = {"view_as", "reshape_as", "expand_as"}
@@ -119,7 +129,9 @@ def _stand_still(visit: Visit, slot: _Slot, dim: int, out: Tensor, spread: list[
 def _disturbed(visit: Visit, dim: int, rank: int) -> bool:
     """Whether an op whose effect depends on sizes acts on this very dim."""
     dims = visit.given.get("dims") or [
-        visit.given[k] for k in ("dim", "dimension", "dim1", "dim2") if visit.given.get(k) is not None
+        visit.given[k]
+        for k in ("dim", "dimension", "dim1", "dim2")
+        if visit.given.get(k) is not None
     ]
     return not dims or dim in [d % rank for d in dims]
 
@@ -274,7 +286,9 @@ def index(visit: Visit) -> list[Arrays]:
     return [result]
 
 
-def _aligned(picks: list[Value], position: int, rank: int, places: list[int | None]) -> list[Tensor]:
+def _aligned(
+    picks: list[Value], position: int, rank: int, places: list[int | None]
+) -> list[Tensor]:
     found = []
     for pick in picks:
         dim = position - rank + len(pick.shape)
@@ -312,9 +326,7 @@ def index_put(visit: Visit) -> list[Arrays]:
     for dim, array in source.arrays.items():
         home = dim - len(source.shape) + rank
         if home >= len(at) and home in result and array.numel() == array.shape[dim]:
-            result[home] = visit.labels.meet(
-                [result[home], along(array.reshape(-1), home, rank)]
-            )
+            result[home] = visit.labels.meet([result[home], along(array.reshape(-1), home, rank)])
         else:
             visit.freeze([array], "written by an index")
     return [result]

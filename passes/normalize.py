@@ -82,7 +82,9 @@ def _same_but(part: Node, shape: tuple[Any, ...], dim: int) -> bool:
     if held is None or len(held) != len(shape):
         return False
     at = dim % len(shape)
-    return all(str(a) == str(b) for k, (a, b) in enumerate(zip(held, shape, strict=True)) if k != at)
+    return all(
+        str(a) == str(b) for k, (a, b) in enumerate(zip(held, shape, strict=True)) if k != at
+    )
 
 
 def _takes_all(node: Node) -> bool:
@@ -94,7 +96,9 @@ def _takes_all(node: Node) -> bool:
     if shape is None or bound["step"] != 1 or bound["start"] not in (None, 0):
         return False
     size = shape[(bound["dim"] or 0) % len(shape)]
-    return end is None or (isinstance(end, int) and (end >= 2**62 or (isinstance(size, int) and end >= size)))
+    return end is None or (
+        isinstance(end, int) and (end >= 2**62 or (isinstance(size, int) and end >= size))
+    )
 
 
 def _shape(node: Any) -> tuple[Any, ...] | None:
@@ -107,8 +111,15 @@ def _parts(module: GraphModule, node: Node) -> tuple[int, list[tuple[int, int]]]
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None
     shape, name = _shape(node.args[0]), op_name(node)
-    if shape is None or name not in ("select", "unbind", "slice", "split", "chunk", "index",
-                                     "split_with_sizes"):
+    if shape is None or name not in (
+        "select",
+        "unbind",
+        "slice",
+        "split",
+        "chunk",
+        "index",
+        "split_with_sizes",
+    ):
         return None
     bound = bind(node, node.args, node.kwargs)
     if name == "index":
@@ -222,10 +233,11 @@ def _replace(node: Node, chain: tuple[list[Node], int], ranges: list[tuple[int, 
             made.append(flat)
         pieces = []
         for low, high in ranges:
-            part = graph.call_function(
-                aten.slice.Tensor, (flat, dim, low * inner, high * inner)
-            )
-            made += [part, graph.call_function(aten.unflatten.int, (part, dim, [high - low, *rest]))]
+            part = graph.call_function(aten.slice.Tensor, (flat, dim, low * inner, high * inner))
+            made += [
+                part,
+                graph.call_function(aten.unflatten.int, (part, dim, [high - low, *rest])),
+            ]
             for moved in reversed(permutes):
                 arguments = (made[-1], *moved.args[1:])
                 made.append(graph.call_function(moved.target, arguments, moved.kwargs))

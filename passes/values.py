@@ -130,9 +130,7 @@ class Labels:
     def all_fixed(self, shape: Iterable[int], reason: str) -> Arrays:
         """Fixed labels on every dim of size > 1."""
         shape = tuple(shape)
-        return {
-            dim: self.fixed(reason, len(shape)) for dim, size in enumerate(shape) if size > 1
-        }
+        return {dim: self.fixed(reason, len(shape)) for dim, size in enumerate(shape) if size > 1}
 
     def arrays_for(self, kind: str, name: str, shape: Iterable[int]) -> Arrays:
         """New labels on every dim of size > 1."""
