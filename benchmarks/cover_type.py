@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from passes.capture import Captured, capture
-from passes.couple import DependencyGraph, Group, couple
-from passes.labels import propagate
+from passes.analysis import analysis
+from passes.couple import DependencyGraph, Group
 from passes.rewrite import removal, rewrite
 from passes.verify import verify
 
@@ -67,8 +67,7 @@ def _stages(model_type: str, row: dict[str, Any]) -> None:
     program = capture(built.model, built.inputs)
     row["nodes"] = len(program.graph_module.graph.nodes)
     done("capture", "analyse")
-    labels = propagate(program.graph_module, program.inputs, check=True)
-    deps = couple(labels, dict(program.graph_module.named_parameters()))
+    deps = analysis(program.graph_module, program.inputs, check=True)
     row["groups"] = {
         k: sum(g.kind == k for g in deps.groups) for k in {g.kind for g in deps.groups}
     }

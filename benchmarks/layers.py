@@ -20,10 +20,50 @@ from passes.labels import Value
 
 CONTRACTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d"}
 CURVED = set(
-    ["relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "hardtanh", "hardswish", "hardsigmoid", "mish", "elu", "leaky_relu", "softplus", "relu6", "pow", "square"]
+    [
+        "relu",
+        "relu_",
+        "gelu",
+        "silu",
+        "silu_",
+        "sigmoid",
+        "tanh",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "mish",
+        "elu",
+        "leaky_relu",
+        "softplus",
+        "relu6",
+        "pow",
+        "square",
+    ]
 )
 PASSING = CURVED | set(
-    ["mul", "mul_", "reshape", "view", "permute", "transpose", "contiguous", "clone", "to", "dropout", "slice", "split", "chunk", "split_with_sizes", "batch_norm", "clamp", "unbind", "squeeze", "unsqueeze", "flatten", "select"]
+    [
+        "mul",
+        "mul_",
+        "reshape",
+        "view",
+        "permute",
+        "transpose",
+        "contiguous",
+        "clone",
+        "to",
+        "dropout",
+        "slice",
+        "split",
+        "chunk",
+        "split_with_sizes",
+        "batch_norm",
+        "clamp",
+        "unbind",
+        "squeeze",
+        "unsqueeze",
+        "flatten",
+        "select",
+    ]
 )
 PRODUCTS = {"matmul", "bmm", "einsum"}
 
@@ -92,4 +132,4 @@ def _holds(deps: DependencyGraph, components: set[int], value: Node) -> bool:
     last = held.arrays.get(len(held.shape) - 1)
     if last is None:
         return False
-    return bool(components & set(deps.component[last.reshape(-1).numpy()].tolist()))
+    return bool(components & set(deps.layers[0].component[last.reshape(-1).numpy()].tolist()))

@@ -18,17 +18,123 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDTH = set(
-    ["hidden", "dim", "dims", "d", "embd", "embed", "embedding", "ffn", "ff", "inner", "channels", "units", "filters", "rank", "width", "planes", "intermediate", "projection", "latent", "latents", "feats", "feature", "dff", "scalar"]
+    [
+        "hidden",
+        "dim",
+        "dims",
+        "d",
+        "embd",
+        "embed",
+        "embedding",
+        "ffn",
+        "ff",
+        "inner",
+        "channels",
+        "units",
+        "filters",
+        "rank",
+        "width",
+        "planes",
+        "intermediate",
+        "projection",
+        "latent",
+        "latents",
+        "feats",
+        "feature",
+        "dff",
+        "scalar",
+    ]
 )
 NOT_WIDTH = set(
-    ["kernel", "window", "image", "patch", "vocab", "layers", "layer", "heads", "stride", "strides", "dilation", "position", "positions", "token", "tokens", "id", "ids", "index", "act", "ratio", "mult", "period", "dropout", "prob", "std", "eps", "epsilon", "length", "cardinality", "frames", "mel", "num_embeddings", "blocks", "depth", "depths", "padding", "loss", "scale", "temporal", "time", "group"]
+    [
+        "kernel",
+        "window",
+        "image",
+        "patch",
+        "vocab",
+        "layers",
+        "layer",
+        "heads",
+        "stride",
+        "strides",
+        "dilation",
+        "position",
+        "positions",
+        "token",
+        "tokens",
+        "id",
+        "ids",
+        "index",
+        "act",
+        "ratio",
+        "mult",
+        "period",
+        "dropout",
+        "prob",
+        "std",
+        "eps",
+        "epsilon",
+        "length",
+        "cardinality",
+        "frames",
+        "mel",
+        "num_embeddings",
+        "blocks",
+        "depth",
+        "depths",
+        "padding",
+        "loss",
+        "scale",
+        "temporal",
+        "time",
+        "group",
+    ]
 )
 HEAD_WIDTH = set(
-    ["head_dim", "d_kv", "key_dim", "rotary_dim", "headdim", "head_size", "kv_channels", "v_head", "d_head"]
+    [
+        "head_dim",
+        "d_kv",
+        "key_dim",
+        "rotary_dim",
+        "headdim",
+        "head_size",
+        "kv_channels",
+        "v_head",
+        "d_head",
+    ]
 )
 LAYER = set(["layers", "layer", "depth", "depths", "blocks"])
 NOT_LAYER = set(
-    ["feature", "period", "interval", "offset", "offsets", "step", "kernel", "size", "norm", "skip", "ratio", "act", "dropout", "id", "ids", "index", "indices", "mult", "scale", "init", "type", "types", "hidden_size", "dense", "shared", "tpu", "max_depth", "separable"]
+    [
+        "feature",
+        "period",
+        "interval",
+        "offset",
+        "offsets",
+        "step",
+        "kernel",
+        "size",
+        "norm",
+        "skip",
+        "ratio",
+        "act",
+        "dropout",
+        "id",
+        "ids",
+        "index",
+        "indices",
+        "mult",
+        "scale",
+        "init",
+        "type",
+        "types",
+        "hidden_size",
+        "dense",
+        "shared",
+        "tpu",
+        "max_depth",
+        "separable",
+    ]
 )
 REFERENCE = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim", "hidden_sizes")
 ABSENT = {"num_experts_per_tok": 2, "prediction_length": 8, "num_experts_per_token": 2}

@@ -49,7 +49,13 @@ def clean(module: GraphModule) -> GraphModule:
     module._forward_pre_hooks_with_kwargs.clear()
     _inline_wrappers(module)
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and not node.users and "guards" in str(node.target) or node.op == "call_function" and op_name(node) in _ASSERTIONS:
+        if (
+            node.op == "call_module"
+            and not node.users
+            and "guards" in str(node.target)
+            or node.op == "call_function"
+            and op_name(node) in _ASSERTIONS
+        ):
             module.graph.erase_node(node)
     functionalise(module.graph)
     for node in list(module.graph.nodes):
