@@ -411,9 +411,27 @@ def _written(array: Tensor, other: Tensor, dim: int, places: list[int], size: in
     return whole.index_copy(dim, torch.tensor(places), part)
 
 
+def glu(visit: Visit) -> list[Arrays]:
+    """First half times sigmoid of the second: place j of both goes together."""
+    value = next(visit.values())
+    rank, labels = len(value.shape), visit.labels
+    dim = visit.dim("dim", rank, -1)
+    half = value.shape[dim] // 2
+    result: Arrays = {}
+    for axis, array in value.arrays.items():
+        if array.shape[dim] > 1:
+            labels.unite(array.narrow(dim, 0, half), array.narrow(dim, half, half))
+            array = array.narrow(dim, 0, half)
+        result[axis] = array
+    if dim in result:
+        labels.mark("bent", [result[dim]], visit.name)
+    return [{d: a for d, a in result.items() if visit.shape[d] > 1}]
+
+
 HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), join),
     **dict.fromkeys(("constant_pad_nd", "pad"), pad),
     **dict.fromkeys(("index_put", "_index_put_impl"), index_put),
+    "glu": glu,
     **dict.fromkeys(("slice_scatter", "select_scatter"), scatter_part),
 }
