@@ -18,11 +18,12 @@ import torch
 
 from passes.capture import Captured, capture
 from passes.couple import DependencyGraph, Group, couple
-from passes.labels import propagate
+from passes.errors import UnsupportedOp
+from passes.labels import Labels, propagate
 from passes.rewrite import removal, rewrite
 from passes.verify import verify
 
-from .build_type import BuildError, build
+from .build_type import build
 from .layers import layers_with_chains
 
 KINDS = ("chain", "bilinear", "head")
@@ -67,7 +68,7 @@ def _stages(model_type: str, row: dict[str, Any]) -> None:
     program = capture(built.model, built.inputs)
     row["nodes"] = len(program.graph_module.graph.nodes)
     done("capture", "analyse")
-    labels = propagate(program.graph_module, program.inputs, check=True)
+    labels = _propagated(program, row)
     deps = couple(labels, dict(program.graph_module.named_parameters()))
     row["groups"] = {
         k: sum(g.kind == k for g in deps.groups) for k in {g.kind for g in deps.groups}
@@ -78,6 +79,15 @@ def _stages(model_type: str, row: dict[str, Any]) -> None:
     done("analyse", "verify")
     row["verified"] = {kind: _verified(program, deps, kind) for kind in KINDS}
     done("verify", "done")
+
+
+def _propagated(program: Captured, row: dict[str, Any]) -> Labels:
+    """Labels; where the engine's own check fails, the row says so and the rest goes on unchecked."""
+    try:
+        return propagate(program.graph_module, program.inputs, check=True)
+    except UnsupportedOp as error:
+        row["unchecked"] = reason(error)
+        return propagate(program.graph_module, program.inputs, check=False)
 
 
 def _verified(program: Captured, deps: DependencyGraph, kind: str) -> Any:
