@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-
 import transformers
+from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto as auto
 

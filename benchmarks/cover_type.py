@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from passes.analysis import analysis
 from passes.capture import Captured, capture
-from passes.couple import DependencyGraph, Group, couple
 from passes.errors import UnsupportedOp
-from passes.labels import Labels, propagate
-from passes.rewrite import removal, rewrite
+from passes.groups import DependencyGraph, Group
+from passes.removal import removal
+from passes.rewrite import rewrite
 from passes.verify import verify
 
 from .build_type import build
@@ -68,8 +69,7 @@ def _stages(model_type: str, row: dict[str, Any]) -> None:
     program = capture(built.model, built.inputs)
     row["nodes"] = len(program.graph_module.graph.nodes)
     done("capture", "analyse")
-    labels = _propagated(program, row)
-    deps = couple(labels, dict(program.graph_module.named_parameters()))
+    deps = _analysed(program, row)
     row["groups"] = {
         k: sum(g.kind == k for g in deps.groups) for k in {g.kind for g in deps.groups}
     }
@@ -81,13 +81,13 @@ def _stages(model_type: str, row: dict[str, Any]) -> None:
     done("verify", "done")
 
 
-def _propagated(program: Captured, row: dict[str, Any]) -> Labels:
-    """Labels; where the engine's own check fails, the row says so and the rest goes on unchecked."""
+def _analysed(program: Captured, row: dict[str, Any]) -> DependencyGraph:
+    """The groups; where the engine's own check fails, the row says so and goes on unchecked."""
     try:
-        return propagate(program.graph_module, program.inputs, check=True)
+        return analysis(program.graph_module, program.inputs, check=True)
     except UnsupportedOp as error:
         row["unchecked"] = reason(error)
-        return propagate(program.graph_module, program.inputs, check=False)
+        return analysis(program.graph_module, program.inputs, check=False)
 
 
 def _verified(program: Captured, deps: DependencyGraph, kind: str) -> Any:

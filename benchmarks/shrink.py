@@ -17,22 +17,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH = set(
-    "hidden dim dims d embd embed emb embedding ffn ff inner channels units filters rank width planes "
-    "intermediate projection latent latents feats feature dff scalar".split()
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+WIDTH = _words(
+    "hidden dim dims d embd embed emb embedding ffn ff inner channels units filters rank width "
+    "planes intermediate projection latent latents feats feature dff scalar"
 )
-NOT_WIDTH = set(
-    "kernel window image patch vocab layers layer heads stride strides dilation position positions "
-    "token tokens id ids index act ratio mult period dropout prob std eps epsilon length cardinality "
-    "frames mel num_embeddings blocks depth depths padding loss scale temporal time group".split()
+NOT_WIDTH = _words(
+    "kernel window image patch vocab layers layer heads stride strides dilation position "
+    "positions token tokens id ids index act ratio mult period dropout prob std eps epsilon "
+    "length cardinality frames mel blocks depth depths padding loss scale temporal time group"
 )
-HEAD_WIDTH = set(
-    "head_dim d_kv key_dim rotary_dim headdim head_size kv_channels v_head d_head".split()
-)
-LAYER = set("layers layer depth depths blocks".split())
-NOT_LAYER = set(
-    "feature period interval offset offsets step kernel size norm skip ratio act dropout id ids index "
-    "indices mult scale init type types hidden_size dense shared tpu max_depth separable".split()
+HEAD_WIDTH = _words("head_dim d_kv key_dim rotary_dim headdim head_size kv_channels v_head d_head")
+LAYER = _words("layers layer depth depths blocks")
+NOT_LAYER = _words(
+    "feature period interval offset offsets step kernel size norm skip ratio act dropout id ids "
+    "index indices mult scale init type types dense shared tpu max_depth separable"
 )
 REFERENCE = (
     "hidden_size",
@@ -51,7 +54,8 @@ VOCABULARY, WORDS = 128, 100  # ids from WORDS on are special tokens
 @dataclass(frozen=True)
 class Policy:
     """How far to shrink. `width`: smallest hidden size to reach (0: leave all widths); `heads`:
-    smallest count of heads and `groups` of KV heads; `head_width`: whether heads become narrower, or only fewer.
+    smallest count of heads and `groups` of KV heads; `head_width`: whether heads become narrower,
+    or only fewer.
     """
 
     width: int = 32

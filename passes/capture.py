@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from .clean import clean
 from .errors import CaptureError
+from .normalize import normalize
 from .refuse import explain, refuse
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
 
@@ -96,7 +97,7 @@ def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     free = _free_axes(module, args)
-    module = clean(module)
+    module = normalize(clean(module))
     if compared:
         _compare(module, model, args, free)
     else:
