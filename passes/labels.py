@@ -195,6 +195,10 @@ class _Propagation:
         )
 
     def _execute_fake(self, node: Node, args: Any) -> Any:
+        """Results as fake tensors at the example's sizes: recorded by torch.export, else run."""
+        recorded = _from_meta(node, self.fakes)
+        if recorded is not None:
+            return recorded
         plain = pytree.tree_map(
             lambda v: v.fake if isinstance(v, Value) else v, args, is_leaf=_is_value
         )
@@ -202,12 +206,9 @@ class _Propagation:
             with self.fakes, torch.no_grad():
                 return node.target(*plain[0], **plain[1])  # type: ignore[operator]
         except Exception as error:
-            found = _from_meta(node, self.fakes)
-            if found is None:
-                raise UnsupportedOp(
-                    f"cannot infer the shape of {node.target}: {error} · {where(node)}"
-                ) from error
-            return found
+            raise UnsupportedOp(
+                f"cannot infer the shape of {node.target}: {error} · {where(node)}"
+            ) from error
 
     def _label_constant(self, node: Node) -> None:
         """A constant gets labels when it meets labelled data (so that it can be gathered)."""
@@ -461,19 +462,21 @@ def _real_like(item: Any) -> Any:
 
 
 def _from_meta(node: Node, fakes: FakeTensorMode) -> Any:
-    """Shapes that torch.export recorded, at the sizes of the example."""
+    """What torch.export recorded, at the sizes of the example; None where a size has none."""
     value = node.meta.get("val")
-    if value is None:
+    leaves = pytree.tree_leaves(value)
+    if value is None or not all(isinstance(leaf, Tensor) for leaf in leaves):
         return None
-
-    def concrete(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor):
-            return tensor
-        sizes = [int(n if isinstance(n, int) else n.node.hint) for n in tensor.shape]
-        with fakes:
-            return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
-
-    try:
-        return pytree.tree_map(concrete, value)
-    except (TypeError, AttributeError):
+    sizes = [[_hint(n) for n in leaf.shape] for leaf in leaves]
+    if any(n is None for shape in sizes for n in shape):
         return None
+    with fakes:
+        made = [
+            torch.empty(shape, dtype=leaf.dtype, device=leaf.device)  # type: ignore[arg-type]
+            for shape, leaf in zip(sizes, leaves, strict=True)
+        ]
+    return made[0] if isinstance(value, Tensor) else made
+
+
+def _hint(size: Any) -> int | None:
+    return size if isinstance(size, int) else size.node.hint
