@@ -68,6 +68,7 @@ class _Notes:
     frozen: np.ndarray
     mixed: np.ndarray
     flags: dict[str, np.ndarray]
+    least: np.ndarray
 
 
 def _notes(layer: Layer, count: int) -> _Notes:
@@ -76,9 +77,11 @@ def _notes(layer: Layer, count: int) -> _Notes:
         np.full(count, -1),
         np.full(count, -1),
         {kind: np.zeros(count, bool) for kind in ("bent", "blocked", "routed")},
+        np.ones(count, int),
     )
     for mark in layer.labels.marks:
         units = layer.component[mark.labels.numpy()]
+        notes.least[units] = np.maximum(notes.least[units], mark.least)
         if mark.kind in notes.flags:
             notes.flags[mark.kind][units] = True
             continue
@@ -177,7 +180,7 @@ class _Builder:
         consumers = tuple(_consumer(site, self.layer.labels) for site in sites)
         return Group(
             *("", kind, symmetry, len(units), len(sizes), tuple(members), consumers, reason),
-            *(self.number, block_of, units),
+            *(self.number, int(self.notes.least[units[0]]), block_of, units),
         )
 
     def _kind(self, unit: int, sites: list[Site], sizes: np.ndarray) -> tuple[str, str]:
@@ -185,10 +188,13 @@ class _Builder:
         if notes.frozen[unit] >= 0:
             return "frozen", notes.reasons[notes.frozen[unit]]
         mixed = notes.reasons[notes.mixed[unit]] if notes.mixed[unit] >= 0 else ""
-        if not sites:
+        routed = bool(notes.flags["routed"][unit])
+        if not sites and not routed:
             return "frozen", mixed or "nothing sums it away"
         if len(set(sizes.tolist())) > 1:
             return "frozen", f"blocks of unequal size {sorted(set(sizes.tolist()))}"
+        if routed:
+            return "head", ""
         if mixed:
             return ("frozen" if self.number else "width"), mixed
         if self.number:

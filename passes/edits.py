@@ -228,6 +228,12 @@ def _attention(edit: Edit) -> None:
         edit.change(scale=1.0 / math.sqrt(size))
 
 
+def _one_hot(edit: Edit) -> None:
+    last = len(edit.shape(edit.source))
+    if last in edit.outs[0]:
+        edit.change(num_classes=count(edit.outs[0][last], last))
+
+
 EDITS: dict[str, Callable[[Edit], None]] = {
     **dict.fromkeys(("reshape", "view", "_unsafe_view"), _reshape),
     **dict.fromkeys(("expand", "broadcast_to"), _expand),
@@ -236,6 +242,7 @@ EDITS: dict[str, Callable[[Edit], None]] = {
     "repeat_interleave": _repeat_interleave,
     "slice": _slice,
     "select": _select,
+    "one_hot": _one_hot,
     "slice_scatter": _slice_scatter,
     **dict.fromkeys(
         ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"),

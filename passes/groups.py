@@ -58,7 +58,8 @@ class Consumer:
 @dataclass(frozen=True)
 class Group:
     """Units with one footprint. `block_of[u]` numbers the block of unit u; `layer` is the run of
-    propagation that found it (0: inside blocks, 1: blocks), `components[u]` its unit there.
+    propagation that found it (0: inside blocks, 1: blocks), `components[u]` its unit there. At
+    least `least` units must stay (as many as a router chooses).
     """
 
     name: str
@@ -70,6 +71,7 @@ class Group:
     consumers: tuple[Consumer, ...]
     reason: str
     layer: int = 0
+    least: int = 1
     block_of: np.ndarray = field(
         default_factory=lambda: np.zeros(0, int), repr=False, compare=False
     )

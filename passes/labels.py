@@ -173,6 +173,10 @@ class _Propagation:
                 return handlers[name](visit)
         if "conv" in name and (visit.given.get("groups") or 1) > 1:
             return moves.grouped_convolution(visit)
+        routing.settle(visit)
+        compared = routing.where_equal(visit)
+        if compared is not None:
+            return [compared]
         if name in self.rules:
             return self._rule(visit, self.rules[name])
         if _pointwise(visit.node):

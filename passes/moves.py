@@ -282,8 +282,10 @@ def pad(visit: Visit) -> list[Arrays]:
     return [{d: a for d, a in result.items() if visit.shape[d] > 1}]
 
 
-def index(visit: Visit) -> list[Arrays]:
-    """Indexing by data: the indexed dims are fixed, the index's own dims and the rest carried."""
+def index(visit: Visit, pointed: frozenset[int] | set[int] = frozenset()) -> list[Arrays]:
+    """Indexing by data: the indexed dims are fixed (but those `pointed` at by an index that
+    carries them), the index's own dims and the rest carried.
+    """
     value = next(visit.values())
     indices = list(visit.given["indices"])
     at = [d for d, item in enumerate(indices) if isinstance(item, Value)]
@@ -296,7 +298,8 @@ def index(visit: Visit) -> list[Arrays]:
     kept = [d for d in range(len(value.shape)) if d not in at]
     order = [d for d in kept if d < at[0]] if together else []
     places = [*order, *([None] * rank), *[d for d in kept if d not in order]]
-    visit.freeze([value.arrays[d] for d in at if d in value.arrays], "indexed by data")
+    held = [value.arrays[d] for d in at if d in value.arrays and d not in pointed]
+    visit.freeze(held, "indexed by data")
     result: Arrays = {}
     for home, dim in enumerate(places):
         if visit.shape[home] == 1:

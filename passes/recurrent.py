@@ -51,7 +51,10 @@ def recurrent(visit: Visit) -> list[Arrays]:
             if layer == 0 and incoming is not None:
                 _consume(visit, source, feature, incoming, params[at], nodes[at])
             elif layer:
-                visit.labels.unite(previous, params[at].arrays[1].reshape(-1))
+                columns = params[at].arrays[1].reshape(-1)
+                visit.labels.unite(previous, columns)
+                sides = (Operand(nodes[at], 1, columns, False),)
+                visit.labels.sites.append(Site(visit.node, sides))
         previous = _cat(outputs)
         for state in states:
             _tie_state(visit, state, outputs)

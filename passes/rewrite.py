@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .edits import EDITS, Edit, hold
 from .errors import UnsupportedOp, where
 from .removal import Cuts, Removal, is_constant, nodes_by_name, removal, sliced
-from .visit import op_name
+from .visit import bind, op_name
 
 __all__ = [
     "Cuts",
@@ -118,8 +118,86 @@ def masked(module: GraphModule, cut: Removal) -> GraphModule:
                 held[side.dim, number] = keep
     for number, ((name, operand), held) in enumerate(masks.items()):
         _zero(dense, nodes[name], nodes[operand], list(held.values()), f"_mask_{number}")
+    restricted = _restricted(cut)
+    for name in (name for name, kind in restricted.items() if kind == "routed"):
+        _exclude(dense, nodes[name], cut, f"_barred_{name}")
+    for name in (name for name, kind in restricted.items() if kind == "mixed"):
+        _restrict(dense, nodes[name], cut)
     dense.recompile()
     return dense
+
+
+def _restricted(cut: Removal) -> dict[str, str]:
+    """Nodes that mix an axis of which something is removed, or choose among its positions."""
+    found: dict[str, str] = {}
+    for number, layer in enumerate(cut.deps.layers):
+        for mark in layer.labels.marks:
+            if mark.node is None or mark.kind not in ("mixed", "routed"):
+                continue
+            if cut.gone[number][layer.component[mark.labels.numpy()]].any():
+                found[mark.node.name] = mark.kind
+    return found
+
+
+def _exclude(module: GraphModule, node: Node, cut: Removal, name: str) -> None:
+    """A choice never falls on what is removed: -inf there (1_K of a maximum)."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    bound = bind(node, node.args, node.kwargs)
+    rank = len(cut.value(source.name).shape)
+    dim = -1 if bound.get("dim") is None else bound["dim"]
+    barred = torch.zeros([1] * rank, dtype=torch.bool)
+    for layer in range(len(cut.gone)):
+        arrays = cut.value(source.name, layer=layer).arrays
+        barred = barred | ~cut.mask(arrays[dim % rank], layer)
+    held = hold(module, node, name, barred)
+    worst = float("-inf") if bound.get("largest", True) is not False else float("inf")
+    with module.graph.inserting_before(node):
+        made = module.graph.call_function(aten.masked_fill.Scalar, (source, held, worst))
+    node.args = (made, *node.args[1:])
+
+
+def _restrict(module: GraphModule, node: Node, cut: Removal) -> None:
+    """A mixing op sees only what stays; its result is scattered back, zero where it has nothing."""
+    outs = [cut.cuts(node.name, slot) for slot in range(cut.results(node.name))]
+    if len(outs) > 1 and any(outs):
+        raise UnsupportedOp(f"{op_name(node)} mixes an axis of several results · {where(node)}")
+    ins = {arg: cut.cuts(arg.name) for arg in node.all_input_nodes}
+    if edit := EDITS.get(op_name(node)):
+        edit(Edit(module, node, ins, outs, cut))
+    users = list(node.users)
+    graph = module.graph
+    for arg, cuts in ins.items():
+        with graph.inserting_before(node):
+            short = arg
+            for dim, index in _vectors(cuts).items():
+                held = hold(module, node, f"_in_{node.name}_{arg.name}_{dim}", index)
+                short = graph.call_function(aten.index_select.default, (short, dim, held))
+        node.replace_input_with(arg, short)
+    wide = node
+    for dim, index in _vectors(outs[0]).items():
+        size = cut.value(node.name).shape[dim]
+        places = torch.full((size,), len(index)).index_copy(0, index, torch.arange(len(index)))
+        with graph.inserting_after(wide):
+            zero = graph.call_function(aten.narrow.default, (wide, dim, 0, 1))
+        with graph.inserting_after(zero):
+            zero = graph.call_function(aten.mul.Scalar, (zero, 0.0))
+        with graph.inserting_after(zero):
+            joined = graph.call_function(aten.cat.default, ([wide, zero], dim))
+        with graph.inserting_after(joined):
+            module.register_buffer(f"_out_{node.name}_{dim}", places, persistent=False)
+            held = graph.get_attr(f"_out_{node.name}_{dim}")
+        with graph.inserting_after(held):
+            wide = graph.call_function(aten.index_select.default, (joined, dim, held))
+    for user in users:
+        user.replace_input_with(node, wide)
+
+
+def _vectors(cuts: Cuts) -> dict[int, Tensor]:
+    """The kept positions per dim, where they are the same in every block."""
+    if any(mask.numel() != mask.shape[dim] for dim, mask in cuts.items()):
+        raise UnsupportedOp("an axis that is mixed would be cut block by block")
+    return {dim: torch.nonzero(mask.reshape(-1)).reshape(-1) for dim, mask in cuts.items()}
 
 
 def _keep(cut: Removal, name: str, dim: int, layer: int) -> Tensor | None:

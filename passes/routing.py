@@ -1,26 +1,194 @@
-"""Indexing by data: lookups fix the axis that they point at, unless the index itself carries it.
+"""Choosing positions by data, and looking them up.
 
-The indices that topk, sort and argmax return point at positions of a labelled axis: their `domain`.
-Where such an index meets an axis again (the experts' weights, a gather, a scatter), the labels of
-the axis and of the domain unite instead of being frozen, and removing a position renumbers both.
+    v, j = topk(x, k)      j points at positions of x's axis: the labels there are its domain
+    w[j], gather(s, j)     an index with a domain meets an axis: domain and axis unite
+
+Removing a position then renumbers both: the axis (experts, say) can shrink. The law is that of a
+choice that never falls on what is removed: topk(S_K x) = topk(x with -inf outside K). An index
+without a domain (token ids) fixes the axis that it points at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from . import moves
-from .values import Arrays
+from .values import Arrays, Mark, Value, along
 from .visit import Visit
+
+CHOICES = {"topk": 1, "sort": 1, "argmax": 0, "argsort": 0, "max": 1}
+PASSING = moves.MOVEMENT | moves.SELECTION | {"clamp", "clamp_min", "clamp_max", "gather", "cat"}
+COMPARED = {"eq", "ne", "lt", "le", "gt", "ge"}
 
 
 def domains(visit: Visit) -> list[Tensor | None]:
-    """The domain of each result, None where its values point at no labelled axis."""
-    return [None] * len(visit.outs)
+    """The labels that the integers of each result point at; None where they point at no axis."""
+    nothing: list[Tensor | None] = [None] * len(visit.outs)
+    name = visit.name.rstrip("_")
+    slot = CHOICES.get(name)
+    if slot is not None and len(visit.outs) > slot:
+        value = next(visit.values())
+        axis = _axis(visit, value)
+        chosen = axis is not None and not visit.outs[slot].is_floating_point()
+        return [axis if chosen and k == slot else None for k in range(len(visit.outs))]
+    held = [value.domain for value in visit.values() if value.domain is not None]
+    if not held or not (name in PASSING or name in ("index", "index_select")):
+        return nothing
+    for other in held[1:]:
+        if len(other) == len(held[0]):
+            visit.labels.unite(held[0], other)
+    points = not visit.outs[0].is_floating_point()
+    return [held[0] if points else None] * len(visit.outs)
 
 
+def settle(visit: Visit) -> None:
+    """Arithmetic on an index gives its numbers a meaning: its domain is fixed."""
+    name = visit.name.rstrip("_")
+    if name in PASSING or name in CHOICES or name in LOOKUPS:
+        return
+    for value in visit.values():
+        if value.domain is None or (name in COMPARED and _beyond(visit, len(value.domain))):
+            continue
+        visit.freeze([value.domain], f"an index into the axis is used as a number by {name}")
+
+
+def _beyond(visit: Visit, size: int) -> bool:
+    """A comparison with the number of positions: no index reaches it, before or after."""
+    other = visit.given.get("other")
+    return isinstance(other, int) and other >= size
+
+
+def _axis(visit: Visit, value: Value) -> Tensor | None:
+    """The labels of the axis that a choice is made on, if it can shrink."""
+    rank = len(value.shape)
+    if visit.given.get("dim", -1) is None or not rank:
+        return None
+    array = value.arrays.get(visit.dim("dim", rank, -1))
+    if array is None or visit.labels.is_fixed(array):
+        return None
+    return array.reshape(-1) if array.numel() == array.shape[visit.dim("dim", rank, -1)] else None
+
+
+def choose(visit: Visit) -> list[Arrays]:
+    """topk, sort, argmax: the chosen places are fixed, the other dims carried."""
+    value = next(visit.values())
+    rank = len(value.shape)
+    if visit.given.get("dim", -1) is None:
+        visit.freeze(list(value.arrays.values()), f"{visit.name} over all")
+        return visit.all_fixed(f"{visit.name} over all")
+    dim, labels = visit.dim("dim", rank, -1), visit.labels
+    axis = _axis(visit, value)
+    if axis is None:
+        visit.freeze([value.arrays[dim]] if dim in value.arrays else [], visit.name)
+    else:
+        reason = visit.reason(f"chosen by {visit.name}")
+        least = int(visit.given.get("k") or 1)
+        labels.marks.append(Mark("routed", axis, reason, visit.node, least))
+    results = []
+    for out in visit.outs:
+        arrays: Arrays = {}
+        keeps = out.dim() == rank
+        for d, size in enumerate(out.shape):
+            source = d if keeps or d < dim else d + 1
+            if size == 1:
+                continue
+            if (keeps and d == dim) or source not in value.arrays:
+                arrays[d] = labels.fixed(visit.reason(f"a place chosen by {visit.name}"), out.dim())
+                continue
+            array = labels.collapse(value.arrays[source], dim)
+            arrays[d] = array if keeps else array.squeeze(dim)
+        results.append(arrays)
+    return results
+
+
+def look_up(visit: Visit) -> list[Arrays]:
+    """index: a pick with a domain unites with the dim that it points at."""
+    value = next(visit.values())
+    pointed = {}
+    for dim, pick in enumerate(visit.given["indices"]):
+        if isinstance(pick, Value) and _meets(visit, value, dim, pick):
+            pointed[dim] = pick
+    return moves.index(visit, set(pointed))
+
+
+def _meets(visit: Visit, value: Value, dim: int, pick: Value) -> bool:
+    """Unite an index's domain with the labels of the dim that it points at."""
+    array = value.arrays.get(dim)
+    if pick.domain is None or array is None or array.numel() != value.shape[dim]:
+        return False
+    if len(pick.domain) != value.shape[dim]:
+        return False
+    visit.labels.unite(pick.domain, array.reshape(-1))
+    return True
+
+
+def gather(visit: Visit) -> list[Arrays]:
+    """gather, scatter: the dim that an index with a domain points at is carried by it."""
+    value, pick = visit.given["self"], visit.given["index"]
+    rank = len(value.shape)
+    dim = visit.dim("dim", rank)
+    result: Arrays = {}
+    known = _meets(visit, value, dim, pick)
+    if not known and dim in value.arrays:
+        visit.freeze([value.arrays[dim]], f"{visit.name} by data")
+    scatters = visit.name.startswith("scatter")
+    source = visit.given.get("src")
+    others = [pick, source] if scatters and isinstance(source, Value) else [pick]
+    for d, size in enumerate(visit.shape):
+        if size == 1:
+            continue
+        if d == dim:
+            whole = value.arrays.get(d) if scatters else None
+            result[d] = whole if whole is not None else visit.fixed("a place of an index")
+            continue
+        held = [v.arrays[d] for v in (value, *others) if d in v.arrays]
+        held = [visit.labels.collapse(array, dim) for array in held]
+        short = any(v.shape[d] != value.shape[d] for v in others)
+        result[d] = visit.labels.meet(held) if held else visit.fixed("a place of an index")
+        if short:
+            visit.freeze([result[d]], f"{visit.name} of a part")
+    return [result]
+
+
+def one_hot(visit: Visit) -> list[Arrays]:
+    """one_hot(j, n): the new last dim is the axis that j points at."""
+    value = next(visit.values())
+    rank = len(visit.shape)
+    arrays = {d: a.unsqueeze(-1) for d, a in value.arrays.items()}
+    if value.domain is not None and len(value.domain) == visit.shape[-1]:
+        arrays[rank - 1] = along(value.domain, rank - 1, rank)
+    else:
+        arrays[rank - 1] = visit.fixed("a class of one_hot")
+    return [arrays]
+
+
+def where_equal(visit: Visit) -> Arrays | None:
+    """j == arange(n): the compared dim is the axis that j points at. None: an ordinary op."""
+    values = list(visit.values())
+    if visit.name.rstrip("_") != "eq" or len(values) != 2:
+        return None
+    for value, other in (values, values[::-1]):
+        counted = other.const is not None and value.domain is not None
+        if not counted or other.fake.numel() != len(value.domain):
+            continue
+        dims = [d for d, n in enumerate(other.shape) if n > 1]
+        if len(dims) != 1 or not torch.equal(other.const.reshape(-1), torch.arange(len(value.domain))):
+            continue
+        rank, dim = len(visit.shape), dims[0] + len(visit.shape) - len(other.shape)
+        visit.labels.unite(value.domain, other.arrays[dims[0]].reshape(-1))
+        shift = rank - len(value.shape)
+        arrays = {d + shift: a.reshape([1] * shift + list(a.shape)) for d, a in value.arrays.items()}
+        return {**arrays, dim: along(value.domain, dim, rank)}
+    return None
+
+
+LOOKUPS = {"index", "index_select", "gather", "scatter", "scatter_add", "one_hot", "eq"}
 HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
-    "index": moves.index,
+    "index": look_up,
+    **dict.fromkeys(("gather", "scatter", "scatter_add"), gather),
+    "one_hot": one_hot,
+    **dict.fromkeys(("topk", "sort", "argmax", "argsort"), choose),
 }

@@ -64,13 +64,14 @@ class Mark:
     mixed     every output on the axis depends on every input on it
     bent      a pointwise non-linearity acts on them, so that only permutations may be inserted
     blocked   in the run on blocks: the labels of a block have been united
-    routed    an index of data points at the axis (experts)
+    routed    a choice among the positions of the axis (experts); at least `least` must stay
     """
 
     kind: str
     labels: Tensor
     reason: str
     node: Node | None = None
+    least: int = 1
 
 
 @dataclass(frozen=True)

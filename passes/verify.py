@@ -134,7 +134,7 @@ def first_divergence(
             continue
         if not left.is_floating_point():
             continue
-        left = sliced(left, cut.cuts(node.name))
+        left = left if left.shape == right.shape else sliced(left, cut.cuts(node.name))
         if left.shape != right.shape or float((left - right).abs().max()) > tolerance * 10:
             shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
             return f"first diverging {where(node)}: shapes {shapes}"
