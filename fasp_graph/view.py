@@ -87,8 +87,10 @@ def page_data(deps: DependencyGraph, plan: Any = None, report: Any = None) -> di
     consumers, kept, reason; sizes before and after.
     """
     tied, uses = _tied(deps), _uses(deps)
-    after = _shapes_after(deps, plan, tied)
-    names = dict.fromkeys([*deps.parameters, *(m.parameter for g in deps.groups for m in g.members)])
+    after = shapes_after(deps, plan)
+    names = dict.fromkeys(
+        [*deps.parameters, *(m.parameter for g in deps.groups for m in g.members)]
+    )
     place = {name: _place(name, tied, uses) for name in names}
     modules: dict[str, list[dict[str, Any]]] = {}
     for name in sorted(names, key=lambda name: (place[name] < 0, place[name])):
@@ -96,7 +98,7 @@ def page_data(deps: DependencyGraph, plan: Any = None, report: Any = None) -> di
         same = tied.get(name, [name])
         shape = list(next((deps.parameters[n] for n in same if n in deps.parameters), ()))
         small = next((after[n] for n in same if n in after), shape)
-        entry = {"name": name, "leaf": leaf, "shape": shape, "after": small}
+        entry: dict[str, Any] = {"name": name, "leaf": leaf, "shape": shape, "after": small}
         entry |= {"order": place[name], "counted": name in deps.parameters}
         modules.setdefault(module, []).append(entry)
     counted = [entry for held in modules.values() for entry in held if entry["counted"]]
@@ -114,7 +116,7 @@ def _group(
 ) -> dict[str, Any]:
     entry = dict(group.to_dict())
     kept = plan.kept.get(group.name) if plan is not None else None
-    entry["kept"] = group.size if kept is None else len(kept)
+    entry["kept"], entry["planned"] = group.size if kept is None else len(kept), kept is not None
     entry["members"] = [
         {**shown, "parameter": name, "rows": indices_text(member), "unit": _unit_text(member)}
         for shown, member in zip(entry["members"], group.members, strict=True)
@@ -154,19 +156,19 @@ def _unit_text(member: Member, most: int = 8) -> str:
     return ", ".join(map(str, first[:most])) + ("…" if len(first) > most else "")
 
 
-def _shapes_after(
-    deps: DependencyGraph, plan: Any, tied: dict[str, list[str]]
-) -> dict[str, list[int]]:
+def shapes_after(deps: DependencyGraph, plan: Any) -> dict[str, list[int]]:
     """Shapes of the parameters that a plan makes smaller."""
     shapes: dict[str, list[int]] = {}
+    tied = _tied(deps)
     for group in deps.groups if plan is not None else ():
         kept = plan.kept.get(group.name)
+        stays = set(kept or ())
         for member in group.members if kept is not None else ():
-            name = next((n for n in tied.get(member.parameter, [member.parameter]) if n in deps.parameters), "")
+            names = tied.get(member.parameter, [member.parameter])
+            name = next((n for n in names if n in deps.parameters), "")
             if not name:
                 continue  # a buffer
             shape = shapes.setdefault(name, list(deps.parameters[name]))
-            stays = set(kept)
             shape[member.dim] -= sum(
                 len(rows) for unit, rows in enumerate(member.indices) if unit not in stays
             )

@@ -93,7 +93,7 @@ const graphModel = (() => {
     const stops = [...made].filter(([card]) => !ends.has(card)).map(([, order]) => order);
     const users = [...ends].sort((a, b) => a[1] - b[1]), found = [];
     for (const [from, order] of made) {
-      const next = users.filter(([to, at]) => at > order && to !== from);
+      const next = users.filter(([to, at]) => (order < 0 || at > order) && to !== from);
       const stop = next.length ? Math.min(...stops.filter(at => at > next[0][1]), Infinity) : 0;
       next.filter(([, at]) => at < stop).forEach(([to]) => found.push({ from, to, g }));
     }

@@ -35,7 +35,7 @@ const graphPanel = (() => {
   const axis = (dim, rank) => rank < 2 ? "entries" : dim === 0 ? "rows" : dim === 1 && rank === 2 ? "columns" : `dim ${dim}`;
 
   function group(model, g, act) {
-    const found = model.data.groups[g], panel = clear(), planned = model.data.planned && found.kind !== "frozen";
+    const found = model.data.groups[g], panel = clear(), planned = found.planned;
     const head = make("h2", "", undefined, panel);
     make("span", `dot ${found.kind}`, "", head).setAttribute("aria-hidden", "true");
     make("span", "", found.name, head);
@@ -98,7 +98,7 @@ const graphPanel = (() => {
 
   function chip(model, g, parent, act) {
     const found = model.data.groups[g];
-    const share = model.data.planned && found.kind !== "frozen" ? ` · ${Math.round(100 * found.kept / found.size)}% kept` : "";
+    const share = found.planned ? ` · ${Math.round(100 * found.kept / found.size)}% kept` : "";
     const element = button("chip", undefined, parent, () => act.group(g));
     make("span", `dot ${found.kind}`, "", element).setAttribute("aria-hidden", "true");
     make("span", "", `${found.name} · ${full(found.size)}${share}`, element);
