@@ -12,6 +12,7 @@ import base64
 import hashlib
 import html
 import os
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -55,13 +56,24 @@ def page(deps: DependencyGraph, plan: Any = None, report: Any = None) -> str:
     return _shell().replace("__DATA__", data)
 
 
-def frame(deps: DependencyGraph, plan: Any = None, report: Any = None, height: int = 640) -> str:
-    """The page as an iframe, for notebooks: `IPython.display.HTML(frame(deps))`."""
-    inner = html.escape(page(deps, plan, report), quote=True)
-    return (
-        f'<iframe title="coupled weights" sandbox="allow-scripts" width="100%" height="{height}" '
-        f'style="border:0" srcdoc="{inner}"></iframe>'
-    )
+@dataclass(frozen=True)
+class Picture:
+    """The page for a notebook: the last value of a cell is drawn by `_repr_html_`."""
+
+    html: str = field(repr=False)
+    height: int = 640
+
+    def _repr_html_(self) -> str:
+        inner = html.escape(self.html, quote=True)
+        return (
+            '<iframe title="coupled weights" sandbox="allow-scripts" width="100%" '
+            f'height="{self.height}" style="border:0" srcdoc="{inner}"></iframe>'
+        )
+
+
+def show(deps: DependencyGraph, plan: Any = None, report: Any = None, height: int = 640) -> Picture:
+    """The page in a notebook: `fasp_graph.view.show(deps)` as the last line of a cell."""
+    return Picture(page(deps, plan, report), height)
 
 
 @cache

@@ -139,7 +139,9 @@ def test_bench_compares_alike(run, tmp_path):
 
 
 def test_peak_memory_is_of_a_fresh_process():
-    assert bench.peak_memory("zoo:resnet", 1, 8) > 1_000_000
+    weights = 4 * 2_755_008
+
+    assert bench.peak_memory("zoo:llama", 1, 8) > weights
     with pytest.raises(fg.FaspGraphError, match="nothing"):
         bench.peak_memory("zoo:nothing", 1, 8)
 

@@ -220,7 +220,7 @@ def test_ten_thousand_weights_are_folded(show):
 
 
 def test_a_notebook_frame_draws(browser, pruned, tmp_path):
-    (tmp_path / "notebook.html").write_text(view.frame(pruned.deps), encoding="utf-8")
+    (tmp_path / "notebook.html").write_text(view.show(pruned.deps)._repr_html_(), encoding="utf-8")
     browser.get((tmp_path / "notebook.html").as_uri())
 
     browser.switch_to.frame(find(browser, "iframe")[0])
