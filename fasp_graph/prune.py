@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from passes.capture import Args, Captured, as_args, capture
-from passes.couple import DependencyGraph, Group, couple, nodes_by_name
+from passes.analysis import analysis
+from passes.couple import DependencyGraph, Group
 from passes.errors import CalibrationError
-from passes.labels import Site, propagate
+from passes.labels import Site
 from passes.observe import Moments, View, Walk, probe, walk
 from passes.restore import restore
-from passes.rewrite import attribute, removal, rewrite
+from passes.removal import nodes_by_name, removal
+from passes.rewrite import attribute, rewrite
 from passes.score import NEEDS_DATA, score
 from passes.select import Budget, Plan, allocate, select
 from passes.verify import verify
@@ -70,8 +72,7 @@ def analyze(model: nn.Module, inputs: Any, check: bool = False) -> DependencyGra
 
 
 def _couple(captured: Captured, check: bool) -> DependencyGraph:
-    labels = propagate(captured.graph_module, captured.inputs, check)
-    return couple(labels, dict(captured.graph_module.named_parameters()))
+    return analysis(captured.graph_module, captured.inputs, check)
 
 
 def prune(

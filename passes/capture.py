@@ -1,40 +1,38 @@
 """capture: model + example inputs -> one cleaned torch.fx graph whose numbers equal the model's.
 
-torch.export, non-strict, under no_grad, on a copy in eval mode. Integer inputs (tokens, masks) are
-dynamic in
-every axis, other inputs in the first; what the model specialises is taken as it is. The result is
-accepted only
-if it equals eager at the sample size and, where an axis is dynamic, at another one.
+torch.export, non-strict, under no_grad, on a copy in eval mode, without caches and with experts as
+batched matrix products. Integer inputs (tokens, masks) are dynamic in every axis, other inputs in
+the first; what the model specialises is taken as it is. The result is accepted only if it equals
+eager at the sample size and, where an axis stayed dynamic, at twice that size.
+
+Parameters without numbers (meta or fake) are captured as fake CPU tensors: the same graph, to be
+analysed but not run; then nothing can be compared.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from .clean import clean
 from .errors import CaptureError
+from .normalize import normalize
+from .refuse import explain, refuse
+from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
-_NO_OP = {
-    torch.ops.aten._assert_tensor_metadata.default,
-    torch.ops.aten._assert_scalar.default,
-    torch.ops.aten.sym_constrain_range_for_size.default,
-}
-_IDENTITY = {
-    torch.ops.aten.alias.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.detach_.default,
-    torch.ops.aten.dropout.default,
-    torch.ops.aten.lift_fresh_copy.default,
-}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
+HALF = 2e-2
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,14 @@ class Captured:
     """A captured program.
 
     `graph_module` holds parameters under the user's names (tied ones as one object) and is called
-    like the model;
-    `inputs` are the fresh copies it was captured with; `dynamic_shapes` is what torch.export
-    accepted (None: static).
+    like the model; `inputs` are the fresh copies it was captured with; `dynamic_shapes` is what
+    torch.export accepted (None: static); `compared`: its numbers were seen to equal the model's.
     """
 
     graph_module: GraphModule
     inputs: Args
     dynamic_shapes: Any
+    compared: bool = True
 
 
 def as_args(inputs: Any) -> Args:
@@ -76,128 +74,169 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
         raise CaptureError(
             "inputs hold no tensor · help: pass a tensor, a tuple or a dict of tensors"
         )
-    quantised = [n for n, p in model.named_parameters() if not p.dtype.is_floating_point]
-    if quantised:
-        raise CaptureError(
-            f"parameter {quantised[0]} is not floating point: quantised models cannot be pruned · "
-            "help: prune first, then quantise"
-        )
-    model = copy.deepcopy(model).eval()
-    config = getattr(model, "config", None)
-    if config is not None and getattr(config, "use_cache", None):
-        config.use_cache = False
-    shapes = _dynamic_shapes(args)
-    error: Exception | None = None
-    for attempt in (shapes, None):
+    refuse(model, args)
+    errors: list[Exception] = []
+    for shapes in _attempts(model, args):
         try:
-            with torch.no_grad():
-                program = torch.export.export(
-                    model, args[0], args[1], dynamic_shapes=attempt, strict=False
-                )
-            module = clean(program.module(check_guards=False))
-            _check(module, model, args, attempt is not None)
-            return Captured(module, args, attempt)
-        except Exception as failure:
-            error = failure
-            if attempt is None:
-                break
-    raise CaptureError(
-        f"torch.export cannot capture {type(model).__name__}: {str(error).strip()[:800]} · "
-        f"help: the forward "
-        "must not branch on data; try other example inputs, or prune the part of the model "
-        "that can be captured"
-    ) from error
+            return _export(model, args, shapes)
+        except Exception as failure:  # torch.export raises errors of many unrelated types
+            errors.append(failure)
+    raise CaptureError(explain(model, errors[-1])) from errors[-1]
 
 
-def _dynamic_shapes(args: Args) -> Any:
+def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
+    compared = has_numbers(model)
+    twin = _prepared(copy.deepcopy(model) if compared else fake_twin(model), args)
+    with torch.no_grad():
+        program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
+    module = program.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    free = _free_axes(module, args)
+    module = normalize(clean(module))
+    if compared:
+        _compare(module, model, args, free)
+    else:
+        restore_buffers(module, model)
+    return Captured(module, args, shapes if free else None, compared)
+
+
+def _prepared(twin: nn.Module, args: Args) -> nn.Module:
+    """`twin` as it is exported: eval mode, no cache, no fused experts, plain outputs."""
+    twin.eval()
+    for module in twin.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            config.use_cache = False
+    experts = getattr(twin, "set_experts_implementation", None)
+    if callable(experts):
+        experts("batched_mm")
+    attention = getattr(getattr(twin, "config", None), "_attn_implementation", None)
+    if attention not in (None, "eager", "sdpa") and hasattr(twin, "set_attn_implementation"):
+        twin.set_attn_implementation("sdpa")
+    forward = _without_cache(twin.forward, args)
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def plain_forward(*positional: Any, **keyword: Any) -> Any:
+        return plain(forward(*positional, **keyword))
+
+    plain_forward.__signature__ = signature  # type: ignore[attr-defined]
+    twin.forward = plain_forward  # type: ignore[method-assign]
+    return twin
+
+
+def _without_cache(forward: Callable[..., Any], args: Args) -> Callable[..., Any]:
+    """`forward` with use_cache=False, where it has the option and the caller left it open."""
+    signature = inspect.signature(getattr(forward, "forward", forward))
+    names = list(signature.parameters)
+    if "use_cache" not in names or "use_cache" in args[1]:
+        return forward
+    if names.index("use_cache") < len(args[0]):
+        return forward
+    return functools.partial(forward, use_cache=False)
+
+
+def plain(output: Any) -> Any:
+    """Outputs that torch.export cannot return (dataclasses, objects) as dicts and tensors."""
+    if isinstance(output, Tensor) or output is None:
+        return output
+    if type(output) in pytree.SUPPORTED_NODES:
+        leaves, spec = pytree.tree_flatten(
+            output,
+            is_leaf=lambda item: item is not output and type(item) not in pytree.SUPPORTED_NODES,
+        )
+        return pytree.tree_unflatten([plain(leaf) for leaf in leaves], spec)
+    if is_dataclass(output) and not isinstance(output, type):
+        return {f.name: plain(getattr(output, f.name)) for f in fields(output)}
+    return output if isinstance(output, (int, float, bool, str)) else None
+
+
+# ---------------------------------------------------------------- dynamic axes
+def _attempts(model: nn.Module, args: Args) -> Iterator[Any]:
+    """Dynamic axes to ask for: all that may be, then the batch only, then none."""
+    for batch_only in (False, True):
+        shapes = _dynamic_shapes(model, args, batch_only)
+        if shapes is not None:
+            yield shapes
+    yield None
+
+
+def _dynamic_shapes(model: nn.Module, args: Args, batch_only: bool) -> Any:
     def axes(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
-        free = range(value.dim()) if not value.is_floating_point() else range(min(1, value.dim()))
+        every = not (value.is_floating_point() or batch_only)
+        free = range(value.dim()) if every else range(min(1, value.dim()))
         return {axis: Dim.AUTO for axis in free if value.shape[axis] > 1}
 
     positional, keyword = pytree.tree_map(axes, args)
-    return (*positional,) if not keyword else ({**keyword} if not positional else None)
+    if not keyword:
+        return tuple(positional)
+    names = list(inspect.signature(model.forward).parameters)[: len(positional)]
+    return {**dict(zip(names, positional, strict=True)), **keyword}
 
 
-def clean(module: GraphModule) -> GraphModule:
-    """Inline wrapper ops, drop assertions, guards and no-ops, turn view into reshape."""
-    module._forward_pre_hooks.clear()
-    module._forward_pre_hooks_with_kwargs.clear()
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_module" and not node.users and "guards" in str(node.target):
-            graph.erase_node(node)
-        elif node.op == "call_function" and getattr(node.target, "__name__", "").startswith(
-            "wrap_with"
-        ):
-            _inline(module, node)
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target in _NO_OP:
-            graph.erase_node(node)
-        elif node.target in _IDENTITY:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-    graph.eliminate_dead_code()
-    graph.lint()
-    module.recompile()
-    return module
+def _free_axes(module: GraphModule, args: Args) -> dict[int, list[int]]:
+    """Axes that stayed dynamic, by the position of the input among the inputs' leaves."""
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    found = {}
+    for position, node in enumerate(inputs[: len(pytree.tree_leaves(args))]):
+        value = node.meta.get("val")
+        shape = value.shape if isinstance(value, Tensor) else ()
+        axes = [axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+        if axes:
+            found[position] = axes
+    return found
 
 
-def _inline(module: GraphModule, node: Node) -> None:
-    position = next(
-        i for i, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr"
-    )
-    body_node = node.args[position]
-    assert isinstance(body_node, Node)
-    body = getattr(module, str(body_node.target))
-    env: dict[Node, Any] = {}
-    operands = list(node.args[position + 1 :])
-    with module.graph.inserting_before(node):
-        for inner in body.graph.nodes:
-            if inner.op == "placeholder":
-                env[inner] = operands.pop(0)
-            elif inner.op == "output":
-                result = torch.fx.map_arg(inner.args[0], lambda n: env[n])
-            else:
-                env[inner] = module.graph.node_copy(inner, lambda n: env[n])
-    for user in list(node.users):
-        if isinstance(result, (tuple, list)):
-            user.replace_all_uses_with(result[user.args[1]])
-            module.graph.erase_node(user)
-    if node.users:
-        node.replace_all_uses_with(result)
-    module.graph.erase_node(node)
+def _enlarged(args: Args, factor: int, free: dict[int, list[int]]) -> Args:
+    """The inputs, `factor` times as long along their free axes (repeated)."""
+    leaves, spec = pytree.tree_flatten(args)
+    for position, axes in free.items():
+        for axis in axes:
+            leaves[position] = torch.cat([leaves[position]] * factor, axis)
+    return pytree.tree_unflatten(leaves, spec)
 
 
-def _check(module: GraphModule, model: nn.Module, args: Args, dynamic: bool) -> None:
-    """Equal numbers at the sample size and, for dynamic graphs, at twice the batch."""
-    sizes = [args]
-    if dynamic:
-        doubled = pytree.tree_map(
-            lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() and len(v) > 1 else v,
-            args,
-        )
-        sizes.append(doubled)
-    for positional, keyword in sizes:
-        if any(p.is_meta or type(p).__name__ == "FakeTensor" for p in model.parameters()):
-            return
-        with torch.no_grad():
-            expected = tensors(model(*positional, **keyword))
-            actual = tensors(module(*positional, **keyword))
+# ---------------------------------------------------------------- comparison
+def _compare(module: GraphModule, model: nn.Module, args: Args, free: dict[int, list[int]]) -> None:
+    """Equal numbers at the sample size and, where axes stayed dynamic, at twice that size."""
+    reference = shared_copy(model).eval()
+    for factor in (1, 2) if free else (1,):
+        sizes = _enlarged(args, factor, free)
+        try:
+            expected = _run(_without_cache(reference, sizes), sizes)
+        except Exception:
+            if factor == 1:
+                raise
+            return  # the model itself refuses that size (a table of positions ends, say)
+        actual = _run(module, sizes)
         for left, right in zip(expected, actual, strict=True):
-            if not torch.allclose(
-                left.double(), right.double(), rtol=1e-3, atol=1e-4, equal_nan=True
-            ):
-                raise CaptureError("the captured graph computes other numbers than the model")
+            if not _equal(left, right):
+                raise CaptureError(
+                    f"the captured graph computes other numbers than the model, at "
+                    f"{factor} times the sample size"
+                )
+
+
+def _run(call: Callable[..., Any], args: Args) -> list[Tensor]:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tensors(call(*args[0], **args[1]))
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    if not left.is_floating_point():
+        return torch.equal(left, right)
+    tolerance = TOLERANCE.get(left.dtype, HALF)
+    left, right = left.double(), right.double()
+    same = (left == right) | (left.isnan() & right.isnan())  # infinities as well
+    scale = max(1.0, float(left[left.isfinite()].abs().max())) if left.isfinite().any() else 1.0
+    return bool((same | ((left - right).abs() <= tolerance * scale)).all())
 
 
 def tensors(output: Any) -> list[Tensor]:
     """All tensors of a model's output, in order."""
-    if not isinstance(output, (Tensor, tuple, list, dict)) and hasattr(output, "to_tuple"):
-        output = output.to_tuple()
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(plain(output)) if isinstance(leaf, Tensor)]

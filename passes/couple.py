@@ -1,242 +1,50 @@
-"""couple: labels -> groups of units that must be removed together.
+"""couple: labels -> groups. One connected-components call per run of propagation ends it.
 
-unit       a connected component of labels
-group      units with the same footprint: the same dims of the same weights in the same
-multiplicity, summed away
-           at the same places
-blocks     runs of units inside a group (heads) that must each lose equally many, so that shapes
-stay rectangular
-
-chain      made by weights, summed away against weights: removing equals zeroing the consumer's
-columns
-bilinear   summed away between two activations (Q.K) or alone: exact, but nothing can be repaired
-width      crosses an op that mixes it (normalisation): not exact
-frozen     reaches an output, an input, an index, an unknown op: never removed; the reason is kept
+Everything here is arrays over components: a footprint is a hash that adds a random key for every
+weight dim (in its multiplicity) and every site that a component stands at; equal footprints are
+one group. Blocks are read off the label arrays that vary along other dims than their home.
 """
 
 from __future__ import annotations
 
+import bisect
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-import networkx as nx
 import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
-from torch.fx import Node
 
-from .errors import FaspGraphError, module_of, user_line
-from .labels import Labels, Site, Value
+from .errors import module_of, user_line
+from .groups import Consumer, DependencyGraph, Group, Layer, Member
+from .values import Labels, Site, Source, Value, varying
 
-
-@dataclass(frozen=True)
-class Member:
-    """`indices[u]`: the positions along dim `dim` of `parameter` that unit u owns."""
-
-    parameter: str
-    dim: int
-    indices: tuple[tuple[int, ...], ...]
+__all__ = ["Consumer", "DependencyGraph", "Group", "Layer", "Member", "couple"]
 
 
-@dataclass(frozen=True)
-class Consumer:
-    """A node that sums the group's axis away against dim `dim` of `parameter` ('' between
-    activations).
-    """
-
-    node: str
-    parameter: str
-    dim: int
-    module: str
-    line: str = ""
+def couple(labels: Labels, parameters: dict[str, Tensor], blocks: Labels | None = None) -> DependencyGraph:
+    """Groups of the first run, and of `blocks` (the run on blocks) those that are whole blocks."""
+    layers = [Layer(labels, _components(labels))]
+    groups = _groups(layers[0], 0)
+    if blocks is not None:
+        layers.append(Layer(blocks, _components(blocks)))
+        groups += _groups(layers[1], 1)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    return DependencyGraph(tuple(_named(groups)), shapes, tuple(layers))
 
 
-@dataclass(frozen=True)
-class Group:
-    """Units with one footprint. `block_of[u]` numbers the block of unit u."""
-
-    name: str
-    kind: str
-    symmetry: str
-    size: int
-    blocks: int
-    members: tuple[Member, ...]
-    consumers: tuple[Consumer, ...]
-    reason: str
-    block_of: tuple[int, ...] = ()
-    components: tuple[int, ...] = field(default=(), repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able summary."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "symmetry": self.symmetry,
-            "size": self.size,
-            "blocks": self.blocks,
-            "members": [
-                {"parameter": m.parameter, "dim": m.dim, "per_unit": len(m.indices[0])}
-                for m in self.members
-            ],
-            "consumers": [
-                {
-                    "node": c.node,
-                    "parameter": c.parameter,
-                    "dim": c.dim,
-                    "module": c.module,
-                    "line": c.line,
-                }
-                for c in self.consumers
-            ],
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True)
-class DependencyGraph:
-    """All groups of a model. `component[label]` numbers the unit of each label."""
-
-    groups: tuple[Group, ...]
-    parameters: dict[str, tuple[int, ...]]
-    component: np.ndarray = field(repr=False, compare=False)
-    labels: Labels = field(repr=False, compare=False)
-
-    def __getitem__(self, name: str) -> Group:
-        for group in self.groups:
-            if group.name == name:
-                return group
-        raise FaspGraphError(
-            f"no group named {name!r} · help: deps.groups lists {len(self.groups)} groups"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able: groups and parameter shapes."""
-        return {
-            "groups": [group.to_dict() for group in self.groups],
-            "parameters": {name: list(shape) for name, shape in self.parameters.items()},
-        }
-
-    def to_networkx(self) -> nx.Graph:
-        """Parameters are nodes; two are joined by an edge for each group that both are
-        members of.
-        """
-        graph = nx.MultiGraph()
-        for name, shape in self.parameters.items():
-            graph.add_node(name, shape=str(list(shape)))
-        for group in self.groups:
-            names = sorted({member.parameter for member in group.members})
-            for left, right in zip(names, names[1:], strict=False):
-                graph.add_edge(left, right, key=group.name, group=group.name, kind=group.kind)
-        return graph
-
-    def explain(self, parameter: str) -> str:
-        """For a weight: the groups of its dims, what goes with each index, why it is or is
-        not prunable.
-        """
-        if parameter not in self.parameters:
-            near = [name for name in self.parameters if parameter in name][:5]
-            near = near or list(self.parameters)[:5]
-            raise FaspGraphError(f"no parameter {parameter!r} · help: close names: {near}")
-        lines = [f"{parameter} {list(self.parameters[parameter])}"]
-        for group in self.groups:
-            for member in group.members:
-                if member.parameter == parameter:
-                    lines += _explained(group, member)
-        return "\n".join(lines)
-
-    def listing(self) -> str:
-        """One line per prunable group, short and stable: the golden form."""
-        return "\n".join(
-            f"{g.kind:8} {g.size:4} units {g.blocks:2} blocks {g.symmetry:11} "
-            + " ".join(f"{m.parameter}[{m.dim}]x{len(m.indices[0])}" for m in g.members)
-            + " -> "
-            + " ".join(c.parameter or "activations" for c in g.consumers)
-            for g in self.groups
-            if g.kind != "frozen"
-        )
-
-
-def _explained(group: Group, member: Member) -> list[str]:
-    others = [f"{m.parameter}[{m.dim}]" for m in group.members if m is not member]
-    lines = [
-        f"  dim {member.dim}: group {group.name} ({group.kind}, {group.size} units in "
-        f"{group.blocks} blocks)",
-        f"    goes with: {', '.join(others) or 'nothing else'}",
-    ]
-    for consumer in group.consumers:
-        lines.append(
-            f"    summed away at %{consumer.node} {consumer.module} {consumer.line}".rstrip()
-        )
-    if group.reason:
-        lines.append(f"    reason: {group.reason}")
-    return lines
-
-
-def couple(labels: Labels, parameters: dict[str, Tensor]) -> DependencyGraph:
-    """Connected components of the labels, grouped by footprint."""
-    component = _components(labels)
-    count = int(component.max()) + 1 if len(component) else 0
-    notes = _Notes(labels, component, count)
-    members = _memberships(labels, component)
-    owned = np.zeros(count, bool)
-    for units in members.values():
-        owned[units] = True
-    footprint = notes.footprint.copy()
-    rng = np.random.default_rng(0)
-    for source in sorted(members):
-        key = rng.integers(1, 2**62, dtype=np.uint64)
-        np.add.at(footprint, members[source], key)
-    block = _blocks(labels, component, count)
-    order = np.flatnonzero(owned)
-    first = np.full(count, len(component))
-    np.minimum.at(first, component, np.arange(len(component)))
-    order = order[np.argsort(first[order], kind="stable")]
-    buckets: dict[tuple[int, str], list[int]] = {}
-    for unit in order:
-        buckets.setdefault((int(footprint[unit]), notes.frozen.get(int(unit), "")), []).append(
-            int(unit)
-        )
-    where_: dict[int, list[tuple[tuple[str, int], int]]] = {}
-    for source, units in members.items():
-        for index, unit in enumerate(units):
-            where_.setdefault(int(unit), []).append((source, index))
-    groups = [_group(units, where_, notes, block) for units in buckets.values()]
-    return DependencyGraph(
-        tuple(_named(groups)), {n: tuple(p.shape) for n, p in parameters.items()}, component, labels
+def has_blocks(deps: DependencyGraph) -> bool:
+    """Whether any dim of the program is split into blocks, so that the run on blocks can tell."""
+    return any(
+        len(varying(array)) > 1
+        for value in deps.labels.values.values()
+        for leaf in (value if isinstance(value, list) else [value])
+        if isinstance(leaf, Value)
+        for array in leaf.arrays.values()
     )
-
-
-class _Notes:
-    """Per unit: a hash of the places where it is summed, and why it is frozen, mixed or bent."""
-
-    def __init__(self, labels: Labels, component: np.ndarray, count: int) -> None:
-        self.footprint = np.zeros(count, np.uint64)
-        self.sites: dict[int, list[Site]] = {}
-        self.frozen: dict[int, str] = {}
-        self.mixed: dict[int, str] = {}
-        self.bent: set[int] = set()
-        rng = np.random.default_rng(1)
-        for site in labels.sites:
-            key = rng.integers(1, 2**62, dtype=np.uint64)
-            units = np.unique(np.concatenate([component[_flat(o.labels)] for o in site.operands]))
-            self.footprint[units] += key
-            for unit in units:
-                self.sites.setdefault(int(unit), []).append(site)
-        for mark in labels.marks:
-            for unit in np.unique(component[_flat(mark.labels)]):
-                if mark.kind == "bent":
-                    self.bent.add(int(unit))
-                else:
-                    (self.frozen if mark.kind == "frozen" else self.mixed).setdefault(
-                        int(unit), mark.reason
-                    )
-
-
-def _flat(array: Tensor) -> np.ndarray:
-    return array.reshape(-1).numpy()
 
 
 def _components(labels: Labels) -> np.ndarray:
@@ -250,116 +58,213 @@ def _components(labels: Labels) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def _memberships(labels: Labels, component: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
-    return {
-        (s.name, s.dim): component[s.start : s.start + s.size]
-        for s in labels.sources
-        if s.kind == "parameter"
-    }
+@dataclass
+class _Notes:
+    """Per component: the reason (an index, -1: none) why it is frozen or mixed, and flags."""
+
+    reasons: list[str]
+    frozen: np.ndarray
+    mixed: np.ndarray
+    flags: dict[str, np.ndarray]
 
 
-def _blocks(labels: Labels, component: np.ndarray, count: int) -> np.ndarray:
-    """A tag per unit; units with different tags stand in different blocks of some array."""
-    tag = np.zeros(count, np.uint64)
-    seen: set[bytes] = set()
-    rows_seen: dict[bytes, np.uint64] = {}
-    rng = np.random.default_rng(2)
-    values = [leaf for v in labels.values.values() for leaf in (v if isinstance(v, list) else [v])]
-    for value in values:
-        if not isinstance(value, Value):
+def _notes(layer: Layer, count: int) -> _Notes:
+    notes = _Notes(
+        [],
+        np.full(count, -1),
+        np.full(count, -1),
+        {kind: np.zeros(count, bool) for kind in ("bent", "blocked", "routed")},
+    )
+    for mark in layer.labels.marks:
+        units = layer.component[mark.labels.numpy()]
+        if mark.kind in notes.flags:
+            notes.flags[mark.kind][units] = True
             continue
-        for dim, array in value.arrays.items():
-            if array.numel() == array.shape[dim]:
-                continue
-            units = component[array.movedim(dim, -1).reshape(-1, array.shape[dim]).numpy()]
-            if units.tobytes() in seen:
-                continue
-            seen.add(units.tobytes())
-            for row in units:
-                row = np.unique(row)
-                key = row.tobytes()
-                if key not in rows_seen:
-                    rows_seen[key] = rng.integers(1, 2**62, dtype=np.uint64)
-                    tag[row] += rows_seen[key]
+        table = notes.frozen if mark.kind == "frozen" else notes.mixed
+        table[units[table[units] < 0]] = len(notes.reasons)
+        notes.reasons.append(mark.reason)
+    return notes
+
+
+def _groups(layer: Layer, number: int) -> list[Group]:
+    labels, component = layer.labels, layer.component
+    count = int(component.max()) + 1 if len(component) else 0
+    notes = _notes(layer, count)
+    owned = np.zeros(count, bool)
+    footprint = np.zeros(count, np.uint64)
+    keys = np.random.default_rng(0)
+    sources = [source for source in labels.sources if source.kind == "parameter"]
+    for source in sources:
+        units = component[source.start : source.start + source.size]
+        owned[units] = True
+        np.add.at(footprint, units, keys.integers(1, 2**62, dtype=np.uint64))
+    sites: list[tuple[Site, np.ndarray]] = []
+    for site in labels.sites:
+        units = np.unique(np.concatenate([component[_flat(o.labels)] for o in site.operands]))
+        footprint[units] += keys.integers(1, 2**62, dtype=np.uint64)
+        sites.append((site, units))
+    wanted = owned & notes.flags["blocked"] if number else owned
+    return _Builder(layer, number, notes, sources, sites).build(wanted, footprint)
+
+
+def _flat(array: Tensor) -> np.ndarray:
+    return array.reshape(-1).numpy()
+
+
+@dataclass
+class _Builder:
+    layer: Layer
+    number: int
+    notes: _Notes
+    sources: list[Source]
+    sites: list[tuple[Site, np.ndarray]]
+
+    def build(self, wanted: np.ndarray, footprint: np.ndarray) -> list[Group]:
+        component, count = self.layer.component, len(wanted)
+        first = np.full(count, len(component))
+        np.minimum.at(first, component, np.arange(len(component)))
+        units = np.flatnonzero(wanted)
+        if not len(units):
+            return []
+        units = units[np.argsort(first[units], kind="stable")]
+        key = footprint[units] * np.uint64(1_000_003) + self.notes.frozen[units].astype(np.uint64)
+        _, start, inverse = np.unique(key, return_index=True, return_inverse=True)
+        rank = np.argsort(np.argsort(start))[inverse]
+        group_of, place = np.full(count, -1), np.zeros(count, int)
+        group_of[units] = rank
+        members = _split(units, rank, len(start))
+        for held in members:
+            place[held] = np.arange(len(held))
+        owned = self._members(group_of, place, [len(m) for m in members])
+        summed = self._sites(group_of, len(members))
+        tags = _block_tags(self.layer, wanted & (self.notes.frozen < 0))
+        return [
+            self._group(held, owned[g], summed[g], tags) for g, held in enumerate(members)
+        ]
+
+    def _members(
+        self, group_of: np.ndarray, place: np.ndarray, sizes: list[int]
+    ) -> list[list[Member]]:
+        found: list[list[Member]] = [[] for _ in sizes]
+        for source in self.sources:
+            units = self.layer.component[source.start : source.start + source.size]
+            groups = group_of[units]
+            for g in np.unique(groups[groups >= 0]):
+                at = np.flatnonzero(groups == g)
+                order = np.argsort(place[units[at]], kind="stable")
+                indices = at[order].reshape(sizes[g], -1)
+                found[g].append(Member(source.name, source.dim, indices, source.lanes))
+        return found
+
+    def _sites(self, group_of: np.ndarray, count: int) -> list[list[Site]]:
+        found: list[list[Site]] = [[] for _ in range(count)]
+        for site, units in self.sites:
+            groups = group_of[units]
+            for g in np.unique(groups[groups >= 0]):
+                found[g].append(site)
+        return found
+
+    def _group(
+        self, units: np.ndarray, members: list[Member], sites: list[Site], tags: np.ndarray
+    ) -> Group:
+        _, start, inverse, sizes = np.unique(
+            tags[units], return_index=True, return_inverse=True, return_counts=True
+        )
+        block_of = np.argsort(np.argsort(start))[inverse]
+        kind, reason = self._kind(int(units[0]), sites, sizes)
+        bent = bool(self.notes.flags["bent"][units].any())
+        symmetry = "permutation" if bent or kind != "chain" else "invertible"
+        consumers = tuple(_consumer(site, self.layer.labels) for site in sites)
+        return Group(
+            *("", kind, symmetry, len(units), len(sizes), tuple(members), consumers, reason),
+            *(self.number, block_of, units),
+        )
+
+    def _kind(self, unit: int, sites: list[Site], sizes: np.ndarray) -> tuple[str, str]:
+        notes = self.notes
+        if notes.frozen[unit] >= 0:
+            return "frozen", notes.reasons[notes.frozen[unit]]
+        mixed = notes.reasons[notes.mixed[unit]] if notes.mixed[unit] >= 0 else ""
+        if not sites:
+            return "frozen", mixed or "nothing sums it away"
+        if len(set(sizes.tolist())) > 1:
+            return "frozen", f"blocks of unequal size {sorted(set(sizes.tolist()))}"
+        if mixed:
+            return ("frozen" if self.number else "width"), mixed
+        if self.number:
+            return "head", ""
+        weighed = all(
+            len(s.operands) == 2 and {o.data for o in s.operands} == {True, False} for s in sites
+        )
+        return ("chain", "") if weighed else ("bilinear", "")
+
+
+def _split(units: np.ndarray, rank: np.ndarray, count: int) -> list[np.ndarray]:
+    """Units by group, their order kept."""
+    order = np.argsort(rank, kind="stable")
+    bounds = np.searchsorted(rank[order], np.arange(1, count))
+    return np.split(units[order], bounds)
+
+
+def _block_tags(layer: Layer, wanted: np.ndarray) -> np.ndarray:
+    """A tag per component; components with different tags stand in different blocks of some
+    array, or in different multiplicities.
+    """
+    tag = np.zeros(len(wanted), np.uint64)
+    seen: set[bytes] = set()
+    keys: dict[bytes, np.uint64] = {}
+    random = np.random.default_rng(2)
+    for array, dim in _blocked_arrays(layer.labels.values.values()):
+        units = layer.component[array.movedim(dim, -1).reshape(-1, array.shape[dim]).numpy()]
+        if not wanted[units].any() or units.tobytes() in seen:
+            continue
+        seen.add(units.tobytes())
+        for row in units:
+            held, times = np.unique(row, return_counts=True)
+            key = held.tobytes() + times.tobytes()
+            if key not in keys:
+                keys[key] = random.integers(1, 2**62, dtype=np.uint64)
+                tag[held] += keys[key] * times.astype(np.uint64)
     return tag
 
 
-def _group(
-    units: list[int],
-    where_: dict[int, list[tuple[tuple[str, int], int]]],
-    notes: _Notes,
-    block: np.ndarray,
-) -> Group:
-    gathered: dict[tuple[str, int], list[list[int]]] = {}
-    for position, unit in enumerate(units):
-        for source, index in where_[unit]:
-            gathered.setdefault(source, [[] for _ in units])[position].append(index)
-    members = tuple(
-        Member(name, dim, tuple(tuple(rows) for rows in indices))
-        for (name, dim), indices in gathered.items()
-    )
-    first = units[0]
-    sites = notes.sites.get(first, [])
-    consumers = tuple(_consumer(site, gathered) for site in sites)
-    tags = block[units]
-    _, block_of, sizes = np.unique(tags, return_inverse=True, return_counts=True)
-    rank: dict[int, int] = {}
-    for b in block_of:
-        rank.setdefault(int(b), len(rank))
-    kind, reason = _kind(first, notes, sites, sizes)
-    symmetry = "permutation" if first in notes.bent or kind != "chain" else "invertible"
-    return Group(
-        "",
-        kind,
-        symmetry,
-        len(units),
-        len(sizes),
-        members,
-        consumers,
-        reason,
-        tuple(rank[int(b)] for b in block_of),
-        tuple(units),
-    )
+def _blocked_arrays(values: Iterable[object]) -> Iterable[tuple[Tensor, int]]:
+    for value in values:
+        for leaf in value if isinstance(value, list) else [value]:
+            if isinstance(leaf, Value):
+                for dim, array in leaf.arrays.items():
+                    if array.numel() != array.shape[dim]:
+                        yield array, dim
 
 
-def _kind(unit: int, notes: _Notes, sites: list[Site], sizes: np.ndarray) -> tuple[str, str]:
-    if unit in notes.frozen:
-        return "frozen", notes.frozen[unit]
-    if not sites:
-        return "frozen", notes.mixed.get(unit, "nothing consumes it")
-    if len(set(sizes)) > 1:
-        return "frozen", f"blocks of unequal size {sorted(set(sizes.tolist()))}"
-    if unit in notes.mixed:
-        return "width", notes.mixed[unit]
-    weighed = all(len(s.operands) == 2 and len({o.data for o in s.operands}) == 2 for s in sites)
-    return ("chain", "") if weighed else ("bilinear", "")
-
-
-def _consumer(site: Site, members: dict[tuple[str, int], Any]) -> Consumer:
+def _consumer(site: Site, labels: Labels) -> Consumer:
     parameter, dim = "", -1
     for operand in site.operands:
-        if operand.node.op == "get_attr":
-            parameter, dim = str(operand.node.target), operand.dim
+        source = _owner(labels, operand.labels)
+        if source is not None and not operand.data:
+            parameter, dim = source.name, source.dim
     return Consumer(site.node.name, parameter, dim, module_of(site.node), user_line(site.node))
 
 
+def _owner(labels: Labels, array: Tensor) -> Source | None:
+    """The weight dim that all labels of an array come from."""
+    low, high = int(array.min()), int(array.max())
+    at = bisect.bisect_right(labels.sources, low, key=lambda source: source.start) - 1
+    source = labels.sources[at]
+    inside = source.kind == "parameter" and high < source.start + source.size
+    return source if inside else None
+
+
 def _named(groups: list[Group]) -> list[Group]:
+    """`owner.dim` of the first member; whole blocks end in `.blocks`; doubles are numbered."""
     used: dict[str, int] = {}
     result = []
     for group in groups:
         lead = group.members[0]
         base = re.sub(r"\.(weight|bias)$", "", lead.parameter)
-        name = f"{base}.{lead.dim}"
+        name = f"{base}.{lead.dim}" + (".blocks" if group.layer else "")
         used[name] = used.get(name, 0) + 1
         if used[name] > 1:
             name = f"{name}.{used[name]}"
-        result.append(Group(name, *[getattr(group, f) for f in _FIELDS]))
+        result.append(replace(group, name=name))
     return result
-
-
-_FIELDS = tuple(f for f in Group.__dataclass_fields__ if f != "name")
-
-
-def nodes_by_name(nodes: Any) -> dict[str, Node]:
-    """The graph's nodes by name."""
-    return {node.name: node for node in nodes}

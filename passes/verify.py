@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args, tensors
 from .errors import VerificationError, where
-from .rewrite import Removal, masked, sliced
+from .removal import Removal, is_constant, sliced
+from .rewrite import masked
 
 ROUNDS = 3  # a unit that one input leaves silent (ReLU) shows in another
 FLOAT64_LIMIT = 2**28  # parameters; above, the model's own precision is used
@@ -125,17 +126,16 @@ def first_divergence(
         except Exception as error:
             return f"running node by node failed: {error}"
         runs.append(recorder.record)
-    for node, value in cut.deps.labels.values.items():
+    for node in cut.deps.labels.values:
         left, right = runs[0].get(node.name), runs[1].get(node.name)
-        if (
-            not isinstance(left, Tensor)
-            or not isinstance(right, Tensor)
-            or not left.is_floating_point()
-        ):
+        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
             continue
-        if node.op == "call_function" and getattr(value, "const", None) is None:
-            left = sliced(left, cut.cuts(value))
-            if left.shape != right.shape or float((left - right).abs().max()) > tolerance * 10:
-                shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
-                return f"first diverging {where(node)}: shapes {shapes}"
+        if node.op != "call_function" or is_constant(cut.value(node.name)):
+            continue
+        if not left.is_floating_point():
+            continue
+        left = sliced(left, cut.cuts(node.name))
+        if left.shape != right.shape or float((left - right).abs().max()) > tolerance * 10:
+            shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
+            return f"first diverging {where(node)}: shapes {shapes}"
     return "no single node diverges"

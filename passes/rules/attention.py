@@ -1,5 +1,6 @@
-"""Attention. d is summed: the rewriter pins the softmax scale 1/sqrt(d) to the dense one. s
-is a softmax axis.
+"""Attention: d is summed (the rewriter pins the softmax scale 1/sqrt(d)), s is a softmax axis.
+
+With enable_gqa, head h reads KV head h // (H / KV); labels.py repeats the labels of K and V.
 """
 
 from __future__ import annotations
@@ -8,19 +9,9 @@ from . import Call, Rule
 
 
 def _sdpa(call: Call) -> str:
-    grouped = call.get("enable_gqa", False) and call["query"][-3] != call["key"][-3]
-    heads = "g" if grouped else "h"
     mask = call.get("attn_mask")
-    if mask is None:
-        return f"... h t d, ... {heads} s d, ... {heads} s v -> ... h t v; mixed s"
-    names = (
-        ["... h t s", "... h t s", "t s", "h t s"][min(len(mask), 3)]
-        if len(mask) < 4
-        else "... h t s"
-    )
-    if len(mask) == 2:
-        names = "t s"
-    return f"... h t d, ... {heads} s d, ... {heads} s v, {names} -> ... h t v; mixed s"
+    axes = "" if mask is None else ", " + " ".join(("... h t s" if len(mask) > 2 else "t s").split())
+    return f"... h t d, ... h s d, ... h s v{axes} -> ... h t v; mixed s"
 
 
 RULES: dict[str, Rule] = {"scaled_dot_product_attention": _sdpa}

@@ -32,8 +32,9 @@ def _einsum(call: Call) -> str:
     return ", ".join(spread(term) for term in left.split(",")) + " -> " + spread(right)
 
 
-def _bilinear(call: Call) -> str:
-    return "... i, ... j, o i j, o? -> ... o"
+def _baddbmm(call: Call) -> str:
+    added = " ".join("b n o".split()[3 - len(call["self"]) :])
+    return f"{added}, b n i, b i o -> b n o"
 
 
 RULES: dict[str, Rule] = {
@@ -44,9 +45,9 @@ RULES: dict[str, Rule] = {
     "mv": "n i, i -> n",
     "dot": "i, i -> ",
     "bmm": "b n i, b i o -> b n o",
-    "baddbmm": "... n o, b n i, b i o -> b n o",
+    "baddbmm": _baddbmm,
     "matmul": _matmul,
     "einsum": _einsum,
-    "bilinear": _bilinear,
+    "bilinear": "... i, ... j, o i j, o? -> ... o",
     "outer": "n, m -> n m",
 }

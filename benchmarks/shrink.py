@@ -1,0 +1,292 @@
+"""shrink: the default configuration of a transformers model type, made small.
+
+Every number of a configuration is a width, a count of heads, the width of a head, a count of
+layers, of experts, of positions, of words, a token id, or none of these; its name's words say
+which. With s = s_h * s_d (powers of two)
+
+    width -> width / s        heads -> heads / s_h        width of a head -> width / s_d
+
+every product that a model's code relies on (heads * head width = width) goes on holding. The rules
+know no model: a policy that does not build or run gives way to the next, less thorough one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+WIDTH = set(
+    "hidden dim dims d embd embed embedding ffn ff inner channels units filters rank width planes "
+    "intermediate projection latent latents feats feature dff scalar".split()
+)
+NOT_WIDTH = set(
+    "kernel window image patch vocab layers layer heads stride strides dilation position positions "
+    "token tokens id ids index act ratio mult period dropout prob std eps epsilon length cardinality "
+    "frames mel num_embeddings blocks depth depths padding loss scale temporal time group".split()
+)
+HEAD_WIDTH = set(
+    "head_dim d_kv key_dim rotary_dim headdim head_size kv_channels v_head d_head".split()
+)
+LAYER = set("layers layer depth depths blocks".split())
+NOT_LAYER = set(
+    "feature period interval offset offsets step kernel size norm skip ratio act dropout id ids index "
+    "indices mult scale init type types hidden_size dense shared tpu max_depth separable".split()
+)
+REFERENCE = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim", "hidden_sizes")
+ABSENT = {"num_experts_per_tok": 2, "prediction_length": 8, "num_experts_per_token": 2}
+VOCABULARY, WORDS = 128, 100  # ids from WORDS on are special tokens
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How far to shrink. `width`: smallest hidden size to reach (0: leave all widths); `heads`:
+    smallest count of heads; `head_width`: whether heads become narrower, or only fewer.
+    """
+
+    width: int = 32
+    heads: int = 2
+    head_width: bool = True
+    layers: int = 2
+    vocabulary: bool = True
+    positions: bool = True
+    image: bool = True
+    experts: bool = True
+    equal_heads: bool = False  # `heads` heads everywhere
+
+
+POLICIES = (
+    Policy(),
+    Policy(width=64),
+    Policy(width=64, image=False),
+    Policy(width=64, heads=4, layers=4, positions=False),
+    Policy(width=64, head_width=False, image=False),
+    Policy(width=64, image=False, positions=False, equal_heads=True),
+    Policy(width=64, positions=False, image=False, vocabulary=False),
+    Policy(width=128, layers=4, positions=False, image=False, vocabulary=False, experts=False),
+    Policy(width=0, layers=2, positions=False, image=False),
+    Policy(width=0, layers=8, positions=False, image=False, vocabulary=False, experts=False),
+)
+
+
+def shrunk(config: Any, policy: Policy) -> Any:
+    """A new configuration of the same class, made small by `policy`."""
+    scale = _scale(config.to_dict(), policy)
+    return _rebuilt(config, _Shrink(policy, scale))
+
+
+def _rebuilt(config: Any, shrink: _Shrink) -> Any:
+    """Only what the constructor takes is passed: derived attributes are computed anew."""
+    plain = shrink.mapping(_own(config))
+    for name, value in vars(config).items():
+        if hasattr(value, "model_type") and hasattr(value, "to_dict"):
+            plain[name] = _rebuilt(value, shrink)
+    return type(config)(**plain)
+
+
+def _own(config: Any) -> dict[str, Any]:
+    names = (
+        {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else None
+    )
+    skip = {"id2label", "label2id", "transformers_version", "architectures", "dtype"}
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not name.startswith("_")
+        and name not in skip
+        and (names is None or name in names)
+        and not hasattr(value, "to_dict")
+    }
+
+
+def _scale(tree: dict[str, Any], policy: Policy) -> int:
+    found = [v for v in _references(tree) if v >= 16]
+    scale = 1
+    while policy.width and found and min(found) // (scale * 2) >= policy.width:
+        scale *= 2
+    return scale if policy.head_width else min(scale, _head_scale(tree, scale, policy.heads))
+
+
+def _head_scale(tree: dict[str, Any], largest: int, least: int) -> int:
+    """s_h for all configurations of the tree at once."""
+    found = [_head_scale(v, largest, least) for v in tree.values() if isinstance(v, dict)]
+    return min([_Shrink(Policy(heads=least), largest).heads(tree), *found])
+
+
+def _references(tree: dict[str, Any]) -> Iterator[int]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _references(value)
+        elif name in REFERENCE:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            yield from (v for v in values if isinstance(v, int) and not isinstance(v, bool))
+
+
+class _Shrink:
+    """One policy at one scale; `ids` keeps equal token ids equal over all sub-configurations."""
+
+    def __init__(self, policy: Policy, scale: int) -> None:
+        self.policy, self.scale = policy, scale
+        self.ids: dict[int, int] = {}
+
+    def mapping(self, tree: dict[str, Any]) -> dict[str, Any]:
+        heads = self.heads(tree)
+        kept = self._kept_layers(tree)
+        return {name: self.value(name, value, heads, kept) for name, value in tree.items()}
+
+    def heads(self, tree: dict[str, Any]) -> int:
+        """s_h: all head counts above one stay at two or more."""
+        counts = []
+        for name, value in tree.items():
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if _is_heads(name):
+                short = "kv" if "key" in name or "kv" in name else "q"
+                counts += [(short, v) for v in values if isinstance(v, int) and v > 1]
+        scale = 1
+        while (
+            scale * 2 <= self.scale
+            and counts
+            and all(
+                v % (scale * 2) == 0
+                and v // (scale * 2) >= min(self.policy.heads, 2 if "kv" in n else v)
+                for n, v in counts
+            )
+        ):
+            scale *= 2
+        return scale
+
+    def _kept_layers(self, tree: dict[str, Any]) -> tuple[int, list[int]]:
+        """The old count of layers and those that stay: every kind of layer is among them."""
+        counts = [v for n, v in tree.items() if _is_layers(n) and isinstance(v, int) and v > 2]
+        total = max(counts, default=0)
+        first: dict[Any, int] = {}
+        for value in tree.values():
+            if isinstance(value, list) and len(value) == total:
+                for position, kind in enumerate(value):
+                    first.setdefault(str(kind), position)
+        chosen = sorted(set(first.values()))[: 2 * self.policy.layers + 2] if len(first) < 8 else []
+        for position in range(total):
+            if len(chosen) >= self.policy.layers:
+                break
+            if position not in chosen:
+                chosen.append(position)
+        return total, sorted(chosen)
+
+    def value(self, name: str, value: Any, heads: int, kept: tuple[int, list[int]]) -> Any:
+        """The small form of one attribute."""
+        total, chosen = kept
+        if isinstance(value, (list, tuple)):
+            return self._list(name, list(value), heads, kept)
+        if isinstance(value, dict):
+            inner = {k: self.value(str(k), v, heads, kept) for k, v in value.items()}
+            return inner if name not in ("id2label", "label2id") else value
+        if value is None and name in ABSENT:
+            return ABSENT[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value
+        if _is_layers(name):
+            if "shared" in name:
+                return min(value, 1)
+            return len(chosen) if value == total and chosen else min(value, self.policy.layers)
+        return self._number(name, value, heads)
+
+    def _number(self, name: str, value: int, heads: int) -> int:
+        words = set(name.split("_"))
+        if "token" in words or name.endswith(("_id", "_token_index")) or name.endswith("pad_idx"):
+            return self._token(value)
+        if "vocab" in words or name in ("codebook_size", "num_embeddings"):
+            return min(value, VOCABULARY) if self.policy.vocabulary else value
+        if words & {"experts", "expert"} and words & {"num", "n"}:
+            return self._experts(name, value)
+        if words & {"topk", "top"} and words & {"k", "group", "moe", "topk"}:
+            return min(value, 1 if "group" in words else 2) if self.policy.experts else value
+        if name in ("n_group", "num_expert_group"):
+            return min(value, 2) if self.policy.experts else value
+        if words & {"positions", "position"} and words & {"max", "n"}:
+            return min(value, 128) if self.policy.positions else value
+        if words & {"period", "interval", "step", "frequency"} and 2 < value < 64:
+            return 2
+        if name == "first_k_dense_replace" or ("offset" in words and 1 < value < 64):
+            return 1
+        if name in ("image_size", "img_size"):
+            return self._image(value)
+        if _is_heads(name):
+            if self.policy.equal_heads:
+                return min(value, self.policy.heads)
+            return max(1, value // heads)
+        if _is_head_width(name):
+            return max(4, value // (self.scale // heads)) if value > 4 else value
+        return self._width(name, value)
+
+    def _experts(self, name: str, value: int) -> int:
+        if not self.policy.experts:
+            return value
+        return min(value, 2 if {"per", "tok", "shared"} & set(name.split("_")) else 8)
+
+    def _width(self, name: str, value: int) -> int:
+        words = set(name.split("_"))
+        if words & WIDTH and not words & NOT_WIDTH and value > 16:
+            return max(8, value // self.scale)
+        return value
+
+    def _image(self, value: int) -> int:
+        if not self.policy.image:
+            return value
+        for size in (64, 56, 32, 96, 128):
+            if value % size == 0 and value >= size:
+                return size
+        return value
+
+    def _token(self, value: int) -> int:
+        if value < WORDS or not self.policy.vocabulary:
+            return value
+        return self.ids.setdefault(value, VOCABULARY - 1 - len(self.ids))
+
+    def _list(
+        self, name: str, value: list[Any], heads: int, kept: tuple[int, list[int]]
+    ) -> list[Any]:
+        total, chosen = kept
+        words = set(name.split("_"))
+        if "section" in words or name in ("short_factor", "long_factor"):
+            factor = self.scale // heads
+            if all(isinstance(v, int) for v in value):
+                return [max(1, v // factor) for v in value]
+            return value[: max(1, len(value) // factor)]
+        if words & {"indexes", "indices", "idx", "idxs", "ids"} or words == {"moe", "layers"}:
+            if "token" in words:
+                return [self._token(v) for v in value if isinstance(v, int)]
+            mapped = [chosen.index(v) for v in value if v in chosen]
+            return mapped or ([len(chosen) - 1] if chosen and value else value)
+        if total and len(value) == total and chosen:
+            return [self._item(name, value[k], heads, kept) for k in chosen]
+        if _is_layers(name) or words & {"repeats"}:
+            return [min(v, 2) if isinstance(v, int) else v for v in value]
+        return [self._item(name, v, heads, kept) for v in value]
+
+    def _item(self, name: str, value: Any, heads: int, kept: tuple[int, list[int]]) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return self._number(name, value, heads)
+        return self.value(name, value, heads, kept) if isinstance(value, (list, dict)) else value
+
+
+def _is_heads(name: str) -> bool:
+    name = str(name)
+    words = name.split("_")
+    return (
+        bool({"heads", "head", "ngroups"} & set(words))
+        and not _is_head_width(name)
+        and (bool({"num", "n", "heads", "kv"} & set(words)))
+        or name in ("num_key_value_heads", "num_query_groups", "mamba_n_groups")
+    )
+
+
+def _is_head_width(name: str) -> bool:
+    if name in HEAD_WIDTH or name.endswith(("head_dim", "d_head", "headdim", "head_size")):
+        return True
+    return "dim_head" in name
+
+
+def _is_layers(name: str) -> bool:
+    words = set(name.split("_"))
+    return bool(words & LAYER) and not words & NOT_LAYER and "heads" not in words

@@ -1,0 +1,20 @@
+"""analysis: a captured program -> its dependency graph. Labels once, and once more on blocks."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from .capture import Args
+from .couple import couple, has_blocks
+from .groups import DependencyGraph
+from .labels import propagate
+
+
+def analysis(module: GraphModule, inputs: Args, check: bool = False) -> DependencyGraph:
+    """The groups of a captured program at example inputs; weights are not read."""
+    parameters = dict(module.named_parameters())
+    labels = propagate(module, inputs, check)
+    deps = couple(labels, parameters)
+    if not has_blocks(deps):
+        return deps
+    return couple(labels, parameters, propagate(module, inputs, check, outer=True))

@@ -1,0 +1,180 @@
+"""clean: an exported graph without what the analysis need not see.
+
+    wrapper ops (set_grad, autocast)         inlined, to any depth
+    assertions, guards                       dropped
+    ops that change nothing at these dtypes  dropped (alias, detach, dropout, to, contiguous, slice)
+    view                                     reshape: no later step depends on strides
+    in-place ops on fresh temporaries        their functional form (passes/functional.py)
+
+Every step keeps the numbers; what is not provably without effect stays.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from .functional import functionalise
+
+aten = torch.ops.aten
+_ASSERTIONS = {
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range_for_size",
+    "sym_constrain_range",
+}
+_IDENTITY = {
+    "alias",
+    "detach",
+    "detach_",
+    "dropout",
+    "dropout_",
+    "feature_dropout",
+    "alpha_dropout",
+    "lift_fresh_copy",
+    "lift_fresh",
+}
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_MOVES = {"transpose", "permute", "transpose_", "swapaxes", "movedim"}
+
+
+def clean(module: GraphModule) -> GraphModule:
+    """Clean `module` in place and return it."""
+    module._forward_pre_hooks.clear()
+    module._forward_pre_hooks_with_kwargs.clear()
+    _inline_wrappers(module)
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and not node.users and "guards" in str(node.target):
+            module.graph.erase_node(node)
+        elif node.op == "call_function" and op_name(node) in _ASSERTIONS:
+            module.graph.erase_node(node)
+    functionalise(module.graph)
+    for node in list(module.graph.nodes):
+        if node.op == "call_function":
+            _simplify(module.graph, node)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def op_name(node: Node) -> str:
+    """`linear` for aten.linear.default, '' for what is no ATen op."""
+    return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _simplify(graph: Graph, node: Node) -> None:
+    if _changes_nothing(node):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        graph.erase_node(node)
+    elif node.target in _VIEWS:
+        node.target = aten.reshape.default
+    if op_name(node) == "reshape" and _follows_attention(node):
+        with graph.inserting_before(node):
+            source = node.args[0]
+            copied = graph.call_function(
+                aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+            )
+            assert isinstance(source, Node)
+            copied.meta = dict(source.meta)
+        node.replace_input_with(source, copied)
+
+
+def _follows_attention(node: Node) -> bool:
+    """Attention kernels return other strides than their decompositions: a view of the result
+    is not safe later, a view of a contiguous copy is.
+    """
+    source = node.args[0]
+    while isinstance(source, Node) and op_name(source) in _MOVES:
+        source = source.args[0]
+    return isinstance(source, Node) and op_name(source) == "scaled_dot_product_attention"
+
+
+def _changes_nothing(node: Node) -> bool:
+    name = op_name(node)
+    if name in _IDENTITY:
+        return not (name.endswith("dropout") and _argument(node, "train", 2) is True)
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node):
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    if name in ("to", "_to_copy", "type_as", "float"):
+        kept = before.dtype == after.dtype and before.device == after.device
+        return kept and before.stride() == after.stride() and not _argument(node, "copy", 3)
+    if name == "contiguous":
+        return before.is_contiguous() and not node.kwargs
+    return name == "slice" and _whole(node)
+
+
+def _whole(node: Node) -> bool:
+    start, end, step = (_argument(node, n, k) for n, k in (("start", 2), ("end", 3), ("step", 4)))
+    return start in (None, 0) and end in (None, 2**63 - 1) and step in (None, 1)
+
+
+def _argument(node: Node, name: str, position: int) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+# ---------------------------------------------------------------- wrappers
+def _inline_wrappers(module: GraphModule) -> None:
+    """Inline until none is left: a wrapper's body may hold wrappers."""
+    while True:
+        found = [n for n in module.graph.nodes if n.op == "call_function" and _is_wrapper(n)]
+        if not found:
+            return
+        for node in found:
+            _inline(module, node)
+
+
+def _is_wrapper(node: Node) -> bool:
+    return getattr(node.target, "__name__", "").startswith("wrap_with") and any(
+        isinstance(arg, Node) and arg.op == "get_attr" for arg in node.args
+    )
+
+
+def _inline(module: GraphModule, node: Node) -> None:
+    position, body_node = next(
+        (i, arg)
+        for i, arg in enumerate(node.args)
+        if isinstance(arg, Node) and arg.op == "get_attr"
+    )
+    body = operator.attrgetter(str(body_node.target))(module)
+    env: dict[Node, Any] = {}
+    operands = iter(node.args[position + 1 :])
+    result: Any = None
+    with module.graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                env[inner] = next(operands)
+            elif inner.op == "output":
+                result = torch.fx.map_arg(inner.args[0], env.__getitem__)
+            else:
+                env[inner] = module.graph.node_copy(inner, env.__getitem__)
+            if inner.op == "get_attr":
+                env[inner].target = _hoisted(module, body, str(inner.target))
+    for user in list(node.users):
+        if isinstance(result, (tuple, list)) and user.target is operator.getitem:
+            user.replace_all_uses_with(result[user.args[1]])
+            module.graph.erase_node(user)
+    if node.users:
+        node.replace_all_uses_with(result)
+    module.graph.erase_node(node)
+    if not body_node.users:
+        module.graph.erase_node(body_node)
+
+
+def _hoisted(module: GraphModule, body: GraphModule, target: str) -> str:
+    """Give an attribute of the body a name in the outer module."""
+    held = operator.attrgetter(target)(body)
+    number = 0
+    while hasattr(module, f"inlined_{number}"):
+        number += 1
+    setattr(module, f"inlined_{number}", held)
+    return f"inlined_{number}"

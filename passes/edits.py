@@ -1,0 +1,246 @@
+"""Edits: sizes that are burned into single nodes, recomputed from what is cut off them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import GraphModule, Node
+
+from .errors import UnsupportedOp
+from .removal import Cuts, Removal, count
+from .visit import bind, op_name
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One node to edit: the cuts of its inputs and outputs. Arguments by schema name in `bound`."""
+
+    module: GraphModule
+    node: Node
+    ins: Mapping[Node, Cuts]
+    outs: list[Cuts]
+    cut: Removal
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        """Arguments by schema name."""
+        return bind(self.node, self.node.args, self.node.kwargs)
+
+    @property
+    def source(self) -> Node:
+        """The tensor that the op moves."""
+        first = self.node.args[0]
+        return first if isinstance(first, Node) else self.node.all_input_nodes[0]
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """The dense shape of a node's result."""
+        return tuple(self.cut.value(node.name).shape)
+
+    def change(self, **arguments: Any) -> None:
+        """Give the node new arguments, by schema name."""
+        schema = self.node.target._schema.arguments  # type: ignore[union-attr]
+        bound = {**self.bound, **arguments}
+        self.node.args = tuple(bound[a.name] for a in schema if not a.kwarg_only)
+        self.node.kwargs = {a.name: bound[a.name] for a in schema if a.kwarg_only}
+
+    def become(self, target: Any, *args: Any) -> None:
+        """Change the node's op and arguments."""
+        self.node.target, self.node.args, self.node.kwargs = target, args, {}
+
+    def positions(self, dim: int, old: list[int]) -> list[int]:
+        """Where the kept ones among the old positions along `dim` of the source are now."""
+        mask = self.ins[self.source].get(dim)
+        if mask is None:
+            return old
+        rows = mask.movedim(dim, -1).reshape(-1, mask.shape[dim])
+        moved = [[int(n) - 1 for n in row.cumsum(0)[old][row[old]]] for row in rows]
+        if any(row != moved[0] for row in moved):
+            raise UnsupportedOp(f"{op_name(self.node)} takes other places in each block")
+        return moved[0]
+
+
+def _sizes(edit: Edit, key: str, first: int = 0) -> list[Any]:
+    sizes = list(edit.bound[key])
+    for dim, mask in edit.outs[0].items():
+        at = dim - first
+        if 0 <= at < len(sizes) and sizes[at] != -1:
+            sizes[at] = count(mask, dim)
+    return sizes
+
+
+def _reshape(edit: Edit) -> None:
+    key = "shape" if "shape" in edit.bound else "size"
+    edit.change(**{key: _sizes(edit, key)})
+
+
+def _expand(edit: Edit) -> None:
+    edit.change(size=_sizes(edit, "size"))
+
+
+def _unflatten(edit: Edit) -> None:
+    start = edit.bound["dim"] % len(edit.shape(edit.source))
+    edit.change(sizes=_sizes(edit, "sizes", start))
+
+
+def _repeat(edit: Edit) -> None:
+    """A repeat multiplies what is there; where one place was repeated, fewer copies stay."""
+    repeats = list(edit.bound["repeats"])
+    shape = edit.shape(edit.source)
+    first = len(repeats) - len(shape)
+    for dim, mask in edit.outs[0].items():
+        if dim < first or shape[dim - first] == 1:
+            repeats[dim] = count(mask, dim)
+    edit.change(repeats=repeats)
+
+
+def _repeat_interleave(edit: Edit) -> None:
+    shape, dim = edit.shape(edit.source), edit.bound["dim"]
+    if dim is None or dim % len(shape) not in edit.outs[0]:
+        return
+    size = count(edit.outs[0][dim % len(shape)], dim % len(shape))
+    arguments: dict[str, Any] = {"repeats": size} if shape[dim] == 1 else {}
+    if edit.bound.get("output_size") is not None:
+        arguments["output_size"] = size
+    edit.change(**arguments)
+
+
+def _slice(edit: Edit) -> None:
+    bound, shape = edit.bound, edit.shape(edit.source)
+    dim = (bound["dim"] or 0) % len(shape)
+    if dim not in edit.ins[edit.source]:
+        return
+    old = list(range(shape[dim]))[slice(bound["start"], bound["end"], bound["step"])]
+    new = edit.positions(dim, old)
+    if not old:
+        return
+    steps = set(np.diff(new).tolist())
+    if len(steps) > 1 or not new:
+        raise UnsupportedOp("a slice would become irregular or empty")
+    step = steps.pop() if steps else 1
+    edit.change(dim=dim, start=new[0], end=new[-1] + 1, step=step)
+
+
+def _slice_scatter(edit: Edit) -> None:
+    """The written range is counted in what stays of the result's own dim."""
+    bound, shape = edit.bound, edit.shape(edit.source)
+    dim = (bound["dim"] or 0) % len(shape)
+    mask = edit.outs[0].get(dim)
+    if mask is None:
+        return
+    if (bound["step"] or 1) != 1 or mask.numel() != mask.shape[dim]:
+        raise UnsupportedOp("a strided write would become irregular")
+    low, high, _ = slice(bound["start"], bound["end"]).indices(shape[dim])
+    flat = mask.reshape(-1)
+    start = int(flat[:low].sum())
+    edit.change(dim=dim, start=start, end=start + int(flat[low:high].sum()))
+
+
+def _select(edit: Edit) -> None:
+    bound, shape = edit.bound, edit.shape(edit.source)
+    dim = bound["dim"] % len(shape)
+    if dim in edit.ins[edit.source]:
+        (new,) = edit.positions(dim, [bound["index"] % shape[dim]])
+        edit.change(dim=dim, index=new)
+
+
+def _split(edit: Edit) -> None:
+    shape = edit.shape(edit.source)
+    dim = (edit.bound.get("dim") or 0) % len(shape)
+    mask = edit.ins[edit.source].get(dim)
+    if mask is None:
+        return
+    slots = range(edit.cut.results(edit.node.name))
+    parts = [edit.cut.value(edit.node.name, slot).shape[dim] for slot in slots]
+    sizes = [count(piece, dim) if piece.numel() else 0 for piece in mask.split(parts, dim)]
+    edit.become(aten.split_with_sizes.default, edit.source, sizes, dim)
+
+
+def _index(edit: Edit) -> None:
+    """Indexing by a constant along a cut dim: the constant is recomputed."""
+    bound = edit.bound
+    indices = bound["indices"] if "indices" in bound else [None] * bound["dim"] + [bound["index"]]
+    cuts = edit.ins[edit.source]
+    indexed = [d for d, index in enumerate(indices) if isinstance(index, Node)]
+    if not set(indexed) & set(cuts) or edit.cut.value(indices[indexed[0]].name).const is None:
+        return
+    const = edit.cut.value(indices[indexed[0]].name).const
+    if len(indexed) > 1 or const.dim() != 1:
+        raise UnsupportedOp("an index table of several dims points at a pruned axis")
+    new = torch.tensor(edit.positions(indexed[0], const.tolist()), dtype=torch.long)
+    held = hold(edit.module, edit.node, f"_index_{edit.node.name}", new)
+    edit.become(aten.index_select.default, edit.source, indexed[0], held)
+
+
+def hold(module: GraphModule, before: Node, name: str, tensor: torch.Tensor) -> Node:
+    """A new buffer of the graph module, read just before a node."""
+    module.register_buffer(name, tensor, persistent=False)
+    with before.graph.inserting_before(before):
+        return before.graph.get_attr(name)
+
+
+def _pad(edit: Edit) -> None:
+    pads, rank = list(edit.bound["pad"]), len(edit.shape(edit.source))
+    for dim, mask in edit.outs[0].items():
+        k = 2 * (rank - 1 - dim)
+        if k < len(pads) and (pads[k] or pads[k + 1]):
+            flat = mask.reshape(-1)
+            last = len(flat) - pads[k + 1]
+            pads[k], pads[k + 1] = int(flat[: pads[k]].sum()), int(flat[last:].sum())
+    edit.change(pad=pads)
+
+
+def _convolution(edit: Edit) -> None:
+    """A depthwise convolution has as many groups as channels."""
+    weight = edit.shape(edit.bound["weight"])
+    if edit.bound.get("groups", 1) == 1 or weight[1] != 1:
+        return
+    channel = len(edit.shape(edit.bound["input"])) - len(weight) + 1
+    mask = edit.ins[edit.bound["input"]].get(channel)
+    if mask is not None:
+        edit.change(groups=count(mask, channel))
+
+
+def _normalized(edit: Edit) -> None:
+    rank, sizes = len(edit.shape(edit.source)), list(edit.bound["normalized_shape"])
+    for dim, mask in edit.ins[edit.source].items():
+        at = dim - rank + len(sizes)
+        if at >= 0:
+            sizes[at] = count(mask, dim)
+    edit.change(normalized_shape=sizes)
+
+
+def _attention(edit: Edit) -> None:
+    """The softmax scale stays 1 / sqrt of the dense head size."""
+    query = edit.bound["query"]
+    size = edit.shape(query)[-1]
+    if len(edit.shape(query)) - 1 in edit.ins[query] and edit.bound.get("scale") is None:
+        edit.change(scale=1.0 / math.sqrt(size))
+
+
+EDITS: dict[str, Callable[[Edit], None]] = {
+    **dict.fromkeys(("reshape", "view", "_unsafe_view"), _reshape),
+    **dict.fromkeys(("expand", "broadcast_to"), _expand),
+    "unflatten": _unflatten,
+    "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave,
+    "slice": _slice,
+    "select": _select,
+    "slice_scatter": _slice_scatter,
+    **dict.fromkeys(
+        ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"),
+        _split,
+    ),
+    **dict.fromkeys(("index", "index_select"), _index),
+    **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _normalized),
+    "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
+}

@@ -1,0 +1,192 @@
+"""Groups and the dependency graph as values: what must be removed together, and why.
+
+unit       indices of weights that go together
+group      units with the same footprint: the same dims of the same weights in the same
+           multiplicity, summed away at the same places
+blocks     runs of units inside a group (heads) that must each lose equally many, so that shapes
+           stay rectangular
+
+chain      made by weights, summed away against weights: removing equals zeroing the consumer's
+           columns; restorable
+bilinear   summed away between two activations (Q.K): exact, but nothing can be repaired
+head       whole blocks: heads, KV groups with their queries, experts: exact
+width      crosses an op that mixes it (normalisation): the rest is another function
+frozen     reaches an output, an input, an index, an unknown op: never removed; the reason is kept
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from .errors import FaspGraphError
+from .values import Labels
+
+KINDS = ("chain", "bilinear", "head", "width", "frozen")
+
+
+@dataclass(frozen=True)
+class Member:
+    """`indices[u]`: the positions along dim `dim` of `parameter` that unit u owns [units, k].
+
+    With `lanes` > 1 each lane (index of dim 0, an expert) has positions of its own:
+    index = lane * size of the dim + position.
+    """
+
+    parameter: str
+    dim: int
+    indices: np.ndarray = field(repr=False, compare=False)
+    lanes: int = 1
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A node that sums the group's axis away against dim `dim` of `parameter` ('' between
+    activations).
+    """
+
+    node: str
+    parameter: str
+    dim: int
+    module: str
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units with one footprint. `block_of[u]` numbers the block of unit u; `layer` is the run of
+    propagation that found it (0: inside blocks, 1: blocks), `components[u]` its unit there.
+    """
+
+    name: str
+    kind: str
+    symmetry: str
+    size: int
+    blocks: int
+    members: tuple[Member, ...]
+    consumers: tuple[Consumer, ...]
+    reason: str
+    layer: int = 0
+    block_of: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False, compare=False)
+    components: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, int), repr=False, compare=False
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able summary."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "symmetry": self.symmetry,
+            "size": self.size,
+            "blocks": self.blocks,
+            "members": [
+                {"parameter": m.parameter, "dim": m.dim, "per_unit": m.indices.shape[1]}
+                for m in self.members
+            ],
+            "consumers": [dict(vars(consumer)) for consumer in self.consumers],
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One run of propagation: its labels, and the unit (connected component) of each label."""
+
+    labels: Labels
+    component: np.ndarray
+
+
+@dataclass(frozen=True)
+class DependencyGraph:
+    """All groups of a model, with the labels that they were read off."""
+
+    groups: tuple[Group, ...]
+    parameters: dict[str, tuple[int, ...]]
+    layers: tuple[Layer, ...] = field(repr=False, compare=False)
+
+    @property
+    def labels(self) -> Labels:
+        """The labels of the first run."""
+        return self.layers[0].labels
+
+    def __getitem__(self, name: str) -> Group:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise FaspGraphError(
+            f"no group named {name!r} · help: deps.groups lists {len(self.groups)} groups"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: groups and parameter shapes."""
+        return {
+            "groups": [group.to_dict() for group in self.groups],
+            "parameters": {name: list(shape) for name, shape in self.parameters.items()},
+        }
+
+    def to_networkx(self) -> nx.MultiGraph:
+        """Parameters are nodes; two are joined by an edge for each group that both are
+        members of.
+        """
+        graph = nx.MultiGraph()
+        for name, shape in self.parameters.items():
+            graph.add_node(name, shape=str(list(shape)))
+        for group in self.groups:
+            names = sorted({member.parameter for member in group.members})
+            for left, right in zip(names, names[1:], strict=False):
+                graph.add_edge(left, right, key=group.name, group=group.name, kind=group.kind)
+        return graph
+
+    def explain(self, parameter: str) -> str:
+        """For a weight: the groups of its dims, what goes with each index, why it is or is
+        not prunable.
+        """
+        if parameter not in self.parameters:
+            near = [name for name in self.parameters if parameter in name][:5]
+            near = near or list(self.parameters)[:5]
+            raise FaspGraphError(f"no parameter {parameter!r} · help: close names: {near}")
+        lines = [f"{parameter} {list(self.parameters[parameter])}"]
+        for group in self.groups:
+            for member in group.members:
+                if member.parameter == parameter:
+                    lines += _explained(group, member)
+        return "\n".join(lines)
+
+    def listing(self) -> str:
+        """One line per prunable group, short and stable: the golden form."""
+        return "\n".join(
+            f"{g.kind:8} {g.size:4} units {g.blocks:2} blocks {g.symmetry:11} "
+            + " ".join(f"{m.parameter}[{m.dim}]x{m.indices.shape[1]}" for m in g.members)
+            + " -> "
+            + " ".join(c.parameter or "activations" for c in g.consumers)
+            for g in self.groups
+            if g.kind != "frozen"
+        )
+
+
+def _explained(group: Group, member: Member) -> list[str]:
+    lines = [
+        f"  dim {member.dim}: group {group.name} ({group.kind}, {group.size} units in "
+        f"{group.blocks} blocks)"
+    ]
+    others = [
+        f"{m.parameter}[{m.dim}] {_positions(m.indices[0])}" for m in group.members if m is not member
+    ]
+    mine = _positions(member.indices[0])
+    lines.append(f"    index {mine} goes with: {', '.join(others) or 'nothing else'}")
+    for consumer in group.consumers:
+        lines.append(
+            f"    summed away at %{consumer.node} {consumer.module} {consumer.line}".rstrip()
+        )
+    if group.reason:
+        lines.append(f"    reason: {group.reason}")
+    return lines
+
+
+def _positions(indices: np.ndarray) -> str:
+    shown = ", ".join(str(int(i)) for i in indices[:6])
+    return f"{shown}, ... ({len(indices)})" if len(indices) > 6 else shown

@@ -1,0 +1,249 @@
+"""normalize: the same program in a form that labels can see through better.
+
+    select, unbind, split of a reshape's outer dim   slices of the flat dim, reshaped one by one
+    ... with a permute in between                    the slice goes first
+    slice_scatters that cover a tensor               cat
+
+A fused QKV is often reshaped to (3, heads, size) and then taken apart: in that form Q, K and V
+share the dim `size` and would have to shrink together. Taken apart first, each shrinks alone. The
+numbers are the same to the last bit: only the order of data movement changes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .visit import bind, op_name
+
+aten = torch.ops.aten
+RESHAPES = {"reshape", "view", "_unsafe_view", "unflatten"}
+PASSED = {"permute", "transpose", "unsqueeze", "squeeze", "clone", "contiguous"}
+
+
+def normalize(module: GraphModule) -> GraphModule:
+    """Take fused dims apart before they are reshaped (in place)."""
+    for node in list(module.graph.nodes):
+        if _takes_all(node):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        elif node.target is aten.slice_scatter.default:
+            _join(node)
+    for node in list(module.graph.nodes):
+        parts = _parts(module, node)
+        if parts is not None:
+            dim, ranges = parts
+            chain = _chain(node, dim)
+            if chain is not None:
+                _replace(node, chain, ranges)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def _join(node: Node) -> None:
+    """Writes that cover a dim from end to end are a concatenation of what was written."""
+    shape = _shape(node)
+    dim = bind(node, node.args, node.kwargs)["dim"] or 0
+    pieces: dict[int, tuple[int, Node]] = {}
+    at: Any = node
+    while isinstance(at, Node) and at.target is aten.slice_scatter.default:
+        bound = bind(at, at.args, at.kwargs)
+        bounds = (bound["start"], bound["end"])
+        if (bound["dim"] or 0) != dim or bound["step"] != 1 or shape is None:
+            return
+        if not isinstance(shape[dim], int) or any(isinstance(b, Node) for b in bounds):
+            return
+        low, high, _ = slice(*bounds).indices(shape[dim])
+        pieces.setdefault(low, (high, bound["src"]))
+        at = bound["self"]
+    low, parts = 0, []
+    while shape is not None and low in pieces and low < shape[dim]:
+        low, part = pieces[low]
+        parts.append(part)
+    if shape is None or low != shape[dim] or not all(_same_but(p, shape, dim) for p in parts):
+        return
+    with node.graph.inserting_before(node):
+        joined = node.graph.call_function(aten.cat.default, (parts, dim))
+    joined.meta = dict(node.meta)
+    node.replace_all_uses_with(joined)
+    node.graph.erase_node(node)
+
+
+def _same_but(part: Node, shape: tuple[Any, ...], dim: int) -> bool:
+    """Whether a written part needed no broadcast."""
+    held = _shape(part)
+    if held is None or len(held) != len(shape):
+        return False
+    at = dim % len(shape)
+    return all(str(a) == str(b) for k, (a, b) in enumerate(zip(held, shape, strict=True)) if k != at)
+
+
+def _takes_all(node: Node) -> bool:
+    """A slice from the first to the last position."""
+    if node.op != "call_function" or node.target is not aten.slice.Tensor:
+        return False
+    bound, shape = bind(node, node.args, node.kwargs), _shape(node.args[0])
+    end = bound["end"]
+    if shape is None or bound["step"] != 1 or bound["start"] not in (None, 0):
+        return False
+    size = shape[(bound["dim"] or 0) % len(shape)]
+    return end is None or (isinstance(end, int) and (end >= 2**62 or (isinstance(size, int) and end >= size)))
+
+
+def _shape(node: Any) -> tuple[Any, ...] | None:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _parts(module: GraphModule, node: Node) -> tuple[int, list[tuple[int, int]]] | None:
+    """The dim that a node takes apart, and the ranges of positions that it takes."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+        return None
+    shape, name = _shape(node.args[0]), op_name(node)
+    if shape is None or name not in ("select", "unbind", "slice", "split", "chunk", "index",
+                                     "split_with_sizes"):
+        return None
+    bound = bind(node, node.args, node.kwargs)
+    if name == "index":
+        return _constant_range(module, bound["indices"], shape)
+    dim = (bound["dim"] or 0) % len(shape)
+    size = shape[dim]
+    if not isinstance(size, int):
+        return None
+    if name == "select":
+        at = bound["index"] % size if isinstance(bound["index"], int) else None
+        return None if at is None else (dim, [(at, at + 1)])
+    if name == "unbind":
+        return dim, [(at, at + 1) for at in range(size)]
+    if name == "slice":
+        bounds = (bound["start"], bound["end"])
+        if bound["step"] != 1 or not all(b is None or isinstance(b, int) for b in bounds):
+            return None
+        low, high, _ = slice(*bounds).indices(size)
+        return (dim, [(low, high)]) if low < high else None
+    return dim, _pieces(node, dim)
+
+
+def _pieces(node: Node, dim: int) -> list[tuple[int, int]]:
+    found, low = [], 0
+    for part in node.meta["val"]:
+        found.append((low, low + part.shape[dim]))
+        low += part.shape[dim]
+    return found
+
+
+def _constant_range(
+    module: GraphModule, indices: Any, shape: tuple[Any, ...]
+) -> tuple[int, list[tuple[int, int]]] | None:
+    """Indexing one dim by a constant run of positions is a slice."""
+    at = [d for d, index in enumerate(indices) if index is not None]
+    if len(at) != 1:
+        return None
+    node = indices[at[0]]
+    while isinstance(node, Node) and op_name(node) in ("lift_fresh_copy", "clone", "detach"):
+        node = node.args[0]  # type: ignore[assignment]
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    table: Any = operator.attrgetter(str(node.target))(module)
+    if not isinstance(table, Tensor) or table.dim() != 1 or table.dtype == torch.bool:
+        return None
+    if type(table) is not Tensor or not isinstance(shape[at[0]], int):
+        return None
+    places = [int(p) % shape[at[0]] for p in table]
+    if places != list(range(places[0], places[0] + len(places))):
+        return None
+    return at[0], [(places[0], places[0] + len(places))]
+
+
+def _chain(node: Node, dim: int) -> tuple[list[Node], int] | None:
+    """The movement nodes from a reshape that makes `dim` to the node, and the dim there."""
+    chain: list[Node] = []
+    at = node.args[0]
+    while isinstance(at, Node) and at.op == "call_function" and op_name(at) in PASSED:
+        before = _before(at, dim)
+        if before is None:
+            return None
+        dim = before
+        chain.append(at)
+        at = at.args[0]
+    if not isinstance(at, Node) or at.op != "call_function" or op_name(at) not in RESHAPES:
+        return None
+    shape, source = _shape(at), _shape(at.args[0])
+    if shape is None or source is None or not all(isinstance(n, int) for n in shape[dim:]):
+        return None
+    splits = dim < len(shape) - 1 and len(shape) > len(source)
+    return ([*chain, at], dim) if splits and math.prod(shape[dim:]) > 0 else None
+
+
+def _before(node: Node, dim: int) -> int | None:
+    """The dim of a node's source that its result's `dim` is, None if it is a new one."""
+    bound, shape, source = bind(node, node.args, node.kwargs), _shape(node), _shape(node.args[0])
+    if shape is None or source is None:
+        return None
+    name, rank = op_name(node), len(shape)
+    if name == "permute":
+        return int(bound["dims"][dim]) % rank
+    if name == "transpose":
+        pair = (bound["dim0"] % rank, bound["dim1"] % rank)
+        return pair[1 - pair.index(dim)] if dim in pair else dim
+    if name == "unsqueeze":
+        new = bound["dim"] % rank
+        return None if dim == new else dim - (dim > new)
+    if name == "squeeze":
+        gone = bound.get("dim")
+        if not isinstance(gone, int) or source[gone] != 1:
+            return None
+        return dim + (dim >= gone % len(source))
+    return dim
+
+
+def _replace(node: Node, chain: tuple[list[Node], int], ranges: list[tuple[int, int]]) -> None:
+    (*permutes, reshape), dim = chain
+    shape, source = _shape(reshape), _shape(reshape.args[0])
+    assert shape is not None and source is not None
+    rest = shape[dim + 1 :]
+    inner, graph = math.prod(rest), node.graph
+    made: list[Node] = []
+    with graph.inserting_before(node):
+        flat = reshape.args[0]
+        if len(source) != dim + 1:
+            sizes = list(bind(reshape, reshape.args, reshape.kwargs).get("shape") or shape)
+            if not all(isinstance(n, (int, Node)) for n in sizes[:dim]):
+                return
+            target = [*sizes[:dim], shape[dim] * inner]
+            flat = graph.call_function(aten.reshape.default, (flat, target))
+            made.append(flat)
+        pieces = []
+        for low, high in ranges:
+            part = graph.call_function(
+                aten.slice.Tensor, (flat, dim, low * inner, high * inner)
+            )
+            made += [part, graph.call_function(aten.unflatten.int, (part, dim, [high - low, *rest]))]
+            for moved in reversed(permutes):
+                arguments = (made[-1], *moved.args[1:])
+                made.append(graph.call_function(moved.target, arguments, moved.kwargs))
+            if op_name(node) in ("select", "unbind"):
+                at = bind(node, node.args, node.kwargs)["dim"] or 0
+                made.append(graph.call_function(aten.select.int, (made[-1], at, 0)))
+            pieces.append(made[-1])
+    for new in made:
+        new.meta = {key: value for key, value in node.meta.items() if key != "val"}
+    _redirect(node, pieces)
+
+
+def _redirect(node: Node, pieces: list[Node]) -> None:
+    if op_name(node) in ("select", "slice", "index"):
+        node.replace_all_uses_with(pieces[0])
+        node.graph.erase_node(node)
+        return
+    for user in list(node.users):
+        user.replace_all_uses_with(pieces[user.args[1]])  # type: ignore[call-overload]
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)

@@ -1,0 +1,90 @@
+"""refuse: what capture cannot take, said before or after torch.export has tried."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureError
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+_DATA_DEPENDENT = ("data-dependent", "GuardOnDataDependent", "DataDependentOutput", "u0", "u1")
+
+
+def refuse(model: nn.Module, args: Any) -> None:
+    """CaptureError for parameters that are no plain floating-point tensors on one device."""
+    for name, parameter in model.named_parameters():
+        reason = _objection(parameter)
+        if reason:
+            raise CaptureError(f"parameter {name} {reason}")
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise CaptureError(
+                f"buffer {name} is on the meta device: its numbers are lost, and they decide what "
+                "the graph looks like · help: build the model with passes.skeleton.skeleton"
+            )
+    leaves = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *leaves]
+    devices = {str(t.device) for t in tensors if not t.is_meta}
+    if len(devices) > 1:
+        raise CaptureError(
+            f"the model and its inputs are spread over {', '.join(sorted(devices))} · help: move "
+            "both to one device; the analysis itself needs none of the weights' numbers"
+        )
+
+
+def _objection(parameter: Tensor) -> str:
+    if is_lazy(parameter):
+        return "is lazy: it has no shape yet · help: call the model once before capture"
+    kind = type(parameter).__name__
+    if kind == "DTensor" or type(getattr(parameter, "data", None)).__name__ == "DTensor":
+        return "is a DTensor (sharded) · help: gather the full weights before capture"
+    if kind == "FlatParameter":
+        return "is flattened by FSDP · help: capture the model before wrapping it"
+    if parameter.is_complex():
+        return "is complex: no rule covers complex weights · help: store real and imaginary parts"
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
+        return (
+            f"is {parameter.dtype}, not floating point of 16 bits or more: quantised models "
+            "cannot be pruned · help: prune first, then quantise"
+        )
+    return ""
+
+
+def explain(model: nn.Module, error: Exception) -> str:
+    """What torch.export's error means, with the line of the model's code that caused it."""
+    if isinstance(error, CaptureError):
+        return f"{error} · model {type(model).__name__}"
+    text = " ".join(str(error).split())
+    line = source_line(error)
+    at = f" · {line}" if line else ""
+    if any(word in f"{type(error).__name__} {text}" for word in _DATA_DEPENDENT):
+        return (
+            f"torch.export cannot capture {type(model).__name__}: data-dependent control flow or "
+            f"shape{at} · help: the forward must not branch on the numbers in a tensor; prune the "
+            f"part of the model that can be captured · torch says: {text[:300]}"
+        )
+    return (
+        f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {text[:500]}"
+        f"{at} · help: try other example inputs, or prune the part of the model that can be "
+        "captured; the forward must not branch on data"
+    )
+
+
+def source_line(error: BaseException) -> str:
+    """`file.py:12 in forward`: the deepest frame outside torch and this package."""
+    found = ""
+    chain: BaseException | None = error
+    while chain is not None:
+        for frame in traceback.extract_tb(chain.__traceback__):
+            if not frame.filename.startswith((_TORCH, _HERE, "<")):
+                found = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+        chain = chain.__cause__ or chain.__context__
+    return found

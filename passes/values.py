@@ -1,0 +1,192 @@
+"""Labels and values: what propagation knows of a tensor.
+
+Every dim of size > 1 of a value carries one label array: an int64 tensor that broadcasts to the
+value's shape (size 1 on every dim along which the label does not change). The position p of the
+dim is removed exactly if its label is. The dim is the array's home; other dims along which the
+array varies enumerate blocks (heads). A dim whose positions have a meaning of their own (batch,
+tokens, vocabulary) carries a single label that is frozen from birth, with the reason.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+Arrays = dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run of labels: `size` indices of dim `dim` of `name`, from label `start` on.
+
+    With `lanes` > 1 the labels differ along dim 0 of the parameter as well: label
+    `start + lane * size / lanes + index`.
+    """
+
+    kind: str  # parameter | constant | free | fixed
+    name: str
+    dim: int
+    start: int
+    size: int
+    lanes: int = 1
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a summed axis: the node, the dim of it, its labels there."""
+
+    node: Node
+    dim: int
+    labels: Tensor
+    data: bool  # not a weight: see Value.weight
+
+
+@dataclass(frozen=True)
+class Site:
+    """An axis summed away at a node."""
+
+    node: Node
+    operands: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What an op does to labels beside moving them.
+
+    frozen    they never go
+    mixed     every output on the axis depends on every input on it
+    bent      a pointwise non-linearity acts on them, so that only permutations may be inserted
+    blocked   in the run on blocks: the labels of a block have been united
+    routed    an index of data points at the axis (experts)
+    """
+
+    kind: str
+    labels: Tensor
+    reason: str
+    node: Node | None = None
+
+
+@dataclass(frozen=True)
+class Value:
+    """A node's result: its shape (on a fake tensor), label arrays, and its numbers if it depends
+    on no input. `weight`: it is a parameter, moved or selected from but not computed with.
+    `domain`: the labels that its integer values point at.
+    """
+
+    fake: Tensor
+    arrays: Mapping[int, Tensor] = field(default_factory=dict)
+    const: Tensor | None = None
+    weight: bool = False
+    domain: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The concrete shape."""
+        return tuple(self.fake.shape)
+
+
+@dataclass
+class Labels:
+    """The result of propagation: values by node, sources of labels, unions, sites and marks."""
+
+    values: dict[Node, Any] = field(default_factory=dict)
+    sources: list[Source] = field(default_factory=list)
+    count: int = 0
+    edges: list[Tensor] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    fixed_labels: dict[str, int] = field(default_factory=dict)
+
+    def fresh(self, kind: str, name: str, dim: int, size: int, lanes: int = 1) -> Tensor:
+        """`size` new labels."""
+        self.sources.append(Source(kind, name, dim, self.count, size, lanes))
+        self.count += size
+        return torch.arange(self.count - size, self.count)
+
+    def fixed(self, reason: str, rank: int) -> Tensor:
+        """The one label of a dim whose positions never go, as an array of `rank` dims."""
+        if reason not in self.fixed_labels:
+            label = self.fresh("fixed", reason, 0, 1)
+            self.fixed_labels[reason] = int(label)
+            self.marks.append(Mark("frozen", label, reason))
+        return torch.full([1] * rank, self.fixed_labels[reason])
+
+    def is_fixed(self, array: Tensor) -> bool:
+        """Whether the array is a single label that was frozen from birth."""
+        return array.numel() == 1 and self.kind(array) == "fixed"
+
+    def kind(self, array: Tensor) -> str:
+        """The kind of the source of the array's first label."""
+        first = int(array.reshape(-1)[0])
+        at = bisect.bisect_right(self.sources, first, key=lambda source: source.start) - 1
+        return self.sources[at].kind
+
+    def all_fixed(self, shape: Iterable[int], reason: str) -> Arrays:
+        """Fixed labels on every dim of size > 1."""
+        shape = tuple(shape)
+        return {
+            dim: self.fixed(reason, len(shape)) for dim, size in enumerate(shape) if size > 1
+        }
+
+    def arrays_for(self, kind: str, name: str, shape: Iterable[int]) -> Arrays:
+        """New labels on every dim of size > 1."""
+        shape = tuple(shape)
+        return {
+            dim: along(self.fresh(kind, name, dim, size), dim, len(shape))
+            for dim, size in enumerate(shape)
+            if size > 1
+        }
+
+    def unite(self, left: Tensor, right: Tensor) -> None:
+        """Labels that stand at the same place (after broadcasting) are one unit."""
+        left, right = torch.broadcast_tensors(left, right)
+        pairs = torch.stack([left.reshape(-1), right.reshape(-1)], 1)
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+        if len(pairs):
+            self.edges.append(pairs)
+
+    def collapse(self, array: Tensor, dim: int) -> Tensor:
+        """Unite along `dim` and narrow it to size 1: what varied there goes together."""
+        if array.shape[dim] > 1:
+            self.unite(array.narrow(dim, 0, 1), array)
+        return array.narrow(dim, 0, 1)
+
+    def meet(self, arrays: list[Tensor]) -> Tensor:
+        """Arrays with the same home unite; a fixed one, else the finest, stands for all."""
+        for other in arrays[1:]:
+            self.unite(arrays[0], other)
+        return max(arrays, key=lambda array: (self.is_fixed(array), array.numel()))
+
+    def mark(
+        self, kind: str, arrays: Iterable[Tensor], reason: str, node: Node | None = None
+    ) -> None:
+        """Mark the labels of `arrays`."""
+        for array in arrays:
+            self.marks.append(Mark(kind, torch.unique(array), reason, node))
+
+
+def along(labels: Tensor, dim: int, rank: int) -> Tensor:
+    """A vector of labels as an array of `rank` dims that varies along `dim`."""
+    return labels.view([-1 if k == dim else 1 for k in range(rank)])
+
+
+def compress(array: Tensor) -> Tensor:
+    """Size 1 on every dim along which the entries do not change."""
+    for dim, size in enumerate(array.shape):
+        if size > 1 and array.stride(dim) == 0:
+            array = array.narrow(dim, 0, 1)
+    for dim, size in enumerate(array.shape):
+        if size > 1 and array.numel() and bool((array == array.narrow(dim, 0, 1)).all()):
+            array = array.narrow(dim, 0, 1)
+    return array.contiguous()
+
+
+def varying(array: Tensor) -> list[int]:
+    """The dims along which a compressed array varies."""
+    return [dim for dim, size in enumerate(array.shape) if size > 1]
