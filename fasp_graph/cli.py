@@ -24,8 +24,8 @@ from rich.table import Table
 
 import models_zoo
 from passes.capture import as_args, capture
-from passes.couple import DependencyGraph
 from passes.errors import ConfigError, FaspGraphError
+from passes.groups import DependencyGraph
 
 from .bench import bench
 from .config import Config
@@ -35,12 +35,14 @@ from .dryrun import dry_run
 from .evaluate import flops, latency, perplexity, size_of
 from .flags import config_from, given_flags, with_config_flags
 from .graphfiles import FORMATS, text, write
-from .huggingface import save
+from .huggingface import MANIFEST, save
 from .jsontext import to_json
 from .onnx import export_graph
 from .prune import Pruned, analyze, prune
 from .report_page import write_report
 from .view import to_html
+
+PAGES = ("report.html", "report.json", "graph.html")
 
 app = typer.Typer(
     help="Prune any PyTorch model: find coupled layers, cut, repair, verify.",
@@ -244,6 +246,9 @@ def _figures(target: Target, pruned: Pruned) -> dict[str, Any]:
 
 
 def _write(target: Target, pruned: Pruned, output: Path, figures: dict[str, Any]) -> Path:
+    if (output / MANIFEST).is_file():  # written here before: save refuses what is not its own
+        for name in PAGES:
+            (output / name).unlink(missing_ok=True)
     folder = Path(save(pruned, output, tokenizer=target.tokenizer))
     write_report(folder, target.name, pruned.report.to_dict(), figures)
     to_html(pruned.deps, folder / "graph.html", pruned.plan, pruned.report)

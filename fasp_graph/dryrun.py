@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from passes.capture import as_args
-from passes.couple import DependencyGraph
+from passes.groups import DependencyGraph
 from passes.select import Plan, allocate
 
 from .config import Config

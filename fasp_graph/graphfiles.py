@@ -18,8 +18,8 @@ from pathlib import Path
 
 import networkx as nx
 
-from passes.couple import DependencyGraph
 from passes.errors import ConfigError
+from passes.groups import DependencyGraph
 
 from .jsontext import to_json
 

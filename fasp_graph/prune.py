@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from passes.capture import Args, Captured, as_args, capture
 from passes.analysis import analysis
+from passes.capture import Args, Captured, as_args, capture
 from passes.couple import DependencyGraph, Group
 from passes.errors import CalibrationError
 from passes.labels import Site
 from passes.observe import Moments, View, Walk, probe, walk
-from passes.restore import restore
 from passes.removal import nodes_by_name, removal
+from passes.restore import restore
 from passes.rewrite import attribute, rewrite
 from passes.score import NEEDS_DATA, score
 from passes.select import Budget, Plan, allocate, select

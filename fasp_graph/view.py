@@ -18,7 +18,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from passes.couple import DependencyGraph, Group, Member
+import numpy as np
+
+from passes.groups import DependencyGraph, Group, Member
 
 from .jsontext import to_json
 
@@ -149,23 +151,23 @@ def _group(
 
 def indices_text(member: Member, most: int = 6) -> str:
     """All positions that a group's units own along the member's dim, as ranges: `0-63, 96`."""
-    found = sorted({index for unit in member.indices for index in unit})
-    ranges: list[list[int]] = []
-    for index in found:
-        if ranges and ranges[-1][1] == index - 1:
-            ranges[-1][1] = index
-        else:
-            ranges.append([index, index])
+    found = np.unique(np.asarray(member.indices))
+    starts = np.flatnonzero(np.diff(found, prepend=found[0] - 2) != 1)
+    ends = np.append(starts[1:], len(found)) - 1
+    ranges = [(int(found[a]), int(found[b])) for a, b in zip(starts, ends, strict=True)]
     texts = [str(low) if low == high else f"{low}-{high}" for low, high in ranges[:most]]
-    return ", ".join(texts) + (f" and {len(ranges) - most} more" if len(ranges) > most else "")
+    lanes = f" counted through {member.lanes} lanes" if member.lanes > 1 else ""
+    return (
+        ", ".join(texts) + (f" and {len(ranges) - most} more" if len(ranges) > most else "") + lanes
+    )
 
 
 def _unit_text(member: Member, most: int = 8) -> str:
     """What the first unit owns, where that is more than one position."""
-    first = member.indices[0]
+    first = np.asarray(member.indices)[0]
     if len(first) < 2:
         return ""
-    return ", ".join(map(str, first[:most])) + ("…" if len(first) > most else "")
+    return ", ".join(str(int(at)) for at in first[:most]) + ("…" if len(first) > most else "")
 
 
 def shapes_after(deps: DependencyGraph, plan: Any) -> dict[str, list[int]]:
@@ -174,16 +176,14 @@ def shapes_after(deps: DependencyGraph, plan: Any) -> dict[str, list[int]]:
     tied = _tied(deps)
     for group in deps.groups if plan is not None else ():
         kept = plan.kept.get(group.name)
-        stays = set(kept or ())
+        gone = group.size - len(kept or ())
         for member in group.members if kept is not None else ():
             names = tied.get(member.parameter, [member.parameter])
             name = next((n for n in names if n in deps.parameters), "")
             if not name:
                 continue  # a buffer
             shape = shapes.setdefault(name, list(deps.parameters[name]))
-            shape[member.dim] -= sum(
-                len(rows) for unit, rows in enumerate(member.indices) if unit not in stays
-            )
+            shape[member.dim] -= gone * len(member.indices[0]) // member.lanes
     return shapes
 
 

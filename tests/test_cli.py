@@ -119,6 +119,7 @@ def test_prune_writes_a_report_and_a_picture(run, tmp_path):
     assert all(frozen["name"] in page for frozen in report["frozen"])
     assert (folder / "graph.html").stat().st_size > 100_000
     fg.load(folder)
+    assert run("prune", "zoo:llama-random", "--output", folder)[0] == 0  # and again
 
 
 def test_bench_compares_alike(run, tmp_path):

@@ -3,6 +3,7 @@
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 import fasp_graph as fg
 import models_zoo
 from fasp_graph import view
-from passes.couple import Consumer, DependencyGraph, Group, Member
+from passes.groups import Consumer, DependencyGraph, Group, Layer, Member
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -188,7 +189,7 @@ def test_hostile_names_are_only_text(show):
 
 def many_layers(layers, width=8):
     """A graph of layers * 100 parameters, as `analyze` would give for a very deep model."""
-    each = tuple((unit,) for unit in range(width))
+    each = np.arange(width)[:, None]
     names = [f"net.{k}.part{j}.{w}" for k in range(layers) for j in range(50) for w in ("a", "b")]
     groups = tuple(
         Group(
@@ -200,12 +201,13 @@ def many_layers(layers, width=8):
             members=(Member(f"{up}.weight", 0, each), Member(f"{down}.weight", 1, each)),
             consumers=(Consumer(f"linear_{k}", f"{down}.weight", 1, f"module {down}"),),
             reason="",
-            block_of=(0,) * width,
+            block_of=np.zeros(width, int),
         )
         for k, (up, down) in enumerate(zip(names[::2], names[1::2], strict=True))
     )
     shapes = {f"{name}.weight": (width, width) for name in names}
-    return DependencyGraph(groups, shapes, torch.zeros(0).numpy(), SimpleNamespace(sites=[]))
+    layer = Layer(SimpleNamespace(sites=[]), np.zeros(0))
+    return DependencyGraph(groups, shapes, (layer,))
 
 
 def test_ten_thousand_weights_are_folded(show):
