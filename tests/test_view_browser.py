@@ -1,8 +1,8 @@
 """The page in a real headless Chromium: it loads, answers clicks and keys, and stays fast."""
 
-import shutil
 from types import SimpleNamespace
 
+import browser as chromium
 import numpy as np
 import pytest
 import torch
@@ -14,23 +14,12 @@ from fasp_graph import view
 from passes.groups import Consumer, DependencyGraph, Group, Layer, Member
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="no browser: apt-get install chromium chromium-driver",
-)
 HOSTILE = "</script><img src=x onerror=alert(1)>&"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--window-size=1440,900")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver = chromium.start()
     yield driver
     driver.quit()
 
@@ -42,7 +31,7 @@ def pruned():
 
 
 @pytest.fixture
-def show(browser, tmp_path):
+def show(browser, tmp_path, request):
     """Opens a page; at the end of the test the console must be silent. A picture stays behind."""
 
     def opened(deps, *rest):
@@ -50,7 +39,7 @@ def show(browser, tmp_path):
         return browser
 
     yield opened
-    browser.save_screenshot(str(tmp_path / "graph.png"))
+    chromium.picture(browser, request.node.name)
     assert browser.get_log("browser") == []
 
 
