@@ -101,7 +101,7 @@ def page_data(deps: DependencyGraph, plan: Any = None, report: Any = None) -> di
     consumers, kept, reason; sizes before and after.
     """
     tied, uses = _tied(deps), _uses(deps)
-    after = shapes_after(deps, plan)
+    after, buffers = shapes_after(deps, plan), _buffers(deps)
     names = dict.fromkeys(
         [*deps.parameters, *(m.parameter for g in deps.groups for m in g.members)]
     )
@@ -111,6 +111,7 @@ def page_data(deps: DependencyGraph, plan: Any = None, report: Any = None) -> di
         module, _, leaf = name.rpartition(".")
         same = tied.get(name, [name])
         shape = list(next((deps.parameters[n] for n in same if n in deps.parameters), ()))
+        shape = shape or buffers.get(name, [])
         small = next((after[n] for n in same if n in after), shape)
         entry: dict[str, Any] = {"name": name, "leaf": leaf, "shape": shape, "after": small}
         entry |= {"order": place[name], "counted": name in deps.parameters}
@@ -199,10 +200,21 @@ def _uses(deps: DependencyGraph) -> dict[str, list[int]]:
     return found
 
 
+def _module(deps: DependencyGraph) -> Any:
+    """The captured graph's module, None where nothing is summed."""
+    sites = deps.labels.sites
+    return sites[0].node.graph.owning_module if sites else None
+
+
+def _buffers(deps: DependencyGraph) -> dict[str, list[int]]:
+    """Shapes of the buffers."""
+    module = _module(deps)
+    return {name: list(held.shape) for name, held in module.named_buffers()} if module else {}
+
+
 def _tied(deps: DependencyGraph) -> dict[str, list[str]]:
     """Name -> all names of the same parameter, where there are several."""
-    sites = deps.labels.sites
-    module = sites[0].node.graph.owning_module if sites else None
+    module = _module(deps)
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False) if module else ():
         names.setdefault(id(parameter), []).append(name)
@@ -210,8 +222,8 @@ def _tied(deps: DependencyGraph) -> dict[str, list[str]]:
 
 
 def _place(name: str, tied: dict[str, list[str]], uses: dict[str, list[int]]) -> int:
-    """The position that the page shows `name` at: its first use; the k-th name of a tied
-    parameter stands at the k-th use. -1: never used.
+    """The position that the page shows `name` at: its first use, the last use for the last name
+    of a tied parameter; -1 where it is never used.
     """
     held = tied.get(name, [name])
     known = sorted(number for other in held for number in uses.get(other, ()))

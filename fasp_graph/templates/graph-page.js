@@ -173,7 +173,7 @@
   });
 
   const free = data.groups.length - (counts.frozen || 0);
-  at("count").textContent = `${full(data.modules.length)} modules · ${full(free)} groups, ${full(counts.frozen || 0)} frozen · `
+  at("count").textContent = `${full(data.modules.length)} module${data.modules.length === 1 ? "" : "s"} with weights · ${full(free)} prunable group${free === 1 ? "" : "s"}, ${full(counts.frozen || 0)} frozen · `
     + (data.planned ? `${full(data.before)} → ${full(data.after)} parameters` : `${full(data.before)} parameters`);
   graphPanel.legend({ ...counts, planned: data.planned }, hidden, redraw);
   graphPanel.welcome(model);

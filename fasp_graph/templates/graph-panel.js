@@ -75,8 +75,14 @@ const graphPanel = (() => {
     }
   }
 
+  // What can be pruned first.
+  function byKind(model, held) {
+    const rank = ({ g }) => graphDraw.KINDS.indexOf(model.data.groups[g].kind);
+    return [...held].sort((a, b) => rank(a) - rank(b));
+  }
+
   function parameter(model, name, act) {
-    const found = model.parameterOf.get(name), panel = clear(), held = model.groupsOf.get(name) || [];
+    const found = model.parameterOf.get(name), panel = clear(), held = byKind(model, model.groupsOf.get(name) || []);
     make("h2", "", name, panel);
     const before = found.shape.join(" × "), after = found.after.join(" × ");
     terms(panel, [["shape", found.shape.length ? before : "a buffer"], ["after", after === before ? "" : after]]);
@@ -89,8 +95,9 @@ const graphPanel = (() => {
         + (group.reason ? ` · ${group.reason}` : ""), item);
       const others = group.members.filter(other => other.parameter !== name);
       if (!others.length) continue;
-      make("div", "dim", others.length > 12 ? `with ${others.length} others, some of them` : "with", item);
-      for (const other of others.slice(0, 12)) {
+      const most = group.kind === "frozen" || group.kind === "width" ? 3 : 12;
+      make("div", "dim", others.length > most ? `with ${others.length} others, some of them` : "with", item);
+      for (const other of others.slice(0, most)) {
         button("link", other.parameter, make("div", "", undefined, item), () => act.parameter(other.parameter));
       }
     }
