@@ -11,35 +11,44 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import models_zoo
-from passes.capture import as_args, capture
+from passes.capture import as_args
 from passes.errors import ConfigError, FaspGraphError
 from passes.groups import DependencyGraph
 
-from .bench import bench
 from .config import Config
 from .data import Target, load_target
-from .demo import progress_bar, run_demo, table
+from .demo import run_demo, table
 from .dryrun import dry_run
-from .evaluate import flops, latency, perplexity, size_of
+from .evaluate import latency, perplexity
 from .flags import config_from, given_flags, with_config_flags
 from .graphfiles import FORMATS, text, write
 from .huggingface import MANIFEST, save
 from .jsontext import to_json
-from .onnx import export_graph
+from .measuring import bench_command, eval_command, export_command, zoo_command
 from .prune import Pruned, analyze, prune
 from .report_page import write_report
+from .terminal import (
+    DATA_HELP,
+    Debug,
+    Json,
+    Length,
+    Model,
+    Windows,
+    known_models,
+    show,
+    stages,
+    wide_console,
+    writable,
+)
 from .view import to_html
 
 PAGES = ("report.html", "report.json", "graph.html")
@@ -49,41 +58,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-def _known_models(incomplete: str) -> list[str]:
-    """What a shell offers for MODEL."""
-    return [f"zoo:{n}" for n in models_zoo.names() if f"zoo:{n}".startswith(incomplete)]
-
-
-_MODEL = "zoo:NAME, folder, package.module:factory or hub id"
-_DATA = (
-    "a text, jsonl or parquet file, a folder of texts or images, wikitext2, c4, ptb, owner/name, "
-    "package.module:factory"
-)
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, autocompletion=_known_models)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Length = Annotated[int, typer.Option(help="Tokens per window of text.", min=2)]
-Windows = Annotated[int, typer.Option(help="Windows of text, or images, at most.", min=1)]
-
-
-def _console(stderr: bool = False) -> Console:
-    """Off a terminal, lines are wide enough for the tables."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, 140))
-
-
-@contextmanager
-def _stages(first: str) -> Any:
-    """A bar on stderr, with what is being done, how far, for how long; silent off a terminal."""
-    with progress_bar(_console(stderr=True)) as bars:
-        task = bars.add_task(first, total=None)
-
-        def progress(stage: str, done: int = 0, total: int | None = None) -> None:
-            bars.update(task, completed=done, total=total, description=stage)
-
-        yield progress
 
 
 @app.command("inspect")
@@ -110,15 +84,15 @@ def inspect_command(
     form = {"mmd": "mermaid", "gv": "dot"}.get(form or "", form)
     if form is not None and form not in FORMATS:
         raise ConfigError(f"no format {form!r} · help: --format {', '.join(FORMATS)}")
-    with _stages("load"):
+    with stages("load"):
         target = load_target(model)
-    with _stages("analyse"):
+    with stages("analyse"):
         deps = analyze(target.model, target.inputs)
     if html is not None:
-        _writable(html)
+        writable(html)
         to_html(deps, html)
     if output is not None and form:
-        _writable(output)
+        writable(output)
         write(deps, form, output)
     elif form:
         print(text(deps, form), end="")
@@ -127,12 +101,7 @@ def inspect_command(
     elif json:
         print(text(deps, "json"), end="")
     else:
-        _console().print(_groups_table(target.name, deps, frozen))
-
-
-def _writable(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: no folder {path.parent} · help: create it first")
+        wide_console().print(_groups_table(target.name, deps, frozen))
 
 
 def _groups_table(title: str, deps: DependencyGraph, frozen: bool) -> Table:
@@ -153,12 +122,10 @@ def _groups_table(title: str, deps: DependencyGraph, frozen: bool) -> Table:
 def prune_command(
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="MODEL", help="Without one: the demo.", autocompletion=_known_models
-        ),
+        typer.Argument(metavar="MODEL", help="Without one: the demo.", autocompletion=known_models),
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(metavar="DATA", help=f"What to calibrate on: {_DATA}.")
+        str | None, typer.Option(metavar="DATA", help=f"What to calibrate on: {DATA_HELP}.")
     ] = None,
     evaluation: Annotated[
         str | None, typer.Option(metavar="DATA", help="Text to measure perplexity on.")
@@ -184,12 +151,12 @@ def prune_command(
         _demo(output or Path("fasp-demo"), json)
         return
     options = config_from(config, flags)
-    with _stages("load model and data"):
+    with stages("load model and data"):
         target = load_target(model, calibration, length, windows, evaluation)
     if dry_run:
         _show_dry_run(target, options, json)
         return
-    with _stages("capture") as progress:
+    with stages("capture") as progress:
         data = target.calibration or None
         pruned = prune(target.model, target.inputs, data, options, progress)
         progress("measure")
@@ -199,9 +166,9 @@ def prune_command(
     if json:
         print(to_json({**figures, **pruned.report.to_dict()}, indent=1))
         return
-    console = _console()
+    console = wide_console()
     console.print(escape(pruned.report.to_text()))
-    _show(figures, False)
+    show(figures, False)
 
 
 def _no_model(given: dict[str, Any], *rest: Any) -> None:
@@ -223,8 +190,8 @@ def _show_dry_run(target: Target, options: Config, json: bool) -> None:
     result = Table("group", "units per block", "keeps", title="Plan, nothing pruned")
     for name, count in found.keep.items():
         result.add_row(escape(name), str(found.sizes[name]), str(count))
-    _console().print(result)
-    _console().print(
+    wide_console().print(result)
+    wide_console().print(
         f"parameters {found.params_before:,} -> {found.params_after:,}, {found.sparsity:.1%} of "
         f"those in scope; {len(found.frozen)} groups frozen; about {found.expected_seconds:.0f} s"
     )
@@ -256,11 +223,11 @@ def _write(target: Target, pruned: Pruned, output: Path, figures: dict[str, Any]
 
 
 def _demo(output: Path, json: bool) -> None:
-    rows = run_demo(output, _console(stderr=True))
+    rows = run_demo(output, wide_console(stderr=True))
     if json:
         print((output / "demo.json").read_text(encoding="utf-8"), end="")
         return
-    console = _console()
+    console = wide_console()
     console.print(table(rows))
     console.print(
         "ppl: perplexity on held-out text. ms: one forward pass, median of alternating runs. "
@@ -271,132 +238,13 @@ def _demo(output: Path, json: bool) -> None:
     )
 
 
-@app.command("eval")
-def eval_command(
-    model: Model,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", "--text", metavar="DATA", help=f"Text for perplexity: {_DATA}."),
-    ] = None,
-    length: Length = 256,
-    windows: Windows = 64,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure a model: parameters, FLOPs, latency and, on text, perplexity."""
-    with _stages("load model and data"):
-        target = load_target(model, length=length, count=windows, evaluation=data)
-    args, kwargs = as_args(target.inputs)
-    parameters, size = size_of(target.model)
-
-    def call() -> Any:
-        with torch.no_grad():
-            return target.model(*args, **kwargs)
-
-    with _stages("measure"):
-        figures: dict[str, Any] = {
-            "model": target.name,
-            "parameters": parameters,
-            "bytes": size,
-            "flops": flops(target.model, args, kwargs),
-            "latency_seconds": latency({"model": call})["model"]["median"],
-        }
-        if target.heldout is not None:
-            figures["perplexity"] = perplexity(target.model, target.heldout[:windows])
-    _show(figures, json)
-
-
-@app.command("bench")
-def bench_command(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Say, the dense and the pruned one.")
-    ],
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="DATA", help="Text to measure perplexity on.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences per call.", min=1)] = 1,
-    length: Annotated[int, typer.Option(help="Tokens per sequence.", min=2)] = 128,
-    runs: Annotated[int, typer.Option(help="Timed runs of each.", min=2)] = 15,
-    onnx: Annotated[bool, typer.Option(help="Also in ONNX Runtime.")] = True,
-    memory: Annotated[bool, typer.Option(help="Peak memory, in a process of its own.")] = True,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Compare models: alternating runs in torch and ONNX Runtime, median, spread, memory."""
-    with _stages("load models and data"):
-        targets = [load_target(model, evaluation=data) for model in models]
-    with _stages("bench") as step:
-        found = bench(targets, batch, length, runs, onnx, memory, step)
-    if json:
-        print(to_json([vars(result) for result in found], indent=1))
-        return
-    heads = ("model", "runtime", "parameters", "MB", "GFLOPs", "ms", "± IQR", "tokens/s", "peak MB")
-    result = Table(*heads, "perplexity")
-    for row in found:
-        result.add_row(
-            escape(row.model),
-            row.runtime,
-            f"{row.parameters:,}",
-            f"{row.bytes / 1e6:.1f}",
-            f"{row.flops / 1e9:.3f}",
-            f"{row.median * 1e3:.2f}",
-            f"{row.spread * 1e3:.2f}",
-            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-            "" if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}",
-            "" if row.perplexity is None else f"{row.perplexity:.3f}",
-        )
-    _console().print(result)
-
-
-@app.command("export")
-def export_command(
-    model: Model,
-    output: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Write a model, pruned or not, as ONNX, checked in ONNX Runtime."""
-    target = load_target(model)
-    captured = capture(target.model, target.inputs)
-    path = export_graph(captured.graph_module, captured.inputs, captured.dynamic_shapes, output)
-    _show({"onnx": str(path), "bytes": path.stat().st_size}, json)
-
-
-@app.command("zoo")
-def zoo_command(json: Json = False, debug: Debug = False) -> None:
-    """List the models that come with fasp-graph."""
-    rows = []
-    for name in models_zoo.names():
-        entry = models_zoo.load(name)
-        rows.append(
-            {
-                "name": f"zoo:{name}",
-                "class": type(entry.model).__name__,
-                "parameters": size_of(entry.model)[0],
-            }
-        )
-    if json:
-        print(to_json(rows, indent=1))
-        return
-    result = Table("model", "class", "parameters")
-    for row in rows:
-        result.add_row(str(row["name"]), str(row["class"]), f"{row['parameters']:,}")
-    _console().print(result)
-
-
-def _show(figures: dict[str, Any], json: bool) -> None:
-    if json:
-        print(to_json(figures, indent=1))
-        return
-    for name, value in figures.items():
-        text = (
-            f"{value:,}"
-            if isinstance(value, int)
-            else f"{value:.4g}"
-            if isinstance(value, float)
-            else str(value)
-        )
-        _console().print(f"{escape(name.replace('_', ' '))}: {escape(text)}")
+for _name, _command in (
+    ("eval", eval_command),
+    ("bench", bench_command),
+    ("export", export_command),
+    ("zoo", zoo_command),
+):
+    app.command(_name)(_command)
 
 
 def main() -> None:

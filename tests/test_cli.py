@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import fasp_graph as fg
-from fasp_graph import bench, cli, data, demo
+from fasp_graph import bench, cli, data, demo, terminal
 
 
 @pytest.fixture
@@ -148,8 +148,8 @@ def test_peak_memory_is_of_a_fresh_process():
 
 
 def test_shell_completion_offers_the_zoo():
-    assert "zoo:resnet" in cli._known_models("zoo:re")
-    assert cli._known_models("folder") == []
+    assert "zoo:resnet" in terminal.known_models("zoo:re")
+    assert terminal.known_models("folder") == []
 
 
 def test_a_factory(run, tmp_path, monkeypatch):

@@ -156,6 +156,24 @@ def test_a_double_click_closes_and_opens_a_module(show, pruned):
     assert closed < browser.execute_script(drawn) < before
 
 
+def test_a_fold_is_turned_by_keys_and_spread_by_a_double_click(show):
+    browser = show(many_layers(4))
+    body = find(browser, "body")[0]
+    drawn = "return faspGraph.cy.nodes().map(node => node.id())"
+    assert "m:net.0.part0.a" in browser.execute_script(drawn)
+
+    body.send_keys("]")
+    turned = browser.execute_script(drawn)
+    browser.execute_script("faspGraph.cy.zoom(0.5); faspGraph.cy.center()")
+    body.send_keys("[")
+    back = browser.execute_script(drawn)
+    find(browser, "#outline .twist")[1].click()
+
+    assert "m:net.1.part0.a" in turned and "m:net.0.part0.a" not in turned
+    assert "m:net.0.part0.a" in back
+    assert {"m:net.0", "m:net.3"} <= set(browser.execute_script(drawn))
+
+
 def test_dark_and_light(show, pruned):
     browser = show(pruned.deps)
     first = browser.execute_script("return getComputedStyle(document.body).backgroundColor")

@@ -126,9 +126,19 @@ const graphModel = (() => {
     return node;
   }
 
+  // Show another item of a fold, opened as far as the one before.
+  function turn(model, fold, index) {
+    const alike = (from, to) => {
+      if (model.open.has(from.id)) model.open.add(to.id);
+      from.children.forEach((child, k) => to.children[k] && alike(child, to.children[k]));
+    };
+    if (index !== fold.index) alike(fold.children[fold.index], fold.children[index]);
+    fold.index = index;
+  }
+
   function reveal(model, node) {
     for (let at = node; at.parent; at = at.parent) {
-      if (at.parent.kind === "fold") at.parent.index = at.parent.children.indexOf(at);
+      if (at.parent.kind === "fold") turn(model, at.parent, at.parent.children.indexOf(at));
       if (at.parent.kind === "module") model.open.add(at.parent.id);
     }
   }
@@ -148,5 +158,5 @@ const graphModel = (() => {
     return { before, after };
   }
 
-  return { build, shown, isBox, isOpen, standIn, reveal, every, sizes };
+  return { build, shown, isBox, isOpen, standIn, turn, reveal, every, sizes };
 })();

@@ -1,7 +1,7 @@
 "use strict";
 // The page: what is chosen, the outline, search, keys.
 (() => {
-  const { isBox, shown, reveal, every, standIn } = graphModel;
+  const { isBox, shown, turn, reveal, every, standIn } = graphModel;
   const { make, at, full } = graphPanel;
   const model = graphModel.build(JSON.parse(at("data").textContent));
   const { data } = model, root = document.documentElement;
@@ -146,7 +146,7 @@
     let near = folds.find(fold => fold === chosen) || folds[0];
     for (let up = chosen; up; up = up.parent) if (up.kind === "fold") near = up;
     if (!near) return;
-    near.index = (near.index + by + near.children.length) % near.children.length;
+    turn(model, near, (near.index + by + near.children.length) % near.children.length);
     redraw();
   }
 
