@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-
 import transformers
+from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto as auto
 
 from .sample_inputs import candidates
 from .shrink import POLICIES, Policy, shrunk
 
-LARGEST = 40_000_000  # parameters of a shrunken model
+LARGEST = 60_000_000  # parameters of a shrunken model
 PREFERRED = (
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
@@ -80,6 +79,9 @@ def build(model_type: str) -> Built:
 
 def _attempt(cls: Any, model_type: str, policy: Policy) -> Built:
     config = shrunk(CONFIG_MAPPING[model_type](), policy)
+    if not isinstance(config, cls.config_class):
+        parts = [v for v in vars(config).values() if isinstance(v, cls.config_class)]
+        config = parts[0] if parts else config
     if getattr(config, "use_cache", None):
         config.use_cache = False
     with torch.device("meta"):

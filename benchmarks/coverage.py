@@ -159,6 +159,8 @@ def why(row: dict[str, Any]) -> str:
     """Why the row is not complete, or ''."""
     if row.get("reason"):
         return f"{row['stage']}: {row['reason']}"
+    if row.get("unchecked"):
+        return f"analyse: {row['unchecked']}"
     failed = [f"{k}: {v}" for k, v in row.get("verified", {}).items() if isinstance(v, str)]
     if failed:
         return failed[0]

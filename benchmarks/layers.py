@@ -10,23 +10,80 @@ Read off the graph; no module names.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from passes.couple import DependencyGraph
-from passes.labels import Value
+from passes.groups import DependencyGraph
+from passes.values import Value
 
 CONTRACTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d"}
+<<<<<<< HEAD
 CURVED = set(
-    "relu relu_ gelu silu silu_ sigmoid tanh hardtanh hardswish hardsigmoid mish elu leaky_relu "
-    "softplus relu6 pow square".split()
+    [
+        "relu",
+        "relu_",
+        "gelu",
+        "silu",
+        "silu_",
+        "sigmoid",
+        "tanh",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "mish",
+        "elu",
+        "leaky_relu",
+        "softplus",
+        "relu6",
+        "pow",
+        "square",
+    ]
 )
 PASSING = CURVED | set(
-    "mul mul_ reshape view permute transpose contiguous clone to dropout slice split chunk "
-    "split_with_sizes batch_norm clamp unbind squeeze unsqueeze flatten select".split()
+    [
+        "mul",
+        "mul_",
+        "reshape",
+        "view",
+        "permute",
+        "transpose",
+        "contiguous",
+        "clone",
+        "to",
+        "dropout",
+        "slice",
+        "split",
+        "chunk",
+        "split_with_sizes",
+        "batch_norm",
+        "clamp",
+        "unbind",
+        "squeeze",
+        "unsqueeze",
+        "flatten",
+        "select",
+    ]
+=======
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+CURVED = _words(
+    "relu gelu silu sigmoid tanh hardtanh hardswish hardsigmoid mish elu leaky_relu softplus relu6 "
+    "pow square exp erf where clamp"
 )
+PASSING = CURVED | _words(
+    "mul div neg reshape view permute transpose contiguous clone to dropout slice split chunk "
+    "split_with_sizes batch_norm unbind squeeze unsqueeze flatten select getitem gt lt ge le rsub "
+    "abs log1p expm1"
+>>>>>>> coverage
+)
+SUMS = _words("add sub")
 PRODUCTS = {"matmul", "bmm", "einsum"}
 
 
@@ -53,20 +110,54 @@ def op_name(node: Any) -> str:
 
 
 def _mlp_outputs(module: GraphModule) -> Iterator[Node]:
-    for node in module.graph.nodes:
-        if op_name(node) in CONTRACTIONS and _comes_from_a_weight(node.args[0], False, 0):
-            yield node
+    known: dict[Node, Traced] = {}
+    for node in module.graph.nodes:  # in order: what a node needs is known before it
+        known[node] = _traced(node, known)
+        if op_name(node) in CONTRACTIONS and isinstance(node.args[0], Node):
+            if known[node.args[0]].sources and known[node.args[0]].curved:
+                yield node
 
 
-def _comes_from_a_weight(node: Any, curved: bool, depth: int) -> bool:
-    """Walk back through pointwise ops; every data operand of a gate must come from a weight."""
-    name = op_name(node)
+@dataclass(frozen=True)
+class Traced:
+    """The weight contractions that a value is made from by pointwise ops (none: by others too),
+    and whether one of those ops is curved.
+    """
+
+    sources: frozenset[Node] = frozenset()
+    curved: bool = False
+
+
+def _traced(node: Node, known: dict[Node, Traced]) -> Traced:
+    name = op_name(node).rstrip("_")
     if name in CONTRACTIONS:
-        return curved
-    if depth > 24 or (name not in PASSING and name != "getitem"):
-        return False
-    curved = curved or name in CURVED
-    return any(_comes_from_a_weight(arg, curved, depth + 1) for arg in node.all_input_nodes)
+        return Traced(frozenset([node]))
+    data = [known[arg] for arg in node.all_input_nodes]
+    found = [traced for traced in data if traced.sources]
+    if not found or name not in PASSING | SUMS:
+        return Traced()
+    if name in SUMS and len({traced.sources for traced in found}) > 1:
+        return Traced()  # a residual: the axis is not this layer's own
+    if name in SUMS and any(not t.sources and _is_data(a) for t, a in _pairs(data, node)):
+        return Traced()
+    sources = frozenset().union(*(traced.sources for traced in found))
+    return Traced(sources, name in CURVED or any(traced.curved for traced in found))
+
+
+def _pairs(data: list[Traced], node: Node) -> Iterator[tuple[Traced, Node]]:
+    return zip(data, node.all_input_nodes, strict=True)
+
+
+def _is_data(node: Node) -> bool:
+    """Whether the value depends on an input (a weight or a constant does not)."""
+    pending, seen = [node], set()
+    while pending:
+        at = pending.pop()
+        if at.op == "placeholder":
+            return True
+        seen.add(at)
+        pending += [arg for arg in at.all_input_nodes if arg not in seen]
+    return False
 
 
 def _attention_values(module: GraphModule) -> Iterator[tuple[Node, Node]]:
@@ -94,4 +185,4 @@ def _holds(deps: DependencyGraph, components: set[int], value: Node) -> bool:
     last = held.arrays.get(len(held.shape) - 1)
     if last is None:
         return False
-    return bool(components & set(deps.component[last.reshape(-1).numpy()].tolist()))
+    return bool(components & set(deps.layers[0].component[last.reshape(-1).numpy()].tolist()))

@@ -63,7 +63,7 @@ def _selections(
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
     others = [n for n in COMPANIONS if n in signature and n not in base + lead]
     extras = [lead + decoder, lead, lead + images + decoder, lead + images]
-    extras += [lead + [other] for other in others] + [lead + images + [o] for o in others]
+    extras += [lead + [other] + decoder for other in others] + [lead + images + [o] for o in others]
     extras += [texts + images + decoder, texts + images, lead + texts, texts + decoder, texts, []]
     for extra in extras:
         names = list(dict.fromkeys([*extra, *base]))
@@ -105,6 +105,8 @@ def _forms(name: str, config: Any) -> Iterator[Tensor]:
         yield from _tokens(config)
     elif "pixel" in name or "image" in name:
         yield from _pixels(config)
+    elif name == "hidden_states" and find(config, "patch_size"):
+        yield from _patches(config)
     elif "embeds" in name or name in ("hidden_states", "encoder_hidden_states"):
         yield torch.randn(BATCH, LENGTH, _int(find(config, "hidden_size", "d_model"), 32))
     elif "values" in name or "features" in name:
@@ -199,7 +201,7 @@ def _codes(config: Any) -> Iterator[Tensor]:
 
 def _past_time(config: Any) -> Iterator[Tensor]:
     (values, *_) = _series(config)
-    yield torch.randn(*values.shape, max(1, _int(find(config, "num_time_features"), 1)))
+    yield torch.randn(*values.shape, find(config, "num_time_features") or 0)
 
 
 def _past_mask(config: Any) -> Iterator[Tensor]:
@@ -207,7 +209,26 @@ def _past_mask(config: Any) -> Iterator[Tensor]:
     yield torch.ones(values.shape)
 
 
+def _patches(config: Any) -> Iterator[Tensor]:
+    """Rows of pixels, as many as GRID says."""
+    channels = _int(find(config, "num_channels", "in_channels", "in_chans"), 3)
+    patch = _int(find(config, "patch_size"), 16)
+    frames = _int(find(config, "temporal_patch_size"), 1)
+    rows = BATCH * GRID[0] * GRID[1] * GRID[2]
+    yield torch.randn(rows, channels * frames * patch * patch)
+    yield torch.randn(BATCH, 16, 2 + channels * patch * patch)
+
+
+def _grid(config: Any) -> Iterator[Tensor]:
+    yield torch.tensor([GRID] * BATCH)
+
+
+GRID = (1, 4, 8)  # frames, rows, columns of patches of one image
+
 FORMS = {
+    "flattened_patches": _patches,
+    "image_grid_thw": _grid,
+    "grid_thw": _grid,
     "input_ids": _tokens,
     "decoder_input_ids": _decoder,
     "pixel_values": _pixels,

@@ -17,24 +17,157 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+<<<<<<< HEAD
 WIDTH = set(
-    "hidden dim dims d embd embed embedding ffn ff inner channels units filters rank width planes "
-    "intermediate projection latent latents feats feature dff scalar".split()
+    [
+        "hidden",
+        "dim",
+        "dims",
+        "d",
+        "embd",
+        "embed",
+        "embedding",
+        "ffn",
+        "ff",
+        "inner",
+        "channels",
+        "units",
+        "filters",
+        "rank",
+        "width",
+        "planes",
+        "intermediate",
+        "projection",
+        "latent",
+        "latents",
+        "feats",
+        "feature",
+        "dff",
+        "scalar",
+    ]
 )
 NOT_WIDTH = set(
-    "kernel window image patch vocab layers layer heads stride strides dilation position positions "
-    "token tokens id ids index act ratio mult period dropout prob std eps epsilon length cardinality "
-    "frames mel num_embeddings blocks depth depths padding loss scale temporal time group".split()
+    [
+        "kernel",
+        "window",
+        "image",
+        "patch",
+        "vocab",
+        "layers",
+        "layer",
+        "heads",
+        "stride",
+        "strides",
+        "dilation",
+        "position",
+        "positions",
+        "token",
+        "tokens",
+        "id",
+        "ids",
+        "index",
+        "act",
+        "ratio",
+        "mult",
+        "period",
+        "dropout",
+        "prob",
+        "std",
+        "eps",
+        "epsilon",
+        "length",
+        "cardinality",
+        "frames",
+        "mel",
+        "num_embeddings",
+        "blocks",
+        "depth",
+        "depths",
+        "padding",
+        "loss",
+        "scale",
+        "temporal",
+        "time",
+        "group",
+    ]
 )
 HEAD_WIDTH = set(
-    "head_dim d_kv key_dim rotary_dim headdim head_size kv_channels v_head d_head".split()
+    [
+        "head_dim",
+        "d_kv",
+        "key_dim",
+        "rotary_dim",
+        "headdim",
+        "head_size",
+        "kv_channels",
+        "v_head",
+        "d_head",
+    ]
 )
-LAYER = set("layers layer depth depths blocks".split())
+LAYER = set(["layers", "layer", "depth", "depths", "blocks"])
 NOT_LAYER = set(
-    "feature period interval offset offsets step kernel size norm skip ratio act dropout id ids index "
-    "indices mult scale init type types hidden_size dense shared tpu max_depth separable".split()
+    [
+        "feature",
+        "period",
+        "interval",
+        "offset",
+        "offsets",
+        "step",
+        "kernel",
+        "size",
+        "norm",
+        "skip",
+        "ratio",
+        "act",
+        "dropout",
+        "id",
+        "ids",
+        "index",
+        "indices",
+        "mult",
+        "scale",
+        "init",
+        "type",
+        "types",
+        "hidden_size",
+        "dense",
+        "shared",
+        "tpu",
+        "max_depth",
+        "separable",
+    ]
+=======
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+WIDTH = _words(
+    "hidden dim dims d embd embed emb embedding ffn ff inner channels units filters rank width "
+    "planes intermediate projection latent latents feats feature dff scalar"
 )
-REFERENCE = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim", "hidden_sizes")
+NOT_WIDTH = _words(
+    "kernel window image patch vocab layers layer heads stride strides dilation position "
+    "positions token tokens id ids index act ratio mult period dropout prob std eps epsilon "
+    "length cardinality frames mel blocks depth depths padding loss scale temporal time group"
+)
+HEAD_WIDTH = _words("head_dim d_kv key_dim rotary_dim headdim head_size kv_channels v_head d_head")
+LAYER = _words("layers layer depth depths blocks")
+NOT_LAYER = _words(
+    "feature period interval offset offsets step kernel size norm skip ratio act dropout id ids "
+    "index indices mult scale init type types dense shared tpu max_depth separable"
+)
+REFERENCE = (
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "embed_dim",
+    "dim",
+    "hidden_dim",
+    "hidden_sizes",
+    "emb_dim",
+>>>>>>> coverage
+)
 ABSENT = {"num_experts_per_tok": 2, "prediction_length": 8, "num_experts_per_token": 2}
 VOCABULARY, WORDS = 128, 100  # ids from WORDS on are special tokens
 
@@ -42,11 +175,13 @@ VOCABULARY, WORDS = 128, 100  # ids from WORDS on are special tokens
 @dataclass(frozen=True)
 class Policy:
     """How far to shrink. `width`: smallest hidden size to reach (0: leave all widths); `heads`:
-    smallest count of heads; `head_width`: whether heads become narrower, or only fewer.
+    smallest count of heads and `groups` of KV heads; `head_width`: whether heads become narrower,
+    or only fewer.
     """
 
     width: int = 32
     heads: int = 2
+    groups: int = 2
     head_width: bool = True
     layers: int = 2
     vocabulary: bool = True
@@ -62,6 +197,7 @@ POLICIES = (
     Policy(width=64, image=False),
     Policy(width=64, heads=4, layers=4, positions=False),
     Policy(width=64, head_width=False, image=False),
+    Policy(width=64, groups=1, head_width=False, image=False),
     Policy(width=64, image=False, positions=False, equal_heads=True),
     Policy(width=64, positions=False, image=False, vocabulary=False),
     Policy(width=128, layers=4, positions=False, image=False, vocabulary=False, experts=False),
@@ -82,6 +218,11 @@ def _rebuilt(config: Any, shrink: _Shrink) -> Any:
     for name, value in vars(config).items():
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
             plain[name] = _rebuilt(value, shrink)
+    stages = getattr(config, "out_indices", None)
+    if stages and getattr(config, "stage_names", None):
+        plain["out_indices"] = shrink.stages(
+            list(stages), len(config.stage_names) - 1, _own(config)
+        )
     return type(config)(**plain)
 
 
@@ -105,13 +246,15 @@ def _scale(tree: dict[str, Any], policy: Policy) -> int:
     scale = 1
     while policy.width and found and min(found) // (scale * 2) >= policy.width:
         scale *= 2
-    return scale if policy.head_width else min(scale, _head_scale(tree, scale, policy.heads))
+    return scale if policy.head_width else min(scale, _head_scale(tree, scale, policy))
 
 
-def _head_scale(tree: dict[str, Any], largest: int, least: int) -> int:
+def _head_scale(tree: dict[str, Any], largest: int, policy: Policy) -> int:
     """s_h for all configurations of the tree at once."""
-    found = [_head_scale(v, largest, least) for v in tree.values() if isinstance(v, dict)]
-    return min([_Shrink(Policy(heads=least), largest).heads(tree), *found])
+    found = [_head_scale(v, largest, policy) for v in tree.values() if isinstance(v, dict)]
+    if any(_is_heads(name) and isinstance(value, (int, list)) for name, value in tree.items()):
+        found.append(_Shrink(policy, largest).heads(tree))
+    return min(found, default=largest)
 
 
 def _references(tree: dict[str, Any]) -> Iterator[int]:
@@ -149,12 +292,21 @@ class _Shrink:
             and counts
             and all(
                 v % (scale * 2) == 0
-                and v // (scale * 2) >= min(self.policy.heads, 2 if "kv" in n else v)
+                and v // (scale * 2)
+                >= min(self.policy.heads, self.policy.groups if "kv" in n else v)
                 for n, v in counts
             )
         ):
             scale *= 2
         return scale
+
+    def stages(self, chosen: list[int], count: int, tree: dict[str, Any]) -> list[int]:
+        """The outputs of a backbone: as many as before, from the layers that stay."""
+        total, kept = self._kept_layers(tree)
+        if count != total or not kept:
+            return chosen
+        most = len(kept) + 1  # the stem is a stage
+        return list(range(most - min(len(chosen), most), most))
 
     def _kept_layers(self, tree: dict[str, Any]) -> tuple[int, list[int]]:
         """The old count of layers and those that stay: every kind of layer is among them."""
@@ -195,7 +347,7 @@ class _Shrink:
         words = set(name.split("_"))
         if "token" in words or name.endswith(("_id", "_token_index")) or name.endswith("pad_idx"):
             return self._token(value)
-        if "vocab" in words or name in ("codebook_size", "num_embeddings"):
+        if "vocab" in words or name in ("codebook_size", "num_embeddings", "n_words"):
             return min(value, VOCABULARY) if self.policy.vocabulary else value
         if words & {"experts", "expert"} and words & {"num", "n"}:
             return self._experts(name, value)
@@ -256,6 +408,8 @@ class _Shrink:
         if words & {"indexes", "indices", "idx", "idxs", "ids"} or words == {"moe", "layers"}:
             if "token" in words:
                 return [self._token(v) for v in value if isinstance(v, int)]
+            if chosen and len(value) == len(chosen):
+                return list(range(len(chosen)))
             mapped = [chosen.index(v) for v in value if v in chosen]
             return mapped or ([len(chosen) - 1] if chosen and value else value)
         if total and len(value) == total and chosen:

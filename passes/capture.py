@@ -6,7 +6,7 @@ the first; what the model specialises is taken as it is. The result is accepted 
 eager at the sample size and, where an axis stayed dynamic, at twice that size.
 
 Parameters without numbers (meta or fake) are captured as fake CPU tensors: the same graph, to be
-analysed but not run; then nothing can be compared.
+analysed but not run; then nothing can be compared, and all axes are static.
 """
 
 from __future__ import annotations
@@ -67,8 +67,12 @@ def as_args(inputs: Any) -> Args:
     return pytree.tree_map(fresh, args)
 
 
-def capture(model: nn.Module, inputs: Any) -> Captured:
-    """Capture `model` at `inputs`; CaptureError names the cause. The model is not changed."""
+def capture(model: nn.Module, inputs: Any, dynamic: bool | None = None) -> Captured:
+    """Capture `model` at `inputs`; CaptureError names the cause. The model is not changed.
+
+    `dynamic`: whether to ask for dynamic axes; by default where parameters have numbers, so that
+    another size can be tried (static capture takes half the time).
+    """
     args = as_args(inputs)
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args)):
         raise CaptureError(
@@ -76,7 +80,8 @@ def capture(model: nn.Module, inputs: Any) -> Captured:
         )
     refuse(model, args)
     errors: list[Exception] = []
-    for shapes in _attempts(model, args):
+    dynamic = has_numbers(model) if dynamic is None else dynamic
+    for shapes in _attempts(model, args) if dynamic else (None,):
         try:
             return _export(model, args, shapes)
         except Exception as failure:  # torch.export raises errors of many unrelated types
@@ -104,7 +109,7 @@ def _prepared(twin: nn.Module, args: Args) -> nn.Module:
     """`twin` as it is exported: eval mode, no cache, no fused experts, plain outputs."""
     twin.eval()
     for module in twin.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False
     experts = getattr(twin, "set_experts_implementation", None)

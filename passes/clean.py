@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from .functional import functionalise
+from .functional import functionalise, is_inplace
 
 aten = torch.ops.aten
 _ASSERTIONS = {
@@ -36,7 +36,6 @@ _IDENTITY = {
     "dropout_",
     "feature_dropout",
     "alpha_dropout",
-    "lift_fresh_copy",
     "lift_fresh",
 }
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
@@ -49,14 +48,13 @@ def clean(module: GraphModule) -> GraphModule:
     module._forward_pre_hooks_with_kwargs.clear()
     _inline_wrappers(module)
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and not node.users and "guards" in str(node.target):
+        guards = node.op == "call_module" and not node.users and "guards" in str(node.target)
+        if guards or op_name(node) in _ASSERTIONS:
             module.graph.erase_node(node)
-        elif node.op == "call_function" and op_name(node) in _ASSERTIONS:
-            module.graph.erase_node(node)
-    functionalise(module.graph)
     for node in list(module.graph.nodes):
-        if node.op == "call_function":
-            _simplify(module.graph, node)
+        _simplify(module.graph, node)
+    functionalise(module.graph)
+    _drop_copies(module.graph)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -65,7 +63,19 @@ def clean(module: GraphModule) -> GraphModule:
 
 def op_name(node: Node) -> str:
     """`linear` for aten.linear.default, '' for what is no ATen op."""
-    return node.target._opname if isinstance(node.target, torch._ops.OpOverload) else ""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    return node.target._opname
+
+
+def _drop_copies(graph: Graph) -> None:
+    """Constants are copied so that in-place ops do not spoil them; without such ops, no need."""
+    if any(is_inplace(node) for node in graph.nodes):
+        return
+    for node in list(graph.nodes):
+        if op_name(node) == "lift_fresh_copy":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _simplify(graph: Graph, node: Node) -> None:

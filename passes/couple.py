@@ -25,7 +25,9 @@ from .values import Labels, Site, Source, Value, varying
 __all__ = ["Consumer", "DependencyGraph", "Group", "Layer", "Member", "couple"]
 
 
-def couple(labels: Labels, parameters: dict[str, Tensor], blocks: Labels | None = None) -> DependencyGraph:
+def couple(
+    labels: Labels, parameters: dict[str, Tensor], blocks: Labels | None = None
+) -> DependencyGraph:
     """Groups of the first run, and of `blocks` (the run on blocks) those that are whole blocks."""
     layers = [Layer(labels, _components(labels))]
     groups = _groups(layers[0], 0)
@@ -138,9 +140,7 @@ class _Builder:
         owned = self._members(group_of, place, [len(m) for m in members])
         summed = self._sites(group_of, len(members))
         tags = _block_tags(self.layer, wanted & (self.notes.frozen < 0))
-        return [
-            self._group(held, owned[g], summed[g], tags) for g, held in enumerate(members)
-        ]
+        return [self._group(held, owned[g], summed[g], tags) for g, held in enumerate(members)]
 
     def _members(
         self, group_of: np.ndarray, place: np.ndarray, sizes: list[int]
@@ -193,9 +193,7 @@ class _Builder:
             return ("frozen" if self.number else "width"), mixed
         if self.number:
             return "head", ""
-        weighed = all(
-            len(s.operands) == 2 and {o.data for o in s.operands} == {True, False} for s in sites
-        )
+        weighed = all(len(s.operands) > 1 and sum(o.data for o in s.operands) == 1 for s in sites)
         return ("chain", "") if weighed else ("bilinear", "")
 
 
@@ -239,9 +237,9 @@ def _blocked_arrays(values: Iterable[object]) -> Iterable[tuple[Tensor, int]]:
 
 def _consumer(site: Site, labels: Labels) -> Consumer:
     parameter, dim = "", -1
-    for operand in site.operands:
+    for operand in sorted(site.operands, key=lambda o: o.labels.dim(), reverse=True):
         source = _owner(labels, operand.labels)
-        if source is not None and not operand.data:
+        if source is not None and not operand.data and not parameter:
             parameter, dim = source.name, source.dim
     return Consumer(site.node.name, parameter, dim, module_of(site.node), user_line(site.node))
 

@@ -70,7 +70,9 @@ class Group:
     consumers: tuple[Consumer, ...]
     reason: str
     layer: int = 0
-    block_of: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False, compare=False)
+    block_of: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, int), repr=False, compare=False
+    )
     components: np.ndarray = field(
         default_factory=lambda: np.zeros(0, int), repr=False, compare=False
     )
@@ -174,7 +176,9 @@ def _explained(group: Group, member: Member) -> list[str]:
         f"{group.blocks} blocks)"
     ]
     others = [
-        f"{m.parameter}[{m.dim}] {_positions(m.indices[0])}" for m in group.members if m is not member
+        f"{m.parameter}[{m.dim}] {_positions(m.indices[0])}"
+        for m in group.members
+        if m is not member
     ]
     mine = _positions(member.indices[0])
     lines.append(f"    index {mine} goes with: {', '.join(others) or 'nothing else'}")

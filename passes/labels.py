@@ -40,7 +40,17 @@ CARRY = {
     *("fill", "copy", "copy_", "fill_", "zero_", "nan_to_num", "float_power", "lift_fresh_copy"),
     *("_conj", "resolve_conj", "resolve_neg", "real", "imag", "isfinite", "isnan", "isinf"),
     *("square", "rsqrt", "bernoulli", "log_sigmoid", "log_sigmoid_forward", "floor_divide"),
-    *("__and__", "__or__", "__xor__", "complex", "polar", "angle", "sgn", "softsign", "native_dropout"),
+    *(
+        "__and__",
+        "__or__",
+        "__xor__",
+        "complex",
+        "polar",
+        "angle",
+        "sgn",
+        "softsign",
+        "native_dropout",
+    ),
 }
 LINEAR = {"add", "sub", "neg", "rsub", "to", "_to_copy", "contiguous", "clone", "type_as", "alias"}
 SCALING = {"mul", "div"}
@@ -134,7 +144,9 @@ class _Propagation:
         outs = (fake,) if isinstance(fake, Tensor) else tuple(fake)
         for arg in node.all_input_nodes:
             self._label_constant(arg)
-        given = bind(node, *pytree.tree_map(self._value, (node.args, node.kwargs), is_leaf=_is_node))
+        given = bind(
+            node, *pytree.tree_map(self._value, (node.args, node.kwargs), is_leaf=_is_node)
+        )
         visit = Visit(
             self.labels, node, bind(node, node.args, node.kwargs), given, outs, self.outer
         )
@@ -260,6 +272,7 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
     ]
     order = list(dict.fromkeys(name for names in lists for name in names))
     outputs = [_expand_out(names, order) for names in axes.outputs]
+    outputs += outputs[-1:] * (len(visit.outs) - len(outputs))
     carried = {name for names in outputs for name in names}
     merged: dict[str, Tensor] = {}
     for axis in order:

@@ -41,6 +41,8 @@ def normalize(module: GraphModule) -> GraphModule:
             chain = _chain(node, dim)
             if chain is not None:
                 _replace(node, chain, ranges)
+            elif op_name(node) in ("select", "unbind"):
+                _stride(node, dim, ranges)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -82,7 +84,9 @@ def _same_but(part: Node, shape: tuple[Any, ...], dim: int) -> bool:
     if held is None or len(held) != len(shape):
         return False
     at = dim % len(shape)
-    return all(str(a) == str(b) for k, (a, b) in enumerate(zip(held, shape, strict=True)) if k != at)
+    return all(
+        str(a) == str(b) for k, (a, b) in enumerate(zip(held, shape, strict=True)) if k != at
+    )
 
 
 def _takes_all(node: Node) -> bool:
@@ -94,7 +98,9 @@ def _takes_all(node: Node) -> bool:
     if shape is None or bound["step"] != 1 or bound["start"] not in (None, 0):
         return False
     size = shape[(bound["dim"] or 0) % len(shape)]
-    return end is None or (isinstance(end, int) and (end >= 2**62 or (isinstance(size, int) and end >= size)))
+    return end is None or (
+        isinstance(end, int) and (end >= 2**62 or (isinstance(size, int) and end >= size))
+    )
 
 
 def _shape(node: Any) -> tuple[Any, ...] | None:
@@ -107,8 +113,15 @@ def _parts(module: GraphModule, node: Node) -> tuple[int, list[tuple[int, int]]]
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None
     shape, name = _shape(node.args[0]), op_name(node)
-    if shape is None or name not in ("select", "unbind", "slice", "split", "chunk", "index",
-                                     "split_with_sizes"):
+    if shape is None or name not in (
+        "select",
+        "unbind",
+        "slice",
+        "split",
+        "chunk",
+        "index",
+        "split_with_sizes",
+    ):
         return None
     bound = bind(node, node.args, node.kwargs)
     if name == "index":
@@ -222,16 +235,46 @@ def _replace(node: Node, chain: tuple[list[Node], int], ranges: list[tuple[int, 
             made.append(flat)
         pieces = []
         for low, high in ranges:
-            part = graph.call_function(
-                aten.slice.Tensor, (flat, dim, low * inner, high * inner)
-            )
-            made += [part, graph.call_function(aten.unflatten.int, (part, dim, [high - low, *rest]))]
+            part = graph.call_function(aten.slice.Tensor, (flat, dim, low * inner, high * inner))
+            made += [
+                part,
+                graph.call_function(aten.unflatten.int, (part, dim, [high - low, *rest])),
+            ]
             for moved in reversed(permutes):
                 arguments = (made[-1], *moved.args[1:])
                 made.append(graph.call_function(moved.target, arguments, moved.kwargs))
             if op_name(node) in ("select", "unbind"):
                 at = bind(node, node.args, node.kwargs)["dim"] or 0
                 made.append(graph.call_function(aten.select.int, (made[-1], at, 0)))
+            pieces.append(made[-1])
+    for new in made:
+        new.meta = {key: value for key, value in node.meta.items() if key != "val"}
+    _redirect(node, pieces)
+
+
+def _stride(node: Node, dim: int, ranges: list[tuple[int, int]]) -> None:
+    """The innermost of the dims that a reshape splits the last dim into, taken by stride."""
+    reshape: Any = node.args[0]
+    if reshape.op != "call_function" or op_name(reshape) not in RESHAPES:
+        return
+    shape, source = _shape(reshape), _shape(reshape.args[0])
+    if shape is None or source is None or dim != len(shape) - 1 or len(shape) <= len(source):
+        return
+    last = len(source) - 1
+    split = shape[last:]
+    if not all(isinstance(n, int) for n in (*split, source[last])):
+        return
+    if math.prod(split) != source[last]:
+        return
+    made: list[Node] = []
+    pieces = []
+    with node.graph.inserting_before(node):
+        for low, _ in ranges:
+            arguments = (reshape.args[0], last, low, source[last], shape[dim])
+            made.append(node.graph.call_function(aten.slice.Tensor, arguments))
+            if len(split) > 2:
+                arguments = (made[-1], last, list(split[:-1]))
+                made.append(node.graph.call_function(aten.unflatten.int, arguments))
             pieces.append(made[-1])
     for new in made:
         new.meta = {key: value for key, value in node.meta.items() if key != "val"}

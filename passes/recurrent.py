@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .values import Arrays, Operand, Site, Value, along
@@ -40,7 +41,7 @@ def recurrent(visit: Visit) -> list[Arrays]:
     incoming, source = x.arrays.get(feature), visit.bound["input"]
     for state in states:
         visit.freeze([a for d, a in state.arrays.items() if d != len(state.shape) - 1], "a state")
-    hidden: Tensor | None = None
+    previous = torch.zeros(0, dtype=torch.long)
     for layer in range(layers):
         outputs = []
         for direction in range(directions):
@@ -89,8 +90,6 @@ def _consume(
 
 
 def _cat(outputs: list[Tensor]) -> Tensor:
-    import torch
-
     return torch.cat([out.reshape(-1) for out in outputs])
 
 

@@ -91,9 +91,7 @@ def _ordered(masks: Cuts) -> Cuts:
 
 def removal(deps: DependencyGraph, kept: Mapping[str, Any]) -> Removal:
     """The units of each group of `kept` that are not kept are gone."""
-    gone = tuple(
-        np.zeros(int(layer.component.max(initial=0)) + 1, bool) for layer in deps.layers
-    )
+    gone = tuple(np.zeros(int(layer.component.max(initial=0)) + 1, bool) for layer in deps.layers)
     for name, units in kept.items():
         group = deps[name]
         gone[group.layer][group.components] = True

@@ -22,7 +22,16 @@ from .errors import UnsupportedOp, where
 from .removal import Cuts, Removal, is_constant, nodes_by_name, removal, sliced
 from .visit import op_name
 
-__all__ = ["Cuts", "Removal", "attribute", "masked", "nodes_by_name", "removal", "rewrite", "sliced"]
+__all__ = [
+    "Cuts",
+    "Removal",
+    "attribute",
+    "masked",
+    "nodes_by_name",
+    "removal",
+    "rewrite",
+    "sliced",
+]
 aten = torch.ops.aten
 
 
@@ -120,9 +129,7 @@ def _keep(cut: Removal, name: str, dim: int, layer: int) -> Tensor | None:
     return None if bool(mask.all()) else mask.to(value.fake.dtype)
 
 
-def _zero(
-    module: GraphModule, node: Node, operand: Node, keeps: list[Tensor], name: str
-) -> None:
+def _zero(module: GraphModule, node: Node, operand: Node, keeps: list[Tensor], name: str) -> None:
     """Multiply one operand of a node by masks."""
     zeroed = operand
     for number, keep in enumerate(keeps):

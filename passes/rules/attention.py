@@ -10,7 +10,9 @@ from . import Call, Rule
 
 def _sdpa(call: Call) -> str:
     mask = call.get("attn_mask")
-    axes = "" if mask is None else ", " + " ".join(("... h t s" if len(mask) > 2 else "t s").split())
+    axes = (
+        "" if mask is None else ", " + " ".join(("... h t s" if len(mask) > 2 else "t s").split())
+    )
     return f"... h t d, ... h s d, ... h s v{axes} -> ... h t v; mixed s"
 
 

@@ -33,7 +33,7 @@ def _einsum(call: Call) -> str:
 
 
 def _baddbmm(call: Call) -> str:
-    added = " ".join("b n o".split()[3 - len(call["self"]) :])
+    added = " ".join(["b", "n", "o"][3 - len(call["self"]) :])
     return f"{added}, b n i, b i o -> b n o"
 
 

@@ -70,9 +70,7 @@ RULES: dict[str, Rule] = {
     "gather": _gather,
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), _scatter),
     **dict.fromkeys(("index_add", "index_copy"), _index_add),
-    **dict.fromkeys(
-        ("cumsum", "cumprod", "argsort", "logcumsumexp"), _along
-    ),
+    **dict.fromkeys(("cumsum", "cumprod", "argsort", "logcumsumexp"), _along),
     **dict.fromkeys(("cummax", "cummin"), _sort),
     "topk": _topk,
     "sort": _sort,
