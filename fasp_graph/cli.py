@@ -139,7 +139,7 @@ def prune_command(
         Path | None, typer.Option(help="Folder to write: model, report.html, graph.html.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and its sizes; prune nothing.")
+        bool, typer.Option("--dry-run", help="Print sizes and counts of uniform allocation.")
     ] = False,
     json: Json = False,
     debug: Debug = False,

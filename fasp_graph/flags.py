@@ -62,11 +62,11 @@ def config_parameters(taken: set[str]) -> list[inspect.Parameter]:
 
 
 def field_docs(text: str) -> dict[str, str]:
-    """`name   meaning` lines of a docstring; lines without a name go on with the one before."""
+    """`name   meaning` lines of a docstring; other lines go on with the one before."""
     names, found, last = {held.name for held in fields(Config)}, {}, ""
     for line in text.splitlines():
-        match = re.match(r"\s*(\w+)\s{2,}(\S.*)", line)
-        if match and match[1] in names:
+        match = re.match(r"\s*(\w+)\s+(\S.*)", line)
+        if match and match[1] in names - found.keys():
             last = match[1]
             found[last] = match[2]
         elif last and line.strip():

@@ -76,7 +76,7 @@ def test_inspect_tells_in_words(run):
 
 
 def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
-    asked = ("prune", "zoo:resnet", "--sparsity", 0.4)
+    asked = ("prune", "zoo:resnet", "--sparsity", 0.4, "--method", "fasp")
     code, out, error = run(*asked, "--dry-run", "--json", "--output", tmp_path / "none")
     assert code == 0, error
     plan = json.loads(out)

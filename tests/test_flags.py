@@ -16,7 +16,18 @@ def test_every_field_has_a_flag_and_a_meaning():
     assert [p.name for p in added] == [field.name for field in dataclasses.fields(fg.Config)]
     assert all(p.default is None for p in added)
     assert set(docs) == {field.name for field in dataclasses.fields(fg.Config)}
-    assert docs["kinds"].endswith("cannot be repaired") or "kind" in docs["kinds"]
+
+
+def test_a_meaning_may_go_on_and_stand_after_one_space():
+    text = (
+        "Options.\n\n    sparsity share\n        of sparsity\n    kinds    what\n\n    seed  last"
+    )
+
+    assert flags.field_docs(text) == {
+        "sparsity": "share of sparsity",
+        "kinds": "what",
+        "seed": "last",
+    }
 
 
 def test_a_flag_may_not_hide_an_argument():

@@ -78,6 +78,7 @@ def folders():
 @pytest.mark.parametrize(("folder", "text"), folders())
 def test_2_a_hugging_face_folder(desk, folder, text):
     asked = ("prune", folder, "--calibration", text, "--evaluation", text, "--length", 128)
+    asked += ("--method", "fasp")
     plan = say(desk, *asked, "--sparsity", 0.2, "--dry-run")
 
     found = say(desk, *asked, "--sparsity", 0.2, "--windows", 16, "--output", "folder")
