@@ -63,7 +63,8 @@ def config_parameters(taken: set[str]) -> list[inspect.Parameter]:
 
 def field_docs(text: str) -> dict[str, str]:
     """`name   meaning` lines of a docstring; other lines go on with the one before."""
-    names, found, last = {held.name for held in fields(Config)}, {}, ""
+    names, last = {held.name for held in fields(Config)}, ""
+    found: dict[str, str] = {}
     for line in text.splitlines():
         match = re.match(r"\s*(\w+)\s+(\S.*)", line)
         if match and match[1] in names - found.keys():
