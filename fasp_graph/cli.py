@@ -1,56 +1,63 @@
-"""The command line: `fasp-graph inspect | prune | eval | export | zoo`.
+"""The command line: `fasp-graph inspect | prune | eval | bench | export | zoo`.
 
-MODEL is zoo:NAME, a folder, package.module:factory or a hub id (fasp_graph/data.py). An error of
-this project is one message on stderr and exit code 2; `--debug` shows where it came from.
+MODEL is zoo:NAME, a folder, package.module:factory or a hub id (fasp_graph/data.py); DATA is text,
+images or a factory (fasp_graph/corpora.py). The flags of `prune` are the fields of Config
+(fasp_graph/flags.py). Exit codes: 0 done, 1 an error inside, 2 an error of the call, its data or
+its model, 130 interrupted. An error is one message on stderr; `--debug` shows where it came from.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import transformers
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import models_zoo
-from passes.capture import as_args, capture
+from passes.capture import as_args
 from passes.errors import ConfigError, FaspGraphError
+from passes.groups import DependencyGraph
 
 from .config import Config
-from .data import Target, load_target, text_windows
-from .demo import progress_bar, run_demo, table
-from .evaluate import flops, latency, perplexity, size_of
-from .huggingface import save
+from .data import Target, load_target
+from .demo import run_demo, table
+from .dryrun import dry_run
+from .evaluate import latency, perplexity
+from .flags import config_from, given_flags, with_config_flags
+from .graphfiles import FORMATS, text, write
+from .huggingface import MANIFEST, save
 from .jsontext import to_json
-from .onnx import export_graph
+from .measuring import bench_command, eval_command, export_command, zoo_command
 from .prune import Pruned, analyze, prune
+from .report_page import write_report
+from .terminal import (
+    DATA_HELP,
+    Debug,
+    Json,
+    Length,
+    Model,
+    Windows,
+    known_models,
+    show,
+    stages,
+    wide_console,
+    writable,
+)
 from .view import to_html
+
+PAGES = ("report.html", "report.json", "graph.html")
 
 app = typer.Typer(
     help="Prune any PyTorch model: find coupled layers, cut, repair, verify.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="zoo:NAME, folder, package.module:factory or hub id")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Text = Annotated[Path | None, typer.Option("--calibration", help="Text file to calibrate on.")]
-
-
-def _console(stderr: bool = False) -> Console:
-    """Off a terminal, lines are wide enough for the tables."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, 140))
 
 
 @app.command("inspect")
@@ -60,129 +67,167 @@ def inspect_command(
     explain: Annotated[
         str | None, typer.Option(metavar="PARAMETER", help="Why is this weight (not) prunable?")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the graph as one HTML file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the viewer, one HTML file that needs no network.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help=f"Print the graph as {', '.join(FORMATS)}.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for --format; its ending chooses the format.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show which weights are coupled, and why the others are frozen."""
-    target = load_target(model)
-    deps = analyze(target.model, target.inputs)
+    form = format or (output.suffix.lstrip(".") if output else None)
+    form = {"mmd": "mermaid", "gv": "dot"}.get(form or "", form)
+    if form is not None and form not in FORMATS:
+        raise ConfigError(f"no format {form!r} · help: --format {', '.join(FORMATS)}")
+    with stages("load"):
+        target = load_target(model)
+    with stages("analyse"):
+        deps = analyze(target.model, target.inputs)
     if html is not None:
+        writable(html)
         to_html(deps, html)
-    if explain is not None:
+    if output is not None and form:
+        writable(output)
+        write(deps, form, output)
+    elif form:
+        print(text(deps, form), end="")
+    elif explain is not None:
         print(deps.explain(explain))
-        return
-    if json:
-        print(to_json(deps.to_dict(), indent=1))
-        return
-    result = Table(title=escape(target.name), title_justify="left")
+    elif json:
+        print(text(deps, "json"), end="")
+    else:
+        wide_console().print(_groups_table(target.name, deps, frozen))
+
+
+def _groups_table(title: str, deps: DependencyGraph, frozen: bool) -> Table:
+    result = Table(title=escape(title), title_justify="left")
     for heading in ("group", "kind", "units", "blocks", "members", "consumers", "reason"):
         result.add_column(heading, overflow="fold")
     for group in deps.groups:
         if group.kind != "frozen" or frozen:
-            result.add_row(
-                *(
-                    escape(text)
-                    for text in (group.name, group.kind, str(group.size), str(group.blocks))
-                ),
-                escape(", ".join(sorted({m.parameter for m in group.members}))),
-                escape(", ".join(sorted({c.parameter or c.node for c in group.consumers}))),
-                escape(group.reason),
-            )
-    _console().print(result)
+            cells = (group.name, group.kind, str(group.size), str(group.blocks))
+            members = ", ".join(sorted({m.parameter for m in group.members}))
+            consumers = ", ".join(sorted({c.parameter or c.node for c in group.consumers}))
+            result.add_row(*map(escape, (*cells, members, consumers, group.reason)))
+    return result
 
 
 @app.command("prune")
+@with_config_flags
 def prune_command(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Without one: the demo.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="Without one: the demo.", autocompletion=known_models),
     ] = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Share of the parameters in scope to remove.")
+    calibration: Annotated[
+        str | None, typer.Option(metavar="DATA", help=f"What to calibrate on: {DATA_HELP}.")
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="fasp, magnitude, wanda, flap or random.")
+    evaluation: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Text to measure perplexity on.")
     ] = None,
-    score: Annotated[
-        str | None, typer.Option(help="fasp, wanda_l2, magnitude, flap or random.")
+    length: Length = 256,
+    windows: Windows = 64,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="Options; flags overrule them.")
     ] = None,
-    restore: Annotated[str | None, typer.Option(help="none, bias, fasp or affine.")] = None,
-    kinds: Annotated[
-        list[str] | None, typer.Option(help="chain or bilinear; may be repeated.")
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write: model, report.html, graph.html.")
     ] = None,
-    align: Annotated[int | None, typer.Option(help="Kept counts are multiples of this.")] = None,
-    min_keep: Annotated[
-        int | None, typer.Option(help="Units that every block keeps at least.")
-    ] = None,
-    ridge: Annotated[float | None, typer.Option(help="Ridge of the repair, relative.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    check: Annotated[
-        bool | None, typer.Option("--check", help="Check labels after every op.")
-    ] = None,
-    calibration: Text = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes and counts of uniform allocation.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
+    **flags: Any,
 ) -> None:
     """Prune MODEL; with no MODEL, run the demo on the bundled language model."""
-    flags: dict[str, Any] = {
-        "sparsity": sparsity,
-        "method": method,
-        "score": score,
-        "restore": restore,
-        "align": align,
-    }
-    flags |= {"kinds": tuple(kinds) if kinds else None, "min_keep": min_keep, "ridge": ridge}
-    flags |= {"seed": seed, "check": check}
-    given = {key: value for key, value in flags.items() if value is not None}
     if model is None:
-        if given or calibration:
-            names = ", ".join(
-                f"--{key.replace('_', '-')}"
-                for key in (*given, *(["calibration"] if calibration else []))
-            )
-            raise ConfigError(
-                f"{names} without MODEL · help: name a model, say zoo:llama; the demo takes none "
-                "of them"
-            )
+        _no_model(given_flags(flags), calibration, evaluation, config, dry_run)
         _demo(output or Path("fasp-demo"), json)
         return
-    config = Config(**given)
-    target = load_target(model, calibration)
-    with progress_bar(_console(stderr=True)) as bars:
-        task = bars.add_task("capture", total=None)
-
-        def progress(stage: str, done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total, description=stage)
-
-        pruned = prune(target.model, target.inputs, target.calibration or None, config, progress)
-    figures = _figures(target, pruned)
+    options = config_from(config, flags)
+    with stages("load model and data"):
+        target = load_target(model, calibration, length, windows, evaluation)
+    if dry_run:
+        _show_dry_run(target, options, json)
+        return
+    with stages("capture") as progress:
+        data = target.calibration or None
+        pruned = prune(target.model, target.inputs, data, options, progress)
+        progress("measure")
+        figures = _figures(target, pruned)
     if output is not None:
-        figures["folder"] = str(save(pruned, output, tokenizer=target.tokenizer))
+        figures["folder"] = str(_write(target, pruned, output, figures))
     if json:
         print(to_json({**figures, **pruned.report.to_dict()}, indent=1))
         return
-    console = _console()
+    console = wide_console()
     console.print(escape(pruned.report.to_text()))
-    for name, value in figures.items():
-        console.print(escape(f"{name.replace('_', ' ')}: {value}"))
+    show(figures, False)
+
+
+def _no_model(given: dict[str, Any], *rest: Any) -> None:
+    names = ("calibration", "evaluation", "config", "dry_run")
+    said = [*given, *(name for name, value in zip(names, rest, strict=True) if value)]
+    if said:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in said)
+        raise ConfigError(
+            f"{flags} without MODEL · help: name a model, say zoo:llama; the demo takes none of "
+            "them"
+        )
+
+
+def _show_dry_run(target: Target, options: Config, json: bool) -> None:
+    found = dry_run(target, options)
+    if json:
+        print(to_json(found.to_dict(), indent=1))
+        return
+    result = Table("group", "units per block", "keeps", title="Plan, nothing pruned")
+    for name, count in found.keep.items():
+        result.add_row(escape(name), str(found.sizes[name]), str(count))
+    wide_console().print(result)
+    wide_console().print(
+        f"parameters {found.params_before:,} -> {found.params_after:,}, {found.sparsity:.1%} of "
+        f"those in scope; {len(found.frozen)} groups frozen; about {found.expected_seconds:.0f} s"
+    )
 
 
 def _figures(target: Target, pruned: Pruned) -> dict[str, Any]:
-    if target.heldout is None:
-        return {}
-    return {
-        "perplexity_before": round(perplexity(target.model, target.heldout), 3),
-        "perplexity_after": round(perplexity(pruned.model, target.heldout), 3),
+    """Latency of the example inputs, and perplexity where there is text."""
+    args, kwargs = as_args(target.inputs)
+    calls: dict[str, Callable[[], Any]] = {
+        "before": lambda: target.model(*args, **kwargs),
+        "after": lambda: pruned.model(*args, **kwargs),
     }
+    times = latency(calls, repeats=5, warmup=1)
+    found: dict[str, Any] = {f"latency_ms_{k}": t["median"] * 1e3 for k, t in times.items()}
+    if target.heldout is not None:
+        found["perplexity_before"] = perplexity(target.model, target.heldout)
+        found["perplexity_after"] = perplexity(pruned.model, target.heldout)
+    return found
+
+
+def _write(target: Target, pruned: Pruned, output: Path, figures: dict[str, Any]) -> Path:
+    if (output / MANIFEST).is_file():  # written here before: save refuses what is not its own
+        for name in PAGES:
+            (output / name).unlink(missing_ok=True)
+    folder = Path(save(pruned, output, tokenizer=target.tokenizer))
+    write_report(folder, target.name, pruned.report.to_dict(), figures)
+    to_html(pruned.deps, folder / "graph.html", pruned.plan, pruned.report)
+    return folder
 
 
 def _demo(output: Path, json: bool) -> None:
-    rows = run_demo(output, _console(stderr=True))
+    rows = run_demo(output, wide_console(stderr=True))
     if json:
         print((output / "demo.json").read_text(encoding="utf-8"), end="")
         return
-    console = _console()
+    console = wide_console()
     console.print(table(rows))
     console.print(
         "ppl: perplexity on held-out text. ms: one forward pass, median of alternating runs. "
@@ -193,91 +238,13 @@ def _demo(output: Path, json: bool) -> None:
     )
 
 
-@app.command("eval")
-def eval_command(
-    model: Model,
-    text: Annotated[Path | None, typer.Option(help="Text file to measure perplexity on.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    windows: Annotated[int, typer.Option(help="Windows at most.")] = 64,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure a model: parameters, FLOPs, latency and, on text, perplexity."""
-    target = load_target(model)
-    if text is not None:
-        if target.tokenizer is None:
-            raise FaspGraphError(
-                f"{model} has no tokenizer, so it has no perplexity on a text file"
-            )
-        target = replace(target, heldout=text_windows(text, target.tokenizer, length, windows))
-    args, kwargs = as_args(target.inputs)
-    parameters, size = size_of(target.model)
-
-    def call() -> Any:
-        with torch.no_grad():
-            return target.model(*args, **kwargs)
-
-    figures: dict[str, Any] = {
-        "model": target.name,
-        "parameters": parameters,
-        "bytes": size,
-        "flops": flops(target.model, args, kwargs),
-        "latency_seconds": latency({"model": call})["model"]["median"],
-    }
-    if target.heldout is not None:
-        figures["perplexity"] = perplexity(target.model, target.heldout[:windows])
-    _show(figures, json)
-
-
-@app.command("export")
-def export_command(
-    model: Model,
-    output: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Write a model, pruned or not, as ONNX, checked in ONNX Runtime."""
-    target = load_target(model)
-    captured = capture(target.model, target.inputs)
-    path = export_graph(captured.graph_module, captured.inputs, captured.dynamic_shapes, output)
-    _show({"onnx": str(path), "bytes": path.stat().st_size}, json)
-
-
-@app.command("zoo")
-def zoo_command(json: Json = False, debug: Debug = False) -> None:
-    """List the models that come with fasp-graph."""
-    rows = []
-    for name in models_zoo.names():
-        entry = models_zoo.load(name)
-        rows.append(
-            {
-                "name": f"zoo:{name}",
-                "class": type(entry.model).__name__,
-                "parameters": size_of(entry.model)[0],
-            }
-        )
-    if json:
-        print(to_json(rows, indent=1))
-        return
-    result = Table("model", "class", "parameters")
-    for row in rows:
-        result.add_row(str(row["name"]), str(row["class"]), f"{row['parameters']:,}")
-    _console().print(result)
-
-
-def _show(figures: dict[str, Any], json: bool) -> None:
-    if json:
-        print(to_json(figures, indent=1))
-        return
-    for name, value in figures.items():
-        text = (
-            f"{value:,}"
-            if isinstance(value, int)
-            else f"{value:.4g}"
-            if isinstance(value, float)
-            else str(value)
-        )
-        _console().print(f"{escape(name.replace('_', ' '))}: {escape(text)}")
+for _name, _command in (
+    ("eval", eval_command),
+    ("bench", bench_command),
+    ("export", export_command),
+    ("zoo", zoo_command),
+):
+    app.command(_name)(_command)
 
 
 def main() -> None:
@@ -288,11 +255,21 @@ def main() -> None:
     try:
         app()
     except FaspGraphError as error:
-        if "--debug" in sys.argv:
-            raise
-        message = f"{type(error).__name__}: {error}"
-        Console(stderr=True).print(f"[red]{escape(message)}[/red]", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        _fail(error, 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # the last stop before the user: never a page of traceback
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    """One message on stderr, and the exit code; with --debug the traceback."""
+    if "--debug" in sys.argv:
+        raise error
+    inside = "" if code == 2 else " · help: this is a bug; run again with --debug and report it"
+    message = f"{type(error).__name__}: {error}{inside}"
+    Console(stderr=True).print(f"[red]{escape(message)}[/red]", soft_wrap=True, highlight=False)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ owner/name                a model of the Hugging Face hub
 
 from __future__ import annotations
 
-import importlib
+import json
 import os
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import models_zoo
+from passes.capture import as_args
 from passes.errors import CalibrationError, FaspGraphError
 from passes.verify import fresh_inputs
 
+from .corpora import factory, image_batches, image_files, is_factory, text_of
 from .huggingface import MANIFEST, load
 
 EXAMPLE = (
@@ -32,7 +33,10 @@ EXAMPLE = (
 
 @dataclass(frozen=True)
 class Target:
-    """A model to work on. `calibration`: batches like `inputs`; `heldout`: [N, length] or None."""
+    """A model to work on. `calibration`: batches like `inputs`; `heldout`: [N, length] or
+    None. `pixels`: (mean, std) per channel that images are normalised by. `source`: the text that
+    named it.
+    """
 
     name: str
     model: nn.Module
@@ -40,53 +44,90 @@ class Target:
     calibration: list[Any] = field(default_factory=list)
     heldout: Tensor | None = None
     tokenizer: Any = None
+    pixels: tuple[Any, Any] = ((0.5,), (0.5,))
+    source: str = ""
 
 
 def load_target(
-    text: str, calibration: Path | None = None, length: int = 256, count: int = 64
+    text: str, calibration: Any = None, length: int = 256, count: int = 64, evaluation: Any = None
 ) -> Target:
-    """The target that `text` names; `calibration` is a text file for models with a tokenizer."""
+    """The target that `text` names, with calibration and evaluation data of fasp_graph/corpora.py;
+    `length`, `count`: tokens per window and windows (or images) at most.
+    """
     if text.startswith("zoo:"):
         target = _zoo(text.removeprefix("zoo:"))
     elif Path(text).is_dir():
         target = _transformers(text)
-    elif ":" in text and "/" not in text:
+    elif is_factory(text):
         target = _factory(text)
     else:
         target = _transformers(text)
-    if calibration is None:
-        return target
+    target = replace(target, source=text)
+    if calibration is not None:
+        target = replace(
+            target, calibration=calibration_batches(target, str(calibration), length, count)
+        )
+    if evaluation is not None:
+        target = replace(target, heldout=heldout_tokens(target, str(evaluation), length, count))
+    return target
+
+
+def calibration_batches(target: Target, source: str, length: int, count: int) -> list[Any]:
+    """Batches like the target's inputs, of a factory, a folder of images, or text."""
+    if is_factory(source) and not Path(source).exists():
+        return list(factory(source)())
+    if files := image_files(source):
+        return _image_batches(target, files[:count])
     if target.tokenizer is None:
         raise CalibrationError(
-            f"{text} has no tokenizer, so a text file cannot calibrate it · help: use "
-            "package.module:factory"
+            f"{target.name} has no tokenizer, so text cannot calibrate it · help: pass "
+            "package.module:factory, a function that returns batches like the inputs"
         )
-    batches = text_batches(calibration, target.tokenizer, length, count)
-    return replace(target, calibration=[_like(target.inputs, batch) for batch in batches])
+    windows = windows_of(text_of(source), target.tokenizer, length, count, source)
+    return [_like(target.inputs, batch) for batch in windows.split(8)]
 
 
-def text_batches(
-    path: str | os.PathLike[str], tokenizer: Any, length: int, count: int, batch: int = 8
-) -> list[Tensor]:
-    """Up to `count` windows of `length` tokens of a text file, in batches [<= batch, length]."""
-    windows = text_windows(path, tokenizer, length, count)
-    return list(windows.split(batch))
+def heldout_tokens(target: Target, source: str, length: int, count: int | None) -> Tensor:
+    """[N, length] windows of the text that perplexity is measured on."""
+    if is_factory(source) and not Path(source).exists():
+        found = factory(source)()
+        if not isinstance(found, Tensor) or found.dim() != 2:
+            raise FaspGraphError(f"{source} must return tokens [windows, length]")
+        return found
+    if target.tokenizer is None:
+        raise FaspGraphError(f"{target.name} has no tokenizer, so it has no perplexity on text")
+    return windows_of(text_of(source, evaluation=True), target.tokenizer, length, count, source)
+
+
+def _image_batches(target: Target, files: list[Path]) -> list[Any]:
+    held = list(target.inputs.values()) if isinstance(target.inputs, dict) else [target.inputs]
+    example = next((v for v in as_args(held[0])[0] if isinstance(v, Tensor)), None)
+    if example is None or example.dim() != 4:
+        raise CalibrationError(f"{target.name} takes no images [batch, channels, height, width]")
+    channels, height, width = map(int, example.shape[1:])
+    batches = image_batches(files, (channels, height, width), *target.pixels)
+    if not isinstance(target.inputs, dict):
+        return [(b,) if isinstance(target.inputs, (tuple, list)) else b for b in batches]
+    return [{next(iter(target.inputs)): batch} for batch in batches]
 
 
 def text_windows(
     path: str | os.PathLike[str], tokenizer: Any, length: int, count: int | None = None
 ) -> Tensor:
-    """[N, length] windows of the tokens of a text file; at most `count`, spread evenly over it."""
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise CalibrationError(f"cannot read {path}: {error.strerror}") from error
+    """[N, length] windows of the tokens of a text file or folder."""
+    return windows_of(text_of(str(path)), tokenizer, length, count, str(path))
+
+
+def windows_of(
+    text: str, tokenizer: Any, length: int, count: int | None, source: str = "the text"
+) -> Tensor:
+    """[N, length] windows of the tokens of a text; at most `count`, spread evenly over it."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     total = len(ids) // length
     if not total:
         raise CalibrationError(
-            f"{path} has {len(ids)} tokens, fewer than one window of {length} · help: give a "
-            "longer text"
+            f"{source} has {len(ids)} tokens, fewer than one window of {length} · help: give a "
+            "longer text, or a smaller --length"
         )
     rows = torch.tensor(ids[: total * length]).view(total, length)
     if count is None or count >= total:
@@ -120,14 +161,11 @@ def _zoo(name: str) -> Target:
 
 
 def _factory(text: str) -> Target:
-    module, _, name = text.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    build = factory(text)
     try:
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise FaspGraphError(f"cannot import {text}: {error}") from error
-    result = factory()
+        result = build()
+    except Exception as error:  # the user's code, which may fail in any way
+        raise FaspGraphError(f"{text}() failed: {type(error).__name__}: {error}") from error
     if not isinstance(result, (tuple, list)) or len(result) not in (2, 3):
         raise FaspGraphError(
             f"{text} must return (model, inputs) or (model, inputs, calibration), not "
@@ -150,7 +188,15 @@ def _transformers(text: str) -> Target:
         tokenizer = transformers.AutoTokenizer.from_pretrained(text, local_files_only=local)
     except Exception:  # a model without a tokenizer; each tokenizer class fails in its own way
         tokenizer = None
-    return Target(Path(text).name if local else text, model, _example(model), tokenizer=tokenizer)
+    name, pixels = Path(text).name if local else text, _pixels(Path(text))
+    return Target(name, model, _example(model), tokenizer=tokenizer, pixels=pixels)
+
+
+def _pixels(folder: Path) -> tuple[Any, Any]:
+    """Mean and deviation per channel, as preprocessor_config.json says; else 0.5."""
+    path = folder / "preprocessor_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return tuple(found.get("image_mean") or (0.5,)), tuple(found.get("image_std") or (0.5,))
 
 
 def _auto_model(text: str, local: bool) -> nn.Module:

@@ -22,6 +22,7 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 from torch import Tensor
@@ -63,15 +64,17 @@ class Row:
 
 
 def progress_bar(console: Console) -> Progress:
-    """Bars that vanish when done."""
+    """Bars that vanish when done; none where stderr is no terminal."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 
@@ -159,7 +162,7 @@ def _row(name: str, values: dict[str, float], module: GraphModule, sample: Args)
 
 def _write(pruned: Pruned, output: Path, name: str, tokenizer: Any) -> None:
     save(pruned, output / name, tokenizer=tokenizer)
-    to_html(pruned.deps, output / "graph.html", pruned.plan)
+    to_html(pruned.deps, output / "graph.html", pruned.plan, pruned.report)
 
 
 def _record(output: Path, target: Target, heldout: Tensor, sample: Args, rows: list[Row]) -> None:

@@ -1,17 +1,26 @@
 """The dependency graph as one HTML file: it needs no network and no server.
 
-Module and parameter names are untrusted: they reach the page as JSON with `<`, `>` and `&` escaped,
-and the page shows them as text only.
+The drawing is Cytoscape.js with Dagre's layout (templates/vendor, MIT); the page's own code is
+templates/graph-*.js. Module and parameter names are untrusted: they reach the page as JSON with
+`<`, `>` and `&` escaped, the page shows them as text only, and its Content-Security-Policy runs
+no script but those whose sha256 it lists.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import os
+from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from passes.couple import DependencyGraph
+import numpy as np
+
+from passes.groups import DependencyGraph, Group, Member
 
 from .jsontext import to_json
 
@@ -22,33 +31,209 @@ _ESCAPES = {
     "\u2028": "\\u2028",
     "\u2029": "\\u2029",
 }
+_SCRIPTS = (
+    "vendor/cytoscape.min.js",
+    "vendor/dagre.min.js",
+    "graph-model.js",
+    "graph-draw.js",
+    "graph-panel.js",
+    "graph-page.js",
+)
 
 
-def to_html(deps: DependencyGraph, path: str | os.PathLike[str], plan: Any = None) -> Path:
-    """Write the page: modules with their parameters, groups as chips, and what a plan keeps."""
-    template = resources.files(__package__).joinpath("templates/graph.html").read_text("utf-8")
-    text = to_json(page_data(deps, plan))
-    for character, escape in _ESCAPES.items():
-        text = text.replace(character, escape)
+def to_html(
+    deps: DependencyGraph, path: str | os.PathLike[str], plan: Any = None, report: Any = None
+) -> Path:
+    """Write the page; a plan and a report add what is kept and what it cost."""
     target = Path(path)
-    target.write_text(template.replace("__DATA__", text), encoding="utf-8")
+    target.write_text(page(deps, plan, report), encoding="utf-8")
     return target
 
 
-def page_data(deps: DependencyGraph, plan: Any = None) -> dict[str, Any]:
-    """What the page shows: parameters by module; groups with members, consumers, kept, reason."""
+def page(deps: DependencyGraph, plan: Any = None, report: Any = None) -> str:
+    """The page as text."""
+    data = to_json(page_data(deps, plan, report))
+    for character, escape in _ESCAPES.items():
+        data = data.replace(character, escape)
+    return _shell().replace("__DATA__", data)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The page for a notebook: the last value of a cell is drawn by `_repr_html_`."""
+
+    html: str = field(repr=False)
+    height: int = 640
+
+    def _repr_html_(self) -> str:
+        inner = html.escape(self.html, quote=True)
+        return (
+            '<iframe title="coupled weights" sandbox="allow-scripts" width="100%" '
+            f'height="{self.height}" style="border:0" srcdoc="{inner}"></iframe>'
+        )
+
+
+def show(deps: DependencyGraph, plan: Any = None, report: Any = None, height: int = 640) -> Picture:
+    """The page in a notebook: `fasp_graph.view.show(deps)` as the last line of a cell."""
+    return Picture(page(deps, plan, report), height)
+
+
+@cache
+def _shell() -> str:
+    """The page without its data: style and scripts inlined, the scripts' hashes in the policy."""
+    scripts = [_read(name) for name in _SCRIPTS]
+    tags = "\n".join(f"<script>{text}</script>" for text in scripts)
+    hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in scripts)
+    found = _read("graph.html").replace("__STYLE__", _read("graph.css"))
+    return found.replace("__SCRIPTS__", tags).replace("__HASHES__", hashes)
+
+
+def _read(name: str) -> str:
+    return resources.files(__package__).joinpath("templates").joinpath(name).read_text("utf-8")
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def page_data(deps: DependencyGraph, plan: Any = None, report: Any = None) -> dict[str, Any]:
+    """What the page shows: parameters by module in the order of use; groups with members,
+    consumers, kept, reason; sizes before and after.
+    """
+    tied, uses = _tied(deps), _uses(deps)
+    after, buffers = shapes_after(deps, plan), _buffers(deps)
+    names = dict.fromkeys(
+        [*deps.parameters, *(m.parameter for g in deps.groups for m in g.members)]
+    )
+    place = {name: _place(name, tied, uses) for name in names}
     modules: dict[str, list[dict[str, Any]]] = {}
-    for name, shape in deps.parameters.items():
+    for name in sorted(names, key=lambda name: (place[name] < 0, place[name])):
         module, _, leaf = name.rpartition(".")
-        modules.setdefault(module, []).append({"name": name, "leaf": leaf, "shape": list(shape)})
-    groups = []
-    for group in deps.groups:
-        entry = dict(group.to_dict())
-        kept = plan.kept.get(group.name) if plan is not None else None
-        entry["kept"] = group.size if kept is None else len(kept)
-        groups.append(entry)
+        same = tied.get(name, [name])
+        shape = list(next((deps.parameters[n] for n in same if n in deps.parameters), ()))
+        shape = shape or buffers.get(name, [])
+        small = next((after[n] for n in same if n in after), shape)
+        entry: dict[str, Any] = {"name": name, "leaf": leaf, "shape": shape, "after": small}
+        entry |= {"order": place[name], "counted": name in deps.parameters}
+        modules.setdefault(module, []).append(entry)
+    counted = [entry for held in modules.values() for entry in held if entry["counted"]]
     return {
         "modules": [{"name": name, "parameters": held} for name, held in modules.items()],
-        "groups": groups,
+        "groups": [_group(group, plan, report, tied, uses) for group in deps.groups],
         "planned": plan is not None,
+        "before": sum(_numel(entry["shape"]) for entry in counted),
+        "after": sum(_numel(entry["after"]) for entry in counted),
     }
+
+
+def _group(
+    group: Group, plan: Any, report: Any, tied: dict[str, list[str]], uses: dict[str, list[int]]
+) -> dict[str, Any]:
+    entry = dict(group.to_dict())
+    kept = plan.kept.get(group.name) if plan is not None else None
+    entry["kept"], entry["planned"] = group.size if kept is None else len(kept), kept is not None
+    entry["members"] = [
+        {**shown, "parameter": name, "rows": indices_text(member), "unit": _unit_text(member)}
+        for shown, member in zip(entry["members"], group.members, strict=True)
+        for name in tied.get(member.parameter, [member.parameter])
+    ]
+    for consumer in entry["consumers"]:
+        consumer["module"] = str(consumer["module"]).removeprefix("module ")
+        consumer["order"] = uses.get(str(consumer["node"]), [-1])[0]
+    for held in getattr(report, "groups", ()):
+        if held.name == group.name:
+            entry["figures"] = {
+                key: value
+                for key, value in vars(held).items()
+                if isinstance(value, (int, float)) and key not in ("units", "kept")
+            }
+    return entry
+
+
+def indices_text(member: Member, most: int = 6) -> str:
+    """All positions that a group's units own along the member's dim, as ranges: `0-63, 96`."""
+    found = np.unique(np.asarray(member.indices))
+    starts = np.flatnonzero(np.diff(found, prepend=found[0] - 2) != 1)
+    ends = np.append(starts[1:], len(found)) - 1
+    ranges = [(int(found[a]), int(found[b])) for a, b in zip(starts, ends, strict=True)]
+    texts = [str(low) if low == high else f"{low}-{high}" for low, high in ranges[:most]]
+    lanes = f" counted through {member.lanes} lanes" if member.lanes > 1 else ""
+    return (
+        ", ".join(texts) + (f" and {len(ranges) - most} more" if len(ranges) > most else "") + lanes
+    )
+
+
+def _unit_text(member: Member, most: int = 8) -> str:
+    """What the first unit owns, where that is more than one position."""
+    first = np.asarray(member.indices)[0]
+    if len(first) < 2:
+        return ""
+    return ", ".join(str(int(at)) for at in first[:most]) + ("…" if len(first) > most else "")
+
+
+def shapes_after(deps: DependencyGraph, plan: Any) -> dict[str, list[int]]:
+    """Shapes of the parameters that a plan makes smaller."""
+    shapes: dict[str, list[int]] = {}
+    tied = _tied(deps)
+    for group in deps.groups if plan is not None else ():
+        kept = plan.kept.get(group.name)
+        gone = group.size - len(kept or ())
+        for member in group.members if kept is not None else ():
+            names = tied.get(member.parameter, [member.parameter])
+            name = next((n for n in names if n in deps.parameters), "")
+            if not name:
+                continue  # a buffer
+            shape = shapes.setdefault(name, list(deps.parameters[name]))
+            shape[member.dim] -= gone * len(member.indices[0]) // member.lanes
+    return shapes
+
+
+def _uses(deps: DependencyGraph) -> dict[str, list[int]]:
+    """Node and parameter names -> positions in the captured graph where they are used."""
+    sites = deps.labels.sites
+    found: dict[str, list[int]] = {}
+    for number, node in enumerate(sites[0].node.graph.nodes if sites else ()):
+        found.setdefault(node.name, []).append(number)
+        for used in node.all_input_nodes:
+            if used.op == "get_attr":
+                found.setdefault(str(used.target), []).append(number)
+    return found
+
+
+def _module(deps: DependencyGraph) -> Any:
+    """The captured graph's module, None where nothing is summed."""
+    sites = deps.labels.sites
+    return sites[0].node.graph.owning_module if sites else None
+
+
+def _buffers(deps: DependencyGraph) -> dict[str, list[int]]:
+    """Shapes of the buffers."""
+    module = _module(deps)
+    return {name: list(held.shape) for name, held in module.named_buffers()} if module else {}
+
+
+def _tied(deps: DependencyGraph) -> dict[str, list[str]]:
+    """Name -> all names of the same parameter, where there are several."""
+    module = _module(deps)
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False) if module else ():
+        names.setdefault(id(parameter), []).append(name)
+    return {name: held for held in names.values() if len(held) > 1 for name in held}
+
+
+def _place(name: str, tied: dict[str, list[str]], uses: dict[str, list[int]]) -> int:
+    """The position that the page shows `name` at: its first use, the last use for the last name
+    of a tied parameter; -1 where it is never used.
+    """
+    held = tied.get(name, [name])
+    known = sorted(number for other in held for number in uses.get(other, ()))
+    if not known:
+        return -1
+    return known[-1] if len(held) > 1 and name == held[-1] else known[0]
+
+
+def _numel(shape: Any) -> int:
+    total = 1
+    for size in shape:
+        total *= int(size)
+    return total

@@ -1,7 +1,6 @@
 """The command line, called in this process."""
 
 import dataclasses
-import inspect
 import json
 import sys
 
@@ -10,7 +9,7 @@ import torch
 from rich.console import Console
 
 import fasp_graph as fg
-from fasp_graph import cli, data, demo
+from fasp_graph import bench, cli, data, demo, terminal
 
 
 @pytest.fixture
@@ -25,10 +24,12 @@ def run(monkeypatch, capsys):
     return call
 
 
-def test_flags_are_the_fields_of_config():
-    flags = set(inspect.signature(cli.prune_command).parameters)
+def test_flags_are_the_fields_of_config(run):
+    code, out, _ = run("prune", "--help")
 
-    assert {field.name for field in dataclasses.fields(fg.Config)} <= flags
+    assert code == 0
+    for field in dataclasses.fields(fg.Config):
+        assert f"--{field.name.replace('_', '-')}" in out
 
 
 def test_inspect(run, tmp_path):
@@ -55,6 +56,100 @@ def test_prune_eval_and_export_a_folder(run, tmp_path):
     code, out, error = run("export", folder, tmp_path / "small.onnx", "--json")
     assert code == 0, error
     assert json.loads(out)["bytes"] == (tmp_path / "small.onnx").stat().st_size
+
+
+@pytest.mark.parametrize("form", ["json", "dot", "graphml", "mermaid", "svg"])
+def test_inspect_prints_and_writes_every_format(run, tmp_path, form):
+    code, out, error = run("inspect", "zoo:resnet", "--format", form)
+    assert code == 0, error
+
+    assert run("inspect", "zoo:resnet", "--output", tmp_path / f"graph.{form}")[0] == 0
+    assert (tmp_path / f"graph.{form}").read_text() == out and "conv1" in out
+
+
+def test_inspect_tells_in_words(run):
+    code, out, _ = run("inspect", "zoo:resnet", "--frozen")
+    assert code == 0 and "frozen" in out and "layer1.0.conv1.0" in out
+
+    code, out, _ = run("inspect", "zoo:resnet", "--explain", "layer1.0.conv1.weight")
+    assert code == 0 and "goes with: " in out
+
+
+def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
+    asked = ("prune", "zoo:resnet", "--sparsity", 0.4, "--method", "fasp")
+    code, out, error = run(*asked, "--dry-run", "--json", "--output", tmp_path / "none")
+    assert code == 0, error
+    plan = json.loads(out)
+    assert not (tmp_path / "none").exists()
+
+    report = json.loads(run(*asked, "--json")[1])
+
+    assert plan["params_after"] == report["params_after"]
+    assert plan["sparsity"] == report["sparsity"]
+    kept = {group["name"]: group["kept"] for group in report["groups"]}
+    assert plan["keep"].keys() == kept.keys() and plan["expected_seconds"] > 0
+    assert "Plan, nothing pruned" in run(*asked, "--dry-run")[1]
+
+
+def test_options_from_a_file_are_overruled_by_flags(run, tmp_path):
+    file = tmp_path / "options.toml"
+    file.write_text('sparsity = 0.2\nmethod = "magnitude"\nmin-keep = 3\nkinds = ["chain"]\n')
+
+    asked = ("prune", "zoo:resnet", "--config", file, "--json")
+    low = json.loads(run(*asked)[1])["sparsity"]
+    high = json.loads(run(*asked, "--sparsity", 0.5)[1])["sparsity"]
+
+    assert low == pytest.approx(0.2, abs=0.05) and high == pytest.approx(0.5, abs=0.05)
+
+
+def test_prune_writes_a_report_and_a_picture(run, tmp_path):
+    folder = tmp_path / "small"
+    code, out, error = run(
+        *("prune", "zoo:llama-random", "--output", folder, "--seed", 1, "--score", "magnitude"),
+        *("--restore", "none", "--ridge", 0.1, "--kinds", "chain", "--no-check"),
+    )
+    assert code == 0, error
+    assert "latency ms after" in out
+
+    report = json.loads((folder / "report.json").read_text())
+    assert report["params_after"] < report["params_before"]
+    page = (folder / "report.html").read_text()
+    assert "<script" not in page and f"{report['params_after']:,}" in page
+    assert all(group["name"].rsplit(".", 1)[0] in page for group in report["groups"])
+    assert all(frozen["name"] in page for frozen in report["frozen"])
+    assert (folder / "graph.html").stat().st_size > 100_000
+    fg.load(folder)
+    assert run("prune", "zoo:llama-random", "--output", folder)[0] == 0  # and again
+
+
+def test_bench_compares_alike(run, tmp_path):
+    folder = tmp_path / "small"
+    assert run("prune", "zoo:llama-random", "--output", folder)[0] == 0
+
+    code, out, error = run(
+        *("bench", "zoo:llama-random", folder, "--runs", 2, "--length", 24, "--batch", 2),
+        *("--no-memory", "--json"),
+    )
+
+    assert code == 0, error
+    rows = json.loads(out)
+    assert [row["runtime"] for row in rows] == ["torch", "onnxruntime"] * 2
+    assert rows[0]["parameters"] > rows[2]["parameters"] and rows[0]["flops"] > rows[2]["flops"]
+    assert rows[0]["tokens_per_second"] == pytest.approx(2 * 24 / rows[0]["median"])
+    assert "onnxruntime" not in run("bench", folder, "--runs", 2, "--no-onnx", "--no-memory")[1]
+
+
+def test_peak_memory_is_of_a_fresh_process():
+    weights = 4 * 2_755_008
+
+    assert bench.peak_memory("zoo:llama", 1, 8) > weights
+    with pytest.raises(fg.FaspGraphError, match="nothing"):
+        bench.peak_memory("zoo:nothing", 1, 8)
+
+
+def test_shell_completion_offers_the_zoo():
+    assert "zoo:resnet" in terminal.known_models("zoo:re")
+    assert terminal.known_models("folder") == []
 
 
 def test_a_factory(run, tmp_path, monkeypatch):
@@ -84,7 +179,13 @@ def test_a_factory(run, tmp_path, monkeypatch):
         (("prune", "zoo:resnet", "--method", "guess"), "fasp, magnitude"),
         (("prune", "zoo:resnet", "--calibration", "text.txt"), "no tokenizer"),
         (("prune", "--sparsity", "0.2"), "without MODEL"),
-        (("eval", "zoo:resnet", "--text", "text.txt"), "no tokenizer"),
+        (("prune", "--dry-run", "--evaluation", "t.txt"), "--evaluation, --dry-run without MODEL"),
+        (("prune", "zoo:resnet", "--config", "no.toml"), "cannot read no.toml"),
+        (("inspect", "zoo:resnet", "--format", "png"), "json, dot, graphml, mermaid, svg"),
+        (("inspect", "zoo:resnet", "--explain", "conv"), "close names"),
+        (("inspect", "zoo:resnet", "--html", "no/such/graph.html"), "create it first"),
+        (("bench", "zoo:resnet", "zoo:opt-random"), "cannot be compared"),
+        (("eval", "zoo:resnet", "--data", "text.txt"), "no tokenizer"),
     ],
 )
 def test_errors_are_one_message_and_exit_code_2(run, monkeypatch, arguments, message):
@@ -96,25 +197,37 @@ def test_errors_are_one_message_and_exit_code_2(run, monkeypatch, arguments, mes
     assert message in error and "Traceback" not in error
 
 
+def test_a_usage_error_is_exit_code_2(run):
+    code, _, error = run("prune", "zoo:resnet", "--no-such-flag")
+
+    assert code == 2 and "--no-such-flag" in error
+
+
+def test_an_error_inside_is_one_message_and_exit_code_1(run, monkeypatch):
+    def broken(*_):
+        raise KeyError("the inside")
+
+    monkeypatch.setattr(cli, "analyze", broken)
+    code, out, error = run("inspect", "zoo:resnet")
+
+    assert code == 1 and out == ""
+    assert "the inside" in error and "--debug" in error and "Traceback" not in error
+
+
+def test_an_interrupt_is_exit_code_130(run, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "analyze", stopped)
+
+    assert run("inspect", "zoo:resnet")[0] == 130
+
+
 def test_debug_shows_where_an_error_came_from(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fasp-graph", "inspect", "zoo:nothing", "--debug"])
 
     with pytest.raises(fg.FaspGraphError):
         cli.main()
-
-
-def test_text_windows_spread_over_the_file(tmp_path):
-    (tmp_path / "text.txt").write_text("abcdefgh" * 8)
-
-    def tokenizer(text, **_):
-        return {"input_ids": [ord(letter) for letter in text]}
-
-    rows = data.text_windows(tmp_path / "text.txt", tokenizer, 10, 3)
-    assert rows.shape == (3, 10) and rows[0, :3].tolist() == [97, 98, 99]
-    batches = data.text_batches(tmp_path / "text.txt", tokenizer, 10, 6, batch=4)
-    assert [len(batch) for batch in batches] == [4, 2]
-    with pytest.raises(fg.FaspGraphError, match="longer text"):
-        data.text_windows(tmp_path / "text.txt", tokenizer, 65)
 
 
 def test_the_demo_measures_and_writes(tmp_path):

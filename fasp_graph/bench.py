@@ -1,0 +1,199 @@
+"""bench: models compared fairly, on the same inputs.
+
+latency   one forward pass, median and interquartile range of runs that alternate between all
+          models and runtimes, so that a busy moment of the machine falls on all of them
+tokens/s  tokens of the input / median latency
+memory    growth of the peak resident memory of a fresh process that loads the model and runs it
+          once (on CUDA the peak of the allocator)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passes.capture import Args, as_args, capture
+from passes.errors import FaspGraphError
+
+from .data import Target, load_target
+from .evaluate import flops, latency, perplexity, size_of
+from .onnx import export_graph, onnx_session, run_session
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model in one runtime; seconds, bytes; None where it does not apply."""
+
+    model: str
+    runtime: str
+    parameters: int
+    bytes: int
+    flops: int
+    median: float
+    spread: float
+    tokens_per_second: float | None
+    peak_memory: int | None
+    perplexity: float | None
+
+
+def bench(
+    targets: list[Target],
+    batch: int = 1,
+    length: int = 128,
+    runs: int = 15,
+    onnx: bool = True,
+    memory: bool = True,
+    step: Callable[[str], None] = lambda text: None,
+) -> list[Result]:
+    """Compare models that take inputs of the same form; tokens [batch, length] for decoders."""
+    _alike(targets)
+    samples = [sample_inputs(target, batch, length) for target in targets]
+    calls: dict[str, Callable[[], Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (target, sample) in enumerate(zip(targets, samples, strict=True)):
+            step(f"{target.name}: set up")
+            calls[f"{number} torch"] = _torch_call(target, sample)
+            if onnx:
+                step(f"{target.name}: to ONNX")
+                path = Path(scratch) / f"{number}.onnx"
+                calls[f"{number} onnxruntime"] = _onnx_call(target, sample, path)
+        step("runs, alternating")
+        times = latency(calls, runs)
+    return [
+        _result(targets[int(key.split()[0])], key, samples, times[key], memory, batch, length, step)
+        for key in calls
+    ]
+
+
+def _result(
+    target: Target,
+    key: str,
+    samples: list[Args],
+    seconds: dict[str, float],
+    memory: bool,
+    batch: int,
+    length: int,
+    step: Callable[[str], None],
+) -> Result:
+    number, runtime = key.split()
+    sample = samples[int(number)]
+    eager = runtime == "torch"
+    tokens = sum(v.numel() for v in _ids(sample)[:1])
+    step(f"{target.name}: memory, perplexity")
+    return Result(
+        target.name,
+        runtime,
+        *size_of(target.model),
+        flops(target.model, *sample),
+        seconds["median"],
+        seconds["spread"],
+        tokens / seconds["median"] if tokens else None,
+        peak_memory(target.source, batch, length) if eager and memory and target.source else None,
+        perplexity(target.model, target.heldout) if eager and target.heldout is not None else None,
+    )
+
+
+def sample_inputs(target: Target, batch: int, length: int) -> Args:
+    """The example inputs; where they are token ids, ids [batch, length] within their range."""
+    args, kwargs = as_args(target.inputs)
+    found = _ids((args, kwargs))
+    if not found:
+        return args, kwargs
+    high = int(found[0].max()) + 1
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, high, (batch, length), generator=generator)
+
+    def resized(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != found[0].shape:
+            return value
+        return ids if value is found[0] else torch.ones(batch, length, dtype=value.dtype)
+
+    return tuple(map(resized, args)), {name: resized(value) for name, value in kwargs.items()}
+
+
+def _ids(sample: Args) -> list[Tensor]:
+    """Token ids among inputs: integers [batch, length]."""
+    values = (*sample[0], *sample[1].values())
+    return [v for v in values if isinstance(v, Tensor) and v.dtype == torch.long and v.dim() == 2]
+
+
+def _alike(targets: list[Target]) -> None:
+    forms = {tuple(sorted(as_args(target.inputs)[1])) for target in targets}
+    if len(forms) > 1:
+        names = ", ".join(target.name for target in targets)
+        raise FaspGraphError(f"{names} take inputs of other names, so they cannot be compared")
+
+
+def _torch_call(target: Target, sample: Args) -> Callable[[], Any]:
+    model = target.model.eval()
+
+    def call() -> Any:
+        with torch.no_grad():
+            return model(*sample[0], **sample[1])
+
+    return call
+
+
+def _onnx_call(target: Target, sample: Args, path: Path) -> Callable[[], Any]:
+    captured = capture(target.model, target.inputs)
+    export_graph(captured.graph_module, captured.inputs, captured.dynamic_shapes, path)
+    session = onnx_session(path)
+    return lambda: run_session(session, sample)
+
+
+def peak_memory(text: str, batch: int, length: int) -> int:
+    """Bytes by which a fresh process grows at most while it loads `text` and runs it once."""
+    command = [sys.executable, "-m", "fasp_graph.bench", text, str(batch), str(length)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise FaspGraphError(f"measuring the memory of {text} failed: {done.stderr.strip()[-300:]}")
+    return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_memory"])
+
+
+def _grown(text: str, batch: int, length: int) -> int:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    before = _reset_peak()
+    target = load_target(text)
+    sample = sample_inputs(target, batch, length)
+    with torch.no_grad():
+        target.model(*sample[0], **sample[1])
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    return max(0, _peak_rss() - before)
+
+
+def _reset_peak() -> int:
+    """Make the peak the present size, where the system can (Linux), and return it."""
+    with suppress(OSError):  # elsewhere the peak of the imports is the start: less growth is seen
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak_rss()
+
+
+def _peak_rss() -> int:
+    """Bytes. Not getrusage on Linux: there a child starts with its parent's peak."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M)
+        if found:
+            return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
+if __name__ == "__main__":
+    grown = _grown(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    print(json.dumps({"peak_memory": grown}))

@@ -1,0 +1,96 @@
+"""A dry run: the plan and its sizes, and how long the pruning would take, without pruning.
+
+    expected seconds = what was spent here (capture, couple) + the walk + as much again to verify,
+                       rewrite and emit as the first two took
+    walk             = forward passes over all calibration batches
+                       * (1 + FLOPs of the Gram matrices / FLOPs of the forward pass)
+
+A Gram matrix of a consumer with n columns costs 2 n^2 FLOPs a token, its own product 2 n m.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from passes.capture import as_args
+from passes.groups import DependencyGraph
+from passes.select import Plan, allocate
+
+from .config import Config
+from .data import Target
+from .prune import analyze
+from .view import shapes_after
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Sizes in parameters; `keep`: group -> units that each of its blocks keeps."""
+
+    params_before: int
+    params_after: int
+    sparsity: float
+    keep: dict[str, int]
+    sizes: dict[str, int]
+    frozen: dict[str, str]
+    expected_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return dict(vars(self))
+
+
+def dry_run(target: Target, config: Config) -> DryRun:
+    """Analyse `target` and allocate its budget; BudgetError as in `prune`."""
+    started = time.perf_counter()
+    deps = analyze(target.model, target.inputs, config.check)
+    analysed = time.perf_counter() - started
+    groups = [group for group in deps.groups if group.kind in config.kinds]
+    budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep)
+    blocks = {group.name: group.blocks for group in groups}
+    kept = {name: range(count * blocks[name]) for name, count in budget.keep.items()}
+    plan = Plan(
+        {name: tuple(units) for name, units in kept.items()},
+        budget.ratio,
+        budget.sparsity,
+        budget.scope,
+    )
+    before = {name: _numel(shape) for name, shape in deps.parameters.items()}
+    after = {name: _numel(shape) for name, shape in shapes_after(deps, plan).items()}
+    return DryRun(
+        sum(before.values()),
+        sum({**before, **after}.values()),
+        budget.sparsity,
+        budget.keep,
+        {group.name: group.size // group.blocks for group in groups},
+        {group.name: group.reason for group in deps.groups if group.kind == "frozen"},
+        round(2 * analysed + _forward(target) * (1 + _gram_share(deps, set(plan.kept))), 2),
+    )
+
+
+def _forward(target: Target) -> float:
+    """Seconds of one forward pass over the calibration data, from its first batch."""
+    if not target.calibration:
+        return 0.0
+    args, kwargs = as_args(target.calibration[0])
+    started = time.perf_counter()
+    with torch.no_grad():
+        target.model(*args, **kwargs)
+    return (time.perf_counter() - started) * len(target.calibration)
+
+
+def _gram_share(deps: DependencyGraph, pruned: set[str]) -> float:
+    """FLOPs of the Gram matrices of the pruned groups' consumers per FLOP of all weights."""
+    gram = 0
+    for group in deps.groups:
+        for consumer in group.consumers if group.name in pruned else ():
+            shape = deps.parameters.get(consumer.parameter, ())
+            gram += shape[consumer.dim] ** 2 if len(shape) > 1 else 0
+    return gram / max(1, sum(_numel(shape) for shape in deps.parameters.values()))
+
+
+def _numel(shape: Any) -> int:
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,144 @@
+"""Flags of the command line, made from the fields of Config: a new field needs no line here.
+
+field of Config                     flag
+x: float | int | str                --x VALUE
+x: bool                             --x / --no-x
+x: tuple[T, ...]                    --x VALUE, may be repeated
+anything else                       --x TEXT, read as a Python literal, else as text
+
+What a field means is read from the docstring of Config, one `name   meaning` a line.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import typer
+
+from passes.errors import ConfigError
+
+from .config import Config
+
+PANEL = "Pruning (fields of fasp_graph.Config)"
+
+
+def with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """`command(..., **flags)` with one named parameter for each field of Config."""
+    own = [
+        parameter
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    added = config_parameters({parameter.name for parameter in own})
+    # Typer reads the signature for the order and the annotations for the types.
+    parameters = [*own, *added]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def config_parameters(taken: set[str]) -> list[inspect.Parameter]:
+    """A keyword parameter for each field of Config; None means not given."""
+    hints, docs = typing.get_type_hints(Config), field_docs(Config.__doc__ or "")
+    return [
+        inspect.Parameter(
+            held.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=_annotation(held.name, hints[held.name], docs.get(held.name, ""), taken),
+        )
+        for held in fields(Config)
+    ]
+
+
+def field_docs(text: str) -> dict[str, str]:
+    """`name   meaning` lines of a docstring; other lines go on with the one before."""
+    names, last = {held.name for held in fields(Config)}, ""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        match = re.match(r"\s*(\w+)\s+(\S.*)", line)
+        if match and match[1] in names - found.keys():
+            last = match[1]
+            found[last] = match[2]
+        elif last and line.strip():
+            found[last] += " " + line.strip()
+        else:
+            last = ""
+    return found
+
+
+def _annotation(name: str, hint: Any, text: str, taken: set[str]) -> Any:
+    if name in taken:
+        raise TypeError(f"the flag of Config.{name} would hide an argument of the command")
+    kind = _plain(hint)
+    flag = f"--{name.replace('_', '-')}"
+    names = (f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,)
+    return Annotated[kind | None, typer.Option(*names, help=text, rich_help_panel=PANEL)]
+
+
+def _plain(hint: Any) -> Any:
+    """The type that the command line reads for an annotation of Config."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return _plain(kinds[0]) if len(kinds) == 1 else str
+    if typing.get_origin(hint) is tuple:
+        return list[typing.get_args(hint)[0]]  # type: ignore[misc]
+    return hint if hint in (str, int, float, bool) else str
+
+
+def given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given, in the types of Config."""
+    hints = typing.get_type_hints(Config)
+    return {
+        name: _value(hints[name], value)
+        for name, value in flags.items()
+        if value is not None and value != []
+    }
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, str) or _plain(hint) is not str or hint in (str, str | None):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def config_from(path: Path | None, flags: Mapping[str, Any]) -> Config:
+    """Config of a TOML file's keys, overruled by the flags that were given."""
+    found = read_toml(path) if path is not None else {}
+    found |= given_flags(flags)
+    try:
+        return Config(**found)
+    except TypeError as error:
+        raise ConfigError(f"an option has the wrong type: {error}") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The options in a TOML file; a key that Config has not is an error that names the nearest."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    names = [held.name for held in fields(Config)]
+    options = {key.replace("-", "_"): value for key, value in found.items()}
+    for key in options:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1) or [", ".join(names)]
+            raise ConfigError(f"{path} sets {key!r}, which no option has · help: try {near[0]}")
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}

@@ -1,0 +1,130 @@
+"""The commands that measure and convert: eval, bench, export, zoo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+import models_zoo
+from passes.capture import as_args, capture
+
+from .bench import bench
+from .data import load_target
+from .evaluate import flops, latency, perplexity, size_of
+from .jsontext import to_json
+from .onnx import export_graph
+from .terminal import DATA_HELP, Debug, Json, Length, Model, Windows, show, stages, wide_console
+
+
+def eval_command(
+    model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "--text", metavar="DATA", help=f"Text for perplexity: {DATA_HELP}."),
+    ] = None,
+    length: Length = 256,
+    windows: Windows = 64,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model: parameters, FLOPs, latency and, on text, perplexity."""
+    with stages("load model and data"):
+        target = load_target(model, length=length, count=windows, evaluation=data)
+    args, kwargs = as_args(target.inputs)
+    parameters, size = size_of(target.model)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return target.model(*args, **kwargs)
+
+    with stages("measure"):
+        figures: dict[str, Any] = {
+            "model": target.name,
+            "parameters": parameters,
+            "bytes": size,
+            "flops": flops(target.model, args, kwargs),
+            "latency_seconds": latency({"model": call})["model"]["median"],
+        }
+        if target.heldout is not None:
+            figures["perplexity"] = perplexity(target.model, target.heldout[:windows])
+    show(figures, json)
+
+
+def bench_command(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Say, the dense and the pruned one.")
+    ],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DATA", help="Text to measure perplexity on.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences per call.", min=1)] = 1,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.", min=2)] = 128,
+    runs: Annotated[int, typer.Option(help="Timed runs of each.", min=2)] = 15,
+    onnx: Annotated[bool, typer.Option(help="Also in ONNX Runtime.")] = True,
+    memory: Annotated[bool, typer.Option(help="Peak memory, in a process of its own.")] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare models: alternating runs in torch and ONNX Runtime, median, spread, memory."""
+    with stages("load models and data"):
+        targets = [load_target(model, evaluation=data) for model in models]
+    with stages("bench") as step:
+        found = bench(targets, batch, length, runs, onnx, memory, step)
+    if json:
+        print(to_json([vars(result) for result in found], indent=1))
+        return
+    heads = ("model", "runtime", "parameters", "MB", "GFLOPs", "ms", "± IQR", "tokens/s", "peak MB")
+    result = Table(*heads, "perplexity")
+    for row in found:
+        result.add_row(
+            escape(row.model),
+            row.runtime,
+            f"{row.parameters:,}",
+            f"{row.bytes / 1e6:.1f}",
+            f"{row.flops / 1e9:.3f}",
+            f"{row.median * 1e3:.2f}",
+            f"{row.spread * 1e3:.2f}",
+            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            "" if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}",
+            "" if row.perplexity is None else f"{row.perplexity:.3f}",
+        )
+    wide_console().print(result)
+
+
+def export_command(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model, pruned or not, as ONNX, checked in ONNX Runtime."""
+    target = load_target(model)
+    captured = capture(target.model, target.inputs)
+    path = export_graph(captured.graph_module, captured.inputs, captured.dynamic_shapes, output)
+    show({"onnx": str(path), "bytes": path.stat().st_size}, json)
+
+
+def zoo_command(json: Json = False, debug: Debug = False) -> None:
+    """List the models that come with fasp-graph."""
+    rows = []
+    for name in models_zoo.names():
+        entry = models_zoo.load(name)
+        rows.append(
+            {
+                "name": f"zoo:{name}",
+                "class": type(entry.model).__name__,
+                "parameters": size_of(entry.model)[0],
+            }
+        )
+    if json:
+        print(to_json(rows, indent=1))
+        return
+    result = Table("model", "class", "parameters")
+    for row in rows:
+        result.add_row(str(row["name"]), str(row["class"]), f"{row['parameters']:,}")
+    wide_console().print(result)

@@ -1,0 +1,169 @@
+"use strict";
+// The words beside the picture. Names are untrusted: text nodes only.
+const graphPanel = (() => {
+  const { sizes, isBox, every } = graphModel;
+  const at = id => document.getElementById(id);
+  const full = value => value.toLocaleString("en-US");
+
+  function make(tag, name, text, parent) {
+    const element = document.createElement(tag);
+    if (name) element.className = name;
+    if (text !== undefined) element.textContent = text;
+    if (parent) parent.append(element);
+    return element;
+  }
+  function button(name, text, parent, action) {
+    const element = make("button", name, text, parent);
+    element.type = "button";
+    element.addEventListener("click", action);
+    return element;
+  }
+  function terms(parent, pairs) {
+    const list = make("dl", "", undefined, parent);
+    for (const [name, value] of pairs) {
+      if (value === undefined || value === "") continue;
+      make("dt", "", name, list);
+      make("dd", "", String(value), list);
+    }
+  }
+  function bar(parent, kept, size, what) {
+    const share = size ? kept / size : 1, outer = make("div", "bar", undefined, parent);
+    outer.setAttribute("role", "img");
+    outer.setAttribute("aria-label", `${Math.round(100 * share)}% of the ${what} kept`);
+    make("i", "", undefined, outer).style.width = `${100 * share}%`;
+  }
+  const axis = (dim, rank) => rank < 2 ? "entries" : dim === 0 ? "rows" : dim === 1 && rank === 2 ? "columns" : `dim ${dim}`;
+
+  function group(model, g, act) {
+    const found = model.data.groups[g], panel = clear(), planned = found.planned;
+    const head = make("h2", "", undefined, panel);
+    make("span", `dot ${found.kind}`, "", head).setAttribute("aria-hidden", "true");
+    make("span", "", found.name, head);
+    make("p", "dim", `Group of kind ${found.kind}: all of this goes together or stays.`, panel);
+    terms(panel, [["units", full(found.size)], ["blocks", found.blocks > 1 ? `${found.blocks}, each keeps equally many` : "1"],
+      ["symmetry", found.symmetry], ["kept", planned ? `${full(found.kept)} of ${full(found.size)}` : undefined],
+      ...Object.entries(found.figures || {}).map(([name, value]) => [name.replaceAll("_", " "), Number(value).toPrecision(3)]),
+      ["reason", found.reason]]);
+    if (planned) bar(panel, found.kept, found.size, "units");
+    weights(model, panel, "Weights that hold it", found.members, act);
+    users(model, panel, found, act);
+  }
+
+  function weights(model, panel, title, members, act) {
+    make("h3", "", `${title} (${members.length})`, panel);
+    const list = make("ul", "rows", undefined, panel);
+    for (const member of members.slice(0, 200)) {
+      const item = make("li", "", undefined, list), parameter = model.parameterOf.get(member.parameter);
+      button("link", member.parameter, item, () => act.parameter(member.parameter));
+      const shape = parameter.shape.length ? parameter.shape.join(" × ") : "buffer";
+      const small = parameter.after.join() !== parameter.shape.join() ? ` → ${parameter.after.join(" × ")}` : "";
+      make("div", "dim", `${shape}${small} · ${axis(member.dim, parameter.shape.length)} ${member.rows}`
+        + (member.unit ? ` · unit 0 owns ${member.unit}` : ""), item);
+    }
+    if (members.length > 200) make("li", "dim", `and ${members.length - 200} more`, list);
+  }
+
+  function users(model, panel, found, act) {
+    if (!found.consumers.length) return;
+    make("h3", "", `Summed away by (${found.consumers.length})`, panel);
+    const list = make("ul", "rows", undefined, panel);
+    for (const user of found.consumers.slice(0, 200)) {
+      const item = make("li", "", undefined, list);
+      if (user.parameter) button("link", user.parameter, item, () => act.parameter(user.parameter));
+      else make("span", "", `${user.node}, between two activations`, item);
+      make("div", "dim", [user.module, user.line].filter(Boolean).join(" · "), item);
+    }
+  }
+
+  // What can be pruned first.
+  function byKind(model, held) {
+    const rank = ({ g }) => graphDraw.KINDS.indexOf(model.data.groups[g].kind);
+    return [...held].sort((a, b) => rank(a) - rank(b));
+  }
+
+  function parameter(model, name, act) {
+    const found = model.parameterOf.get(name), panel = clear(), held = byKind(model, model.groupsOf.get(name) || []);
+    make("h2", "", name, panel);
+    const before = found.shape.join(" × "), after = found.after.join(" × ");
+    terms(panel, [["shape", found.shape.length ? before : "a buffer"], ["after", after === before ? "" : after]]);
+    make("h3", "", held.length ? "Its dims belong to" : "No group holds it", panel);
+    const list = make("ul", "rows", undefined, panel);
+    for (const { g, member } of held) {
+      const item = make("li", "", undefined, list), group = model.data.groups[g];
+      chip(model, g, item, act);
+      make("div", "dim", `${axis(member.dim, found.shape.length)} ${member.rows}`
+        + (group.reason ? ` · ${group.reason}` : ""), item);
+      const others = group.members.filter(other => other.parameter !== name);
+      if (!others.length) continue;
+      const most = group.kind === "frozen" || group.kind === "width" ? 3 : 12;
+      make("div", "dim", others.length > most ? `with ${others.length} others, some of them` : "with", item);
+      for (const other of others.slice(0, most)) {
+        button("link", other.parameter, make("div", "", undefined, item), () => act.parameter(other.parameter));
+      }
+    }
+  }
+
+  function chip(model, g, parent, act) {
+    const found = model.data.groups[g];
+    const share = found.planned ? ` · ${Math.round(100 * found.kept / found.size)}% kept` : "";
+    const element = button("chip", undefined, parent, () => act.group(g));
+    make("span", `dot ${found.kind}`, "", element).setAttribute("aria-hidden", "true");
+    make("span", "", `${found.name} · ${full(found.size)}${share}`, element);
+    return element;
+  }
+
+  function node(model, chosen, act) {
+    const panel = clear(), { before, after } = sizes(chosen);
+    make("h2", "", chosen.path || chosen.name, panel);
+    if (chosen.kind === "op") terms(panel, [["operation", chosen.name], ["line", chosen.line]]);
+    else terms(panel, [["parameters", full(before)], ["after", after === before ? "" : full(after)]]);
+    if (before && model.data.planned) bar(panel, after, before, "parameters");
+    if (chosen.kind === "fold") make("p", "dim", `${chosen.children.length} modules of the same form.`, panel);
+    for (const held of chosen.parameters || []) {
+      const item = make("div", "", undefined, panel);
+      button("link", held.name, item, () => act.parameter(held.name));
+      make("span", "dim", "  " + held.shape.join(" × "), item);
+    }
+    const names = new Set(), found = new Set();
+    every(chosen, below => (below.parameters || []).forEach(p => names.add(p.name)));
+    for (const name of names) (model.groupsOf.get(name) || []).forEach(({ g }) => found.add(g));
+    if (chosen.kind === "op") model.data.groups.forEach((group, g) => group.consumers.some(c => c.node === chosen.name) && found.add(g));
+    if (found.size) make("h3", "", `Groups (${found.size})`, panel);
+    const list = make("div", "chips", undefined, panel);
+    [...found].slice(0, 100).forEach(g => chip(model, g, list, act));
+    return [...found];
+  }
+
+  function clear() {
+    at("detail").replaceChildren();
+    return at("detail");
+  }
+
+  function welcome(model) {
+    const panel = clear();
+    make("h2", "", "What goes together", panel);
+    make("p", "", "Every box is a module, every card holds weights. A band joins the weights whose rows make an axis to those "
+      + "whose columns sum it away: its units can only be removed from all of them at once.", panel);
+    make("p", "dim", "Click a card, a band or a group. Double-click a module to open or close it.", panel);
+  }
+
+  // One checkbox for each kind: its bands are drawn or not.
+  function legend(counts, hidden, changed) {
+    const texts = { chain: "chain: exact to remove, repaired", bilinear: "bilinear: two activations meet (Q·K)",
+      head: "head: whole heads or experts", width: "width: the residual stream", frozen: "frozen: never removed" };
+    for (const kind of graphDraw.KINDS) {
+      const item = make("label", "", undefined, make("li", "", undefined, at("legend"))), box = make("input", "", undefined, item);
+      box.type = "checkbox";
+      box.checked = !hidden.has(kind);
+      box.disabled = kind === "frozen";
+      box.addEventListener("change", () => { hidden[box.checked ? "delete" : "add"](kind); changed(); });
+      make("span", `dot ${kind}`, "", item).setAttribute("aria-hidden", "true");
+      make("span", "", `${texts[kind]} (${counts[kind] || 0})`, item);
+    }
+    make("li", "swatch member", "owns the chosen group", at("legend"));
+    make("li", "swatch consumer", "sums it away", at("legend"));
+    make("li", "dim", "grey right part of a card: removed share", at("legend")).hidden = !counts.planned;
+  }
+
+  return { group, parameter, node, welcome, legend, chip, make, button, at, full };
+})();

@@ -1,0 +1,77 @@
+"""What all commands share: arguments, consoles, progress, figures as text or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import models_zoo
+from passes.errors import ConfigError
+
+from .demo import progress_bar
+from .jsontext import to_json
+
+
+def known_models(incomplete: str) -> list[str]:
+    """What a shell offers for MODEL."""
+    return [f"zoo:{n}" for n in models_zoo.names() if f"zoo:{n}".startswith(incomplete)]
+
+
+MODEL_HELP = "zoo:NAME, folder, package.module:factory or hub id"
+DATA_HELP = (
+    "a text, jsonl or parquet file, a folder of texts or images, wikitext2, c4, ptb, owner/name, "
+    "package.module:factory"
+)
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=known_models)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Length = Annotated[int, typer.Option(help="Tokens per window of text.", min=2)]
+Windows = Annotated[int, typer.Option(help="Windows of text, or images, at most.", min=1)]
+
+
+def wide_console(stderr: bool = False) -> Console:
+    """Off a terminal, lines are wide enough for the tables."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, 140))
+
+
+@contextmanager
+def stages(first: str) -> Iterator[Any]:
+    """A bar on stderr, with what is being done, how far, for how long; silent off a terminal."""
+    with progress_bar(wide_console(stderr=True)) as bars:
+        task = bars.add_task(first, total=None)
+
+        def progress(stage: str, done: int = 0, total: int | None = None) -> None:
+            bars.update(task, completed=done, total=total, description=stage)
+
+        yield progress
+
+
+def writable(path: Path) -> None:
+    """Refuse a path in a folder that is not there, before any work is done."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: no folder {path.parent} · help: create it first")
+
+
+def show(figures: dict[str, Any], json: bool) -> None:
+    """Figures by name, as lines or as JSON."""
+    if json:
+        print(to_json(figures, indent=1))
+        return
+    for name, value in figures.items():
+        text = (
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:.4g}"
+            if isinstance(value, float)
+            else str(value)
+        )
+        wide_console().print(f"{escape(name.replace('_', ' '))}: {escape(text)}")

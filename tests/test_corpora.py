@@ -1,0 +1,167 @@
+"""Data: every form that the command line takes, and what it says when one is wrong."""
+
+import json
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+import torch
+
+import fasp_graph as fg
+from fasp_graph import corpora, data
+
+
+def letters(text, **_):
+    """A tokenizer of one id per character."""
+    return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.fixture
+def target():
+    model = torch.nn.Embedding(300, 4)
+    inputs = {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
+    return data.Target("mine", model, inputs, tokenizer=letters)
+
+
+def test_text_comes_from_files_and_folders(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n{"text": "three", "more": 1}\n')
+    parquet.write_table(pyarrow.table({"text": ["four", "", "five"]}), tmp_path / "c.parquet")
+    (tmp_path / "d.bin").write_bytes(b"\0")
+
+    assert corpora.text_of(str(tmp_path / "a.txt")) == "one"
+    assert corpora.text_of(str(tmp_path / "b.jsonl")) == "two\n\nthree"
+    assert corpora.text_of(str(tmp_path)) == "one\n\ntwo\n\nthree\n\nfour\n\nfive"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "holds no text"),
+        ("a.jsonl", b"{", "a.jsonl:1 is not JSON"),
+        ("a.jsonl", b'{"words": 1}', "no key `text`"),
+        ("a.parquet", b"no", "is not parquet"),
+        ("a.png", b"", "is an image"),
+    ],
+)
+def test_wrong_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(fg.FaspGraphError, match=message):
+        corpora.text_of(str(tmp_path / name))
+
+
+def test_a_missing_file_and_a_parquet_without_text(tmp_path):
+    parquet.write_table(pyarrow.table({"words": ["x"]}), tmp_path / "c.parquet")
+
+    with pytest.raises(fg.FaspGraphError, match="cannot read .*none.txt"):
+        corpora.text_of(str(tmp_path / "none.txt"))
+    with pytest.raises(fg.FaspGraphError, match="no column `text` but words"):
+        corpora.text_of(str(tmp_path / "c.parquet"))
+
+
+@pytest.mark.parametrize("source", ["wikitext2", "c4", "ptb", "someone/texts"])
+def test_the_hub_is_asked_for_the_usual_split(monkeypatch, source):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options["split"]))
+        return [{"text": "words", "sentence": "words"}, {"text": "", "sentence": ""}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    assert corpora.text_of(source) == corpora.text_of(source, evaluation=True) == "words"
+    assert [split for _, split in asked][0] == "train"
+    assert asked[1][1] == ("validation" if source == "c4" else "test")
+
+
+def test_without_a_network_the_error_says_what_to_pass(monkeypatch, target):
+    import datasets
+
+    def refused(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+
+    with pytest.raises(fg.FaspGraphError, match="pass a local .txt, .jsonl or .parquet"):
+        data.calibration_batches(target, "wikitext2", 8, 4)
+
+
+def test_windows_spread_over_the_text(tmp_path, target):
+    (tmp_path / "text.txt").write_text("abcdefgh" * 8)
+
+    rows = data.text_windows(tmp_path / "text.txt", letters, 10, 3)
+    assert rows.shape == (3, 10) and rows[0, :3].tolist() == [97, 98, 99]
+    batches = data.calibration_batches(target, str(tmp_path / "text.txt"), 6, 9)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(8, 6), (1, 6)]
+    with pytest.raises(fg.FaspGraphError, match="longer text"):
+        data.text_windows(tmp_path / "text.txt", letters, 65)
+
+
+def test_factories_give_batches_and_tokens(tmp_path, monkeypatch, target):
+    (tmp_path / "my_data.py").write_text(
+        "import torch\n"
+        "def batches():\n    yield {'input_ids': torch.zeros(1, 5, dtype=torch.long)}\n"
+        "def tokens():\n    return torch.zeros(3, 7, dtype=torch.long)\n"
+        "def wrong():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    (batch,) = data.calibration_batches(target, "my_data:batches", 8, 4)
+    assert batch["input_ids"].shape == (1, 5)
+    assert data.heldout_tokens(target, "my_data:tokens", 8, 4).shape == (3, 7)
+    with pytest.raises(fg.FaspGraphError, match="must return tokens"):
+        data.heldout_tokens(target, "my_data:wrong", 8, 4)
+
+
+def test_a_folder_of_images(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    for number in range(3):
+        image.new("RGB", (9, 7), (255, 0, 51)).save(tmp_path / f"{number}.png")
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 1.0, 0.1]})
+    )
+    pixels = data._pixels(tmp_path)
+    target = data.Target("v", torch.nn.Flatten(), torch.zeros(2, 3, 4, 6), pixels=pixels)
+
+    (batch,) = data.calibration_batches(target, str(tmp_path), 8, 2)
+
+    assert batch.shape == (2, 3, 4, 6)
+    assert batch[0, :, 0, 0].tolist() == pytest.approx([1.0, -0.5, -3.0])
+    ids = data.Target("t", torch.nn.Flatten(), {"input_ids": torch.zeros(2, 3)})
+    with pytest.raises(fg.FaspGraphError, match="takes no images"):
+        data.calibration_batches(ids, str(tmp_path), 8, 2)
+
+
+def test_a_factory_that_fails_or_returns_something_else(tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(
+        "import torch\n"
+        "def fails():\n    raise IndexError('out of layers')\n"
+        "def alone():\n    return torch.nn.Linear(2, 2)\n"
+        "def swapped():\n    return torch.zeros(2, 2), torch.nn.Linear(2, 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    for name, message in (
+        ("fails", "failed: IndexError: out of layers"),
+        ("alone", "must return"),
+        ("swapped", "not a torch.nn.Module"),
+        ("absent", "cannot import"),
+    ):
+        with pytest.raises(fg.FaspGraphError, match=message):
+            data.load_target(f"my_models:{name}")
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(fg.FaspGraphError, match="no config.json"):
+        data.load_target(str(tmp_path))
+
+
+def test_a_model_whose_inputs_cannot_be_guessed():
+    model = SimpleNamespace(main_input_name="input_values", config=None)
+
+    with pytest.raises(fg.FaspGraphError, match="package.module:factory"):
+        data._example(model)

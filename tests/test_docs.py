@@ -1,0 +1,61 @@
+"""The documentation: its Python runs, its links and references hold, its commands exist."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fasp_graph import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def blocks(page, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT / "docs"))
+)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page are one program; they state by assert what the text claims."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "docs"}
+
+    for number, block in enumerate(blocks(page), 1):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+
+    assert any("assert" in block for block in blocks(page))
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("mkdocs", "material", "mkdocstrings"))),
+    reason="the documentation's tools are not installed: pip install -e '.[docs]'",
+)
+def test_the_site_builds_without_warnings(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site/reference/index.html").read_text().count("fasp_graph.") > 5
+
+
+def test_commands_in_the_pages_exist():
+    known = {command.name for command in cli.app.registered_commands}
+    named = {
+        match
+        for page in PAGES
+        for match in re.findall(r"^ {4}fasp-graph ([a-z]+)\b", page.read_text(), re.M)
+    }
+
+    assert named == known
+
+
+def test_links_between_pages_hold():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"

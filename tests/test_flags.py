@@ -1,0 +1,82 @@
+"""Flags from fields, options from files."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+import fasp_graph as fg
+from fasp_graph import flags
+
+
+def test_every_field_has_a_flag_and_a_meaning():
+    docs = flags.field_docs(fg.Config.__doc__)
+
+    added = flags.config_parameters(set())
+    assert [p.name for p in added] == [field.name for field in dataclasses.fields(fg.Config)]
+    assert all(p.default is None for p in added)
+    assert set(docs) == {field.name for field in dataclasses.fields(fg.Config)}
+
+
+def test_a_meaning_may_go_on_and_stand_after_one_space():
+    text = (
+        "Options.\n\n    sparsity share\n        of sparsity\n    kinds    what\n\n    seed  last"
+    )
+
+    assert flags.field_docs(text) == {
+        "sparsity": "share of sparsity",
+        "kinds": "what",
+        "seed": "last",
+    }
+
+
+def test_a_flag_may_not_hide_an_argument():
+    with pytest.raises(TypeError, match="Config.sparsity would hide"):
+        flags.config_parameters({"sparsity"})
+
+
+@pytest.mark.parametrize(
+    ("hint", "text", "value"),
+    [
+        (str | None, "none", "none"),
+        (float | str, "0.5", 0.5),
+        (dict[str, float], "{'a': 1}", {"a": 1}),
+        (dict[str, float], "not python", "not python"),
+        (tuple[str, ...], ["a", "b"], ("a", "b")),
+        (int, 3, 3),
+    ],
+)
+def test_values_take_the_type_of_the_field(hint, text, value):
+    assert flags._value(hint, text) == value
+
+
+def test_the_command_keeps_its_own_arguments():
+    @flags.with_config_flags
+    def command(model: str, **given):
+        pass
+
+    names = list(inspect.signature(command).parameters)
+    assert names[:2] == ["model", "sparsity"]
+
+
+def test_a_file_and_flags_make_a_config(tmp_path):
+    (tmp_path / "a.toml").write_text('sparsity = 0.4\nmin-keep = 2\nkinds = ["chain", "bilinear"]')
+
+    found = flags.config_from(tmp_path / "a.toml", {"sparsity": 0.1, "method": None})
+
+    assert found == fg.Config(sparsity=0.1, min_keep=2, kinds=("chain", "bilinear"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sparsty = 0.4", "sets 'sparsty'.*try sparsity"),
+        ("sparsity = ", "is not TOML"),
+        ('sparsity = "much"', "wrong type"),
+    ],
+)
+def test_wrong_files(tmp_path, text, message):
+    (tmp_path / "a.toml").write_text(text)
+
+    with pytest.raises(fg.FaspGraphError, match=message):
+        flags.config_from(tmp_path / "a.toml", {})

@@ -1,0 +1,237 @@
+"""The page in a real headless Chromium: it loads, answers clicks and keys, and stays fast."""
+
+from types import SimpleNamespace
+
+import browser as chromium
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fasp_graph as fg
+import models_zoo
+from fasp_graph import view
+from passes.groups import Consumer, DependencyGraph, Group, Layer, Member
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+HOSTILE = "</script><img src=x onerror=alert(1)>&"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    driver = chromium.start()
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    entry = models_zoo.load("llama-random")
+    return fg.prune(entry.model, entry.inputs, entry.calibration, fg.Config(sparsity=0.3))
+
+
+@pytest.fixture
+def show(browser, tmp_path, request):
+    """Opens a page; at the end of the test the console must be silent. A picture stays behind."""
+
+    def opened(deps, *rest):
+        browser.get(view.to_html(deps, tmp_path / "graph.html", *rest).as_uri())
+        return browser
+
+    yield opened
+    chromium.picture(browser, request.node.name)
+    assert browser.get_log("browser") == []
+
+
+def find(browser, selector):
+    return browser.find_elements("css selector", selector)
+
+
+def rows(browser):
+    return [row.text for row in find(browser, "#outline [role=treeitem]")]
+
+
+def centre(browser, node):
+    """Where a node of the picture stands on the screen."""
+    return browser.execute_script(
+        "const p = faspGraph.cy.getElementById(arguments[0]).renderedPosition();"
+        "const r = document.getElementById('picture').getBoundingClientRect();"
+        "return [r.x + p.x, r.y + p.y];",
+        node,
+    )
+
+
+def click_at(browser, node, times=1):
+    actions = webdriver.ActionChains(browser)
+    x, y = centre(browser, node)
+    actions.w3c_actions.pointer_action.move_to_location(round(x), round(y))
+    for _ in range(times):
+        actions.w3c_actions.pointer_action.click()
+    actions.perform()
+
+
+def lit(browser, name):
+    return set(
+        browser.execute_script(
+            f"return faspGraph.cy.nodes('.{name}').map(node => node.id().slice(2))"
+        )
+    )
+
+
+def test_a_click_on_a_weight_lights_what_goes_with_it(show, pruned):
+    browser = show(pruned.deps, pruned.plan, pruned.report)
+
+    click_at(browser, "m:model.layers.0.mlp.gate_proj")
+
+    mlp = "model.layers.0.mlp."
+    assert lit(browser, "member") == {mlp + "gate_proj", mlp + "up_proj"}
+    assert lit(browser, "consumer") == {mlp + "down_proj"}
+    detail = find(browser, "#detail")[0].text
+    assert mlp + "gate_proj.weight" in detail and "rows 0-79" in detail and "51 × 48" in detail
+    assert mlp + "up_proj.weight" in detail
+
+
+def test_a_click_on_a_group_tells_all_about_it(show, pruned):
+    browser = show(pruned.deps, pruned.plan, pruned.report)
+
+    find(browser, "#groups .chip")[0].click()
+
+    group = next(group for group in pruned.deps.groups if group.kind == "chain")
+    detail = find(browser, "#detail")[0].text
+    assert group.name in detail and group.symmetry in detail
+    assert f"{len(pruned.plan.kept[group.name])} of {group.size}" in detail
+    assert "error after" in detail and group.consumers[0].line in detail
+    assert all(member.parameter in detail for member in group.members)
+
+
+def test_a_frozen_group_says_why(show, pruned):
+    browser = show(pruned.deps)
+    frozen = next(group for group in pruned.deps.groups if group.kind == "frozen")
+
+    find(browser, "#search")[0].send_keys(frozen.name)
+    find(browser, "#found .hit")[0].click()
+
+    assert frozen.reason in find(browser, "#detail")[0].text
+
+
+def test_search_finds_groups_weights_and_modules_and_escape_clears(show, pruned):
+    browser = show(pruned.deps)
+    body = find(browser, "body")[0]
+
+    body.send_keys("/")
+    browser.switch_to.active_element.send_keys("o_proj")
+    hits = [hit.text.split("\n") for hit in find(browser, "#found .hit")]
+    assert {kind for kind, _ in hits} == {"weight"} and all("o_proj" in name for _, name in hits)
+    browser.switch_to.active_element.send_keys(webdriver.Keys.ESCAPE)
+
+    assert not find(browser, "#found")[0].is_displayed()
+    assert find(browser, "#outline")[0].is_displayed()
+
+
+def test_the_outline_is_driven_by_keys(show, pruned):
+    browser = show(pruned.deps)
+    before = rows(browser)
+    find(browser, "#outline [role=treeitem]")[0].click()
+
+    browser.switch_to.active_element.send_keys(webdriver.Keys.ARROW_LEFT)
+
+    closed = rows(browser)
+    assert len(closed) < len(before)
+    assert browser.switch_to.active_element.get_attribute("aria-expanded") == "false"
+    browser.switch_to.active_element.send_keys(webdriver.Keys.ARROW_RIGHT)
+    assert rows(browser) == before
+    names = [element.accessible_name for element in find(browser, "button, input, select, [role]")]
+    assert all(names)
+
+
+def test_a_double_click_closes_and_opens_a_module(show, pruned):
+    browser = show(pruned.deps)
+    drawn = "return faspGraph.cy.nodes().length"
+    before = browser.execute_script(drawn)
+
+    find(browser, "#close")[0].click()
+    closed = browser.execute_script(drawn)
+    click_at(browser, "m:model", times=2)
+
+    assert closed < browser.execute_script(drawn) < before
+
+
+def test_a_fold_is_turned_by_keys_and_spread_by_a_double_click(show):
+    browser = show(many_layers(4))
+    body = find(browser, "body")[0]
+    drawn = "return faspGraph.cy.nodes().map(node => node.id())"
+    assert "m:net.0.part0.a" in browser.execute_script(drawn)
+
+    body.send_keys("]")
+    turned = browser.execute_script(drawn)
+    browser.execute_script("faspGraph.cy.zoom(0.5); faspGraph.cy.center()")
+    body.send_keys("[")
+    back = browser.execute_script(drawn)
+    find(browser, "#outline .twist")[1].click()
+
+    assert "m:net.1.part0.a" in turned and "m:net.0.part0.a" not in turned
+    assert "m:net.0.part0.a" in back
+    assert {"m:net.0", "m:net.3"} <= set(browser.execute_script(drawn))
+
+
+def test_dark_and_light(show, pruned):
+    browser = show(pruned.deps)
+    first = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    find(browser, "#theme")[0].click()
+
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") != first
+
+
+def test_hostile_names_are_only_text(show):
+    model = nn.Sequential()
+    model.add_module(HOSTILE, nn.Linear(5, 8))
+    model.add_module("act", nn.ReLU())
+    model.add_module("out", nn.Linear(8, 3))
+
+    browser = show(fg.analyze(model, torch.randn(3, 5)))
+
+    assert HOSTILE in rows(browser) and not find(browser, "img")
+
+
+def many_layers(layers, width=8):
+    """A graph of layers * 100 parameters, as `analyze` would give for a very deep model."""
+    each = np.arange(width)[:, None]
+    names = [f"net.{k}.part{j}.{w}" for k in range(layers) for j in range(50) for w in ("a", "b")]
+    groups = tuple(
+        Group(
+            name=f"{up}.0",
+            kind="chain",
+            symmetry="permutation",
+            size=width,
+            blocks=1,
+            members=(Member(f"{up}.weight", 0, each), Member(f"{down}.weight", 1, each)),
+            consumers=(Consumer(f"linear_{k}", f"{down}.weight", 1, f"module {down}"),),
+            reason="",
+            block_of=np.zeros(width, int),
+        )
+        for k, (up, down) in enumerate(zip(names[::2], names[1::2], strict=True))
+    )
+    shapes = {f"{name}.weight": (width, width) for name in names}
+    layer = Layer(SimpleNamespace(sites=[]), np.zeros(0))
+    return DependencyGraph(groups, shapes, (layer,))
+
+
+def test_ten_thousand_weights_are_folded(show):
+    browser = show(many_layers(100))
+
+    assert browser.execute_script("return faspGraph.model.parameterOf.size") == 10_000
+    assert browser.execute_script("return faspGraph.cy.nodes().length") < 300
+    find(browser, "#search")[0].send_keys("net.57.part3.b.weight")
+    find(browser, "#found .hit")[0].click()
+    assert lit(browser, "chosen") == {"net.57.part3.b"}
+    assert lit(browser, "member") == {"net.57.part3.a"}
+
+
+def test_a_notebook_frame_draws(browser, pruned, tmp_path):
+    (tmp_path / "notebook.html").write_text(view.show(pruned.deps)._repr_html_(), encoding="utf-8")
+    browser.get((tmp_path / "notebook.html").as_uri())
+
+    browser.switch_to.frame(find(browser, "iframe")[0])
+
+    assert find(browser, "canvas") and rows(browser)

@@ -1,0 +1,129 @@
+"""What a newcomer does with the README alone: real processes, a real browser, ONNX Runtime.
+
+bundled model -> a Hugging Face folder -> a model of one's own -> graph, report, ONNX
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import browser as chromium
+import onnxruntime
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STORIES = ROOT.parent / "shared/assets/stories260K-hf"
+TALES = ROOT.parent / "shared/assets/text/tinystories.txt"
+MINE = """
+import torch
+from torch import nn
+
+class Mixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.gate = nn.Linear(10, 48), nn.Linear(10, 48)
+        self.back, self.head = nn.Linear(48, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.head(x + self.back(torch.tanh(self.inside(x)) * self.gate(x)))
+
+def build():
+    torch.manual_seed(0)
+    return Mixer(), torch.randn(5, 10), [torch.randn(64, 10) for _ in range(2)]
+"""
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """An empty folder to work in."""
+    return tmp_path_factory.mktemp("newcomer")
+
+
+def say(desk, *words):
+    """Run the command line in a process of its own; its JSON."""
+    variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "fasp_graph.cli", *map(str, words), "--json"],
+        cwd=desk,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_1_the_bundled_model(desk):
+    models = {row["name"] for row in say(desk, "zoo")}
+    assert "zoo:opt" in models
+
+    found = say(desk, "prune", "zoo:opt", "--sparsity", 0.2, "--output", "bundled")
+
+    assert found["params_after"] < found["params_before"]
+    assert found["perplexity_before"] < found["perplexity_after"] < 2 * found["perplexity_before"]
+    again = say(desk, "eval", "bundled", "--data", ROOT / "passes", "--length", 64)
+    assert again["parameters"] == found["params_after"]
+    assert again["perplexity"] < 200
+
+
+def folders():
+    """A Hugging Face folder that is always there, and a trained one of others."""
+    yield pytest.param(ROOT / "models_zoo/data/llama", ROOT / "passes", id="bundled")
+    absent = pytest.mark.skipif(not STORIES.is_dir(), reason="the shared assets are not here")
+    yield pytest.param(STORIES, TALES, id="stories", marks=absent)
+
+
+@pytest.mark.parametrize(("folder", "text"), folders())
+def test_2_a_hugging_face_folder(desk, folder, text):
+    asked = ("prune", folder, "--calibration", text, "--evaluation", text, "--length", 128)
+    asked += ("--method", "fasp")
+    plan = say(desk, *asked, "--sparsity", 0.2, "--dry-run")
+
+    found = say(desk, *asked, "--sparsity", 0.2, "--windows", 16, "--output", "folder")
+
+    assert found["params_after"] == plan["params_after"]
+    assert found["perplexity_after"] < 2 * found["perplexity_before"]
+
+
+def test_3_a_model_of_ones_own(desk):
+    (desk / "mine.py").write_text(MINE)
+
+    (desk / "options.toml").write_text('sparsity = 0.5\nrestore = "affine"\n')
+    found = say(desk, "prune", "mine:build", "--config", "options.toml", "--output", "own")
+
+    assert found["params_after"] < 0.7 * found["params_before"]
+    assert found["verify_max_error"] < 1e-9
+
+
+def test_4_the_graph_and_the_report_in_a_browser(desk):
+    say(desk, "inspect", "mine:build", "--html", "graph.html")
+    driver = chromium.start()
+    try:
+        driver.get((desk / "graph.html").as_uri())
+        driver.find_element("css selector", "#groups .chip").click()
+        detail = driver.find_element("id", "detail").text
+        assert "inside.weight" in detail and "gate.weight" in detail and "mine.py:12" in detail
+        chromium.picture(driver, "walkthrough-graph")
+        driver.get((desk / "own/report.html").as_uri())
+        page = driver.find_element("tag name", "body").text
+        assert "Before and after" in page and "Left alone, and why" in page
+        chromium.picture(driver, "walkthrough-report")
+        assert driver.get_log("browser") == []
+    finally:
+        driver.quit()
+
+
+def test_5_the_result_in_onnx_runtime(desk):
+    say(desk, "export", "bundled", "bundled.onnx")
+
+    session = onnxruntime.InferenceSession(str(desk / "bundled.onnx"))
+    names = {held.name: held.shape for held in session.get_inputs()}
+    ids = [[5, 6, 7, 8]]
+    feed = {name: [[1] * 4] if "mask" in name else ids for name in names}
+    logits = session.run(None, feed)[0]
+
+    assert logits.shape[:2] == (1, 4)
+    rows = say(desk, "bench", "zoo:opt", "bundled", "--runs", 2, "--no-memory")
+    assert rows[2]["flops"] < rows[0]["flops"]
