@@ -67,9 +67,13 @@ def _aliases(node: Node) -> bool:
 
 
 def _fresh(node: Node) -> bool:
+    """The result is new memory, or the only view of new memory."""
     if node.op != "call_function":
         return False
-    return not _aliases(node)
+    if not _aliases(node):
+        return True
+    source = node.args[0] if node.args else None
+    return isinstance(source, Node) and len(source.users) == 1 and _fresh(source)
 
 
 def _unseen(target: Node, write: Node, order: dict[Node, int]) -> bool:
