@@ -165,7 +165,8 @@ def why(row: dict[str, Any]) -> str:
     if failed:
         return failed[0]
     short = [f"{k} {h}/{n} with a chain" for k, (h, n) in row.get("layers", {}).items() if h < n]
-    return f"{', '.join(short)}; frozen: {row.get('frozen', {})}" if short else ""
+    held = [reason for kind in ("frozen", "width") for reason in row.get(kind, {})]
+    return f"{', '.join(short)}; held by: {'; '.join(held)}" if short else ""
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

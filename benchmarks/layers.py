@@ -65,9 +65,10 @@ def _mlp_outputs(module: GraphModule) -> Iterator[Node]:
     known: dict[Node, Traced] = {}
     for node in module.graph.nodes:  # in order: what a node needs is known before it
         known[node] = _traced(node, known)
-        if op_name(node) in CONTRACTIONS and isinstance(node.args[0], Node):
-            if known[node.args[0]].sources and known[node.args[0]].curved:
-                yield node
+        if op_name(node) not in CONTRACTIONS or not isinstance(node.args[0], Node):
+            continue
+        if known[node.args[0]].sources and known[node.args[0]].curved:
+            yield node
 
 
 @dataclass(frozen=True)
