@@ -68,6 +68,7 @@ class Policy:
     image: bool = True
     experts: bool = True
     equal_heads: bool = False  # `heads` heads everywhere
+    fill: bool = False  # give a value to what the default configuration leaves at None
 
 
 POLICIES = (
@@ -80,6 +81,7 @@ POLICIES = (
     Policy(width=64, image=False, positions=False, equal_heads=True),
     Policy(width=64, positions=False, image=False, vocabulary=False),
     Policy(width=128, layers=4, positions=False, image=False, vocabulary=False, experts=False),
+    Policy(fill=True),
     Policy(width=0, layers=2, positions=False, image=False),
     Policy(width=0, layers=8, positions=False, image=False, vocabulary=False, experts=False),
 )
@@ -155,7 +157,17 @@ class _Shrink:
     def mapping(self, tree: dict[str, Any]) -> dict[str, Any]:
         heads = self.heads(tree)
         kept = self._kept_layers(tree)
-        return {name: self.value(name, value, heads, kept) for name, value in tree.items()}
+        small = {name: self.value(name, value, heads, kept) for name, value in tree.items()}
+        return small | self._filled(small) if self.policy.fill else small
+
+    def _filled(self, small: dict[str, Any]) -> dict[str, Any]:
+        """What a configuration leaves open though its model does not: the usual meaning of it."""
+        heads, width = small.get("num_attention_heads"), small.get("hidden_size")
+        if not isinstance(heads, int) or not isinstance(width, int):
+            return {}
+        usual = {"num_key_value_heads": heads, "head_dim": width // heads}
+        usual |= dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 8)
+        return {name: usual[name] for name in usual if small.get(name, 0) is None}
 
     def heads(self, tree: dict[str, Any]) -> int:
         """s_h: all head counts above one stay at two or more."""
@@ -190,7 +202,8 @@ class _Shrink:
     def _kept_layers(self, tree: dict[str, Any]) -> tuple[int, list[int]]:
         """The old count of layers and those that stay: every kind of layer is among them."""
         counts = [v for n, v in tree.items() if _is_layers(n) and isinstance(v, int) and v > 2]
-        total = max(counts, default=0)
+        named = tree.get("num_hidden_layers")
+        total = named if isinstance(named, int) and named > 2 else max(counts, default=0)
         first: dict[Any, int] = {}
         for value in tree.values():
             if isinstance(value, list) and len(value) == total:
@@ -294,7 +307,7 @@ class _Shrink:
         if total and len(value) == total and chosen:
             return [self._item(name, value[k], heads, kept) for k in chosen]
         if _is_layers(name) or words & {"repeats"}:
-            return [min(v, 2) if isinstance(v, int) else v for v in value]
+            return [min(v, self.policy.layers) if isinstance(v, int) else v for v in value]
         return [self._item(name, v, heads, kept) for v in value]
 
     def _item(self, name: str, value: Any, heads: int, kept: tuple[int, list[int]]) -> Any:
