@@ -15,7 +15,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
+
+from transformers import ResNetConfig
 
 
 def _words(text: str) -> frozenset[str]:
@@ -98,13 +101,22 @@ def _rebuilt(config: Any, shrink: _Shrink) -> Any:
     plain = shrink.mapping(_own(config))
     for name, value in vars(config).items():
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
-            plain[name] = _rebuilt(value, shrink)
+            plain[name] = _rebuilt(_own_library(value), shrink)
     stages = getattr(config, "out_indices", None)
     if stages and getattr(config, "stage_names", None):
         plain["out_indices"] = shrink.stages(
             list(stages), len(config.stage_names) - 1, _own(config)
         )
     return type(config)(**plain)
+
+
+def _own_library(config: Any) -> Any:
+    """A backbone of a library that is not installed gives way to a ResNet of transformers."""
+    if not config.model_type.startswith("timm") or find_spec("timm"):
+        return config
+    return ResNetConfig(
+        out_indices=[k for k in getattr(config, "out_indices", None) or [4] if k > 0]
+    )
 
 
 def _own(config: Any) -> dict[str, Any]:

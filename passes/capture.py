@@ -11,9 +11,12 @@ analysed but not run; then nothing can be compared, and all axes are static.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
+import io
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -27,7 +30,7 @@ from torch.utils import _pytree as pytree
 from .clean import clean
 from .errors import CaptureError
 from .normalize import normalize
-from .refuse import explain, refuse
+from .refuse import depends_on_data, explain, refuse
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
@@ -86,14 +89,18 @@ def capture(model: nn.Module, inputs: Any, dynamic: bool | None = None) -> Captu
             return _export(model, args, shapes)
         except Exception as failure:  # torch.export raises errors of many unrelated types
             errors.append(failure)
+            if depends_on_data(failure):
+                break  # static sizes will not help
     raise CaptureError(explain(model, errors[-1])) from errors[-1]
 
 
 def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
     compared = has_numbers(model)
     twin = _prepared(copy.deepcopy(model) if compared else fake_twin(model), args)
-    with torch.no_grad():
+    said = io.StringIO()  # where it fails, torch.export dumps the whole graph
+    with torch.no_grad(), contextlib.redirect_stderr(said):
         program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
+    sys.stderr.write(said.getvalue())
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     free = _free_axes(module, args)
