@@ -16,7 +16,7 @@ import copy
 import functools
 import inspect
 import io
-import sys
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -97,10 +97,8 @@ def capture(model: nn.Module, inputs: Any, dynamic: bool | None = None) -> Captu
 def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
     compared = has_numbers(model)
     twin = _prepared(copy.deepcopy(model) if compared else fake_twin(model), args)
-    said = io.StringIO()  # where it fails, torch.export dumps the whole graph
-    with torch.no_grad(), contextlib.redirect_stderr(said):
+    with torch.no_grad(), _quiet():
         program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
-    sys.stderr.write(said.getvalue())
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     free = _free_axes(module, args)
@@ -110,6 +108,18 @@ def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
     else:
         restore_buffers(module, model)
     return Captured(module, args, shapes if free else None, compared)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Where it fails, torch.export logs and prints the whole graph; the error says enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _prepared(twin: nn.Module, args: Args) -> nn.Module:
