@@ -193,9 +193,7 @@ class _Builder:
             return ("frozen" if self.number else "width"), mixed
         if self.number:
             return "head", ""
-        weighed = all(
-            len(s.operands) == 2 and {o.data for o in s.operands} == {True, False} for s in sites
-        )
+        weighed = all(len(s.operands) > 1 and sum(o.data for o in s.operands) == 1 for s in sites)
         return ("chain", "") if weighed else ("bilinear", "")
 
 
@@ -239,9 +237,9 @@ def _blocked_arrays(values: Iterable[object]) -> Iterable[tuple[Tensor, int]]:
 
 def _consumer(site: Site, labels: Labels) -> Consumer:
     parameter, dim = "", -1
-    for operand in site.operands:
+    for operand in sorted(site.operands, key=lambda o: o.labels.dim(), reverse=True):
         source = _owner(labels, operand.labels)
-        if source is not None and not operand.data:
+        if source is not None and not operand.data and not parameter:
             parameter, dim = source.name, source.dim
     return Consumer(site.node.name, parameter, dim, module_of(site.node), user_line(site.node))
 

@@ -121,8 +121,12 @@ def _slice(edit: Edit) -> None:
     if not old:
         return
     steps = set(np.diff(new).tolist())
-    if len(steps) > 1 or not new:
-        raise UnsupportedOp("a slice would become irregular or empty")
+    if not new:
+        raise UnsupportedOp("nothing would be left of a slice")
+    if len(steps) > 1:
+        held = hold(edit.module, edit.node, f"_index_{edit.node.name}", torch.tensor(new))
+        edit.become(aten.index_select.default, edit.source, dim, held)
+        return
     step = steps.pop() if steps else 1
     edit.change(dim=dim, start=new[0], end=new[-1] + 1, step=step)
 

@@ -272,6 +272,7 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
     ]
     order = list(dict.fromkeys(name for names in lists for name in names))
     outputs = [_expand_out(names, order) for names in axes.outputs]
+    outputs += outputs[-1:] * (len(visit.outs) - len(outputs))
     carried = {name for names in outputs for name in names}
     merged: dict[str, Tensor] = {}
     for axis in order:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .values import Arrays, Value, along, compress, varying
+from .values import BLOCKS, Arrays, Value, along, compress, varying
 from .visit import Visit
 
 MOVEMENT = {
@@ -41,6 +41,7 @@ LIKE = {"view_as", "reshape_as", "expand_as"}
 SAME_DIMS = {"slice", "narrow", "split", "split_with_sizes", "chunk", "flip", "tensor_split"}
 CHANNEL_HOME = {"pixel_shuffle": -3, "pixel_unshuffle": -3}
 UNMOVABLE = {"roll", "unfold", "diagonal", "as_strided", "rot90"}  # places depend on the size
+RESHAPES = {"reshape", "view", "_unsafe_view", "flatten", "reshape_as", "view_as"}
 GROWING = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
 
 
@@ -58,8 +59,10 @@ def move(visit: Visit) -> list[Arrays]:
     execute = _executor(visit, value)
     slots = [_Slot() for _ in visit.outs]
     for dim, array in value.arrays.items():
+        ticks = execute(_ticks(value, dim))
+        if visit.name in RESHAPES:
+            array = _unite_inside(visit, value, dim, array, execute, ticks[0])
         moved = execute(array.expand(value.shape))
-        ticks = execute(along(torch.arange(value.shape[dim]), dim, len(value.shape)))
         for slot, out, tick in zip(slots, moved, ticks, strict=True):
             if out.numel():
                 _place(visit, slot, dim, array, compress(out), varying(compress(tick)))
@@ -68,6 +71,30 @@ def move(visit: Visit) -> list[Arrays]:
         other = list(visit.values())[1].arrays
         arrays = [{d: visit.labels.meet([a, other[d]]) for d, a in arrays[0].items()}]
     return arrays
+
+
+def _ticks(value: Value, dim: int) -> Tensor:
+    """The positions along a dim, as an array."""
+    return along(torch.arange(value.shape[dim]), dim, len(value.shape))
+
+
+def _unite_inside(
+    visit: Visit,
+    value: Value,
+    dim: int,
+    array: Tensor,
+    execute: Callable[[Tensor], list[Tensor]],
+    ticks: Tensor,
+) -> Tensor:
+    """A dim that is merged with dims inside it must lose the same places at each of theirs: the
+    order of what stays would depend on them otherwise (a channel shuffle).
+    """
+    for inner in varying(array):
+        if inner > dim:
+            moved = set(varying(compress(execute(_ticks(value, inner))[0])))
+            if moved & set(varying(compress(ticks))):
+                array = visit.labels.collapse(array, inner)
+    return array
 
 
 def _executor(visit: Visit, value: Value) -> Callable[[Tensor], list[Tensor]]:
@@ -118,8 +145,8 @@ def _place(
 
 def _stand_still(visit: Visit, slot: _Slot, dim: int, out: Tensor, spread: list[int]) -> None:
     """One position was selected (it cannot go), or all positions are one label."""
-    blocks = varying(out)
-    if spread or (visit.outer and blocks):
+    blocks = [d for d in varying(out) if visit.outer or visit.labels.is_block(slot.fixed.get(d))]
+    if spread or blocks:
         for d in spread or blocks[-1:]:
             slot.free.setdefault(d, []).append((dim, out))
     else:
@@ -150,8 +177,7 @@ def _settle(visit: Visit, slot: _Slot, out: Tensor) -> Arrays:
             fresh = visit.labels.fresh("free", visit.node.name, dim, size)
             result[dim] = along(fresh, dim, out.dim())
         else:
-            reason = visit.reason("whole blocks of a finer axis")
-            result[dim] = visit.labels.fixed(reason, out.dim())
+            result[dim] = visit.labels.fixed(visit.reason(BLOCKS), out.dim())
     return result
 
 
@@ -411,9 +437,27 @@ def _written(array: Tensor, other: Tensor, dim: int, places: list[int], size: in
     return whole.index_copy(dim, torch.tensor(places), part)
 
 
+def glu(visit: Visit) -> list[Arrays]:
+    """First half times sigmoid of the second: place j of both goes together."""
+    value = next(visit.values())
+    rank, labels = len(value.shape), visit.labels
+    dim = visit.dim("dim", rank, -1)
+    half = value.shape[dim] // 2
+    result: Arrays = {}
+    for axis, array in value.arrays.items():
+        if array.shape[dim] > 1:
+            labels.unite(array.narrow(dim, 0, half), array.narrow(dim, half, half))
+            array = array.narrow(dim, 0, half)
+        result[axis] = array
+    if dim in result:
+        labels.mark("bent", [result[dim]], visit.name)
+    return [{d: a for d, a in result.items() if visit.shape[d] > 1}]
+
+
 HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), join),
     **dict.fromkeys(("constant_pad_nd", "pad"), pad),
     **dict.fromkeys(("index_put", "_index_put_impl"), index_put),
+    "glu": glu,
     **dict.fromkeys(("slice_scatter", "select_scatter"), scatter_part),
 }

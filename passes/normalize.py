@@ -41,6 +41,8 @@ def normalize(module: GraphModule) -> GraphModule:
             chain = _chain(node, dim)
             if chain is not None:
                 _replace(node, chain, ranges)
+            elif op_name(node) in ("select", "unbind"):
+                _stride(node, dim, ranges)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -244,6 +246,35 @@ def _replace(node: Node, chain: tuple[list[Node], int], ranges: list[tuple[int, 
             if op_name(node) in ("select", "unbind"):
                 at = bind(node, node.args, node.kwargs)["dim"] or 0
                 made.append(graph.call_function(aten.select.int, (made[-1], at, 0)))
+            pieces.append(made[-1])
+    for new in made:
+        new.meta = {key: value for key, value in node.meta.items() if key != "val"}
+    _redirect(node, pieces)
+
+
+def _stride(node: Node, dim: int, ranges: list[tuple[int, int]]) -> None:
+    """The innermost of the dims that a reshape splits the last dim into, taken by stride."""
+    reshape: Any = node.args[0]
+    if reshape.op != "call_function" or op_name(reshape) not in RESHAPES:
+        return
+    shape, source = _shape(reshape), _shape(reshape.args[0])
+    if shape is None or source is None or dim != len(shape) - 1 or len(shape) <= len(source):
+        return
+    last = len(source) - 1
+    split = shape[last:]
+    if not all(isinstance(n, int) for n in (*split, source[last])):
+        return
+    if math.prod(split) != source[last]:
+        return
+    made: list[Node] = []
+    pieces = []
+    with node.graph.inserting_before(node):
+        for low, _ in ranges:
+            arguments = (reshape.args[0], last, low, source[last], shape[dim])
+            made.append(node.graph.call_function(aten.slice.Tensor, arguments))
+            if len(split) > 2:
+                arguments = (made[-1], last, list(split[:-1]))
+                made.append(node.graph.call_function(aten.unflatten.int, arguments))
             pieces.append(made[-1])
     for new in made:
         new.meta = {key: value for key, value in node.meta.items() if key != "val"}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 Arrays = dict[int, Tensor]
+BLOCKS = "whole blocks of a finer axis"
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,20 @@ class Labels:
         """Whether the array is a single label that was frozen from birth."""
         return array.numel() == 1 and self.kind(array) == "fixed"
 
-    def kind(self, array: Tensor) -> str:
-        """The kind of the source of the array's first label."""
+    def is_block(self, array: Tensor | None) -> bool:
+        """Whether a dim is fixed only because it enumerates blocks of another."""
+        if array is None or not self.is_fixed(array):
+            return False
+        return self._source(array).name.startswith(BLOCKS)
+
+    def _source(self, array: Tensor) -> Source:
         first = int(array.reshape(-1)[0])
         at = bisect.bisect_right(self.sources, first, key=lambda source: source.start) - 1
-        return self.sources[at].kind
+        return self.sources[at]
+
+    def kind(self, array: Tensor) -> str:
+        """The kind of the source of the array's first label."""
+        return self._source(array).kind
 
     def all_fixed(self, shape: Iterable[int], reason: str) -> Arrays:
         """Fixed labels on every dim of size > 1."""
@@ -156,10 +166,14 @@ class Labels:
         return array.narrow(dim, 0, 1)
 
     def meet(self, arrays: list[Tensor]) -> Tensor:
-        """Arrays with the same home unite; a fixed one, else the finest, stands for all."""
+        """Arrays with the same home unite; a fixed one, else the one of fewest labels (united,
+        the others say no more), stands for all.
+        """
+        if len(arrays) == 1:
+            return arrays[0]
         for other in arrays[1:]:
             self.unite(arrays[0], other)
-        return max(arrays, key=lambda array: (self.is_fixed(array), array.numel()))
+        return min(arrays, key=lambda a: (not self.is_fixed(a), len(torch.unique(a)), a.numel()))
 
     def mark(
         self, kind: str, arrays: Iterable[Tensor], reason: str, node: Node | None = None

@@ -19,7 +19,7 @@ every axis. tests/test_oracle.py holds every rule against the laws on random ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,13 @@ def table() -> dict[str, Rule]:
 
 
 CUSTOM: dict[str, Rule] = {}
+
+
+def probe(op: Callable[..., Any], sample: Sequence[Any]) -> str:
+    """The rule of `op`, found by experiment on `sample` (passes/rules/laws.py)."""
+    from .laws import probe as find
+
+    return find(op, sample)
 
 
 def register(op: str, rule: Rule) -> None:

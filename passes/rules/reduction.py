@@ -40,52 +40,33 @@ def _pool(call: Call, spatial: int) -> str:
     return f"{lead} {space} -> {lead} {out}; fixed {space} {out}"
 
 
-def _pool1(call: Call) -> str:
-    return _pool(call, 1)
+def _norm(call: Call) -> str:
+    """Zeros do not count in a p-norm with p > 0."""
+    order = call.get("ord", call.get("p", 2))
+    return _sum(call) if order > 0 else _mixed(call)
 
 
-def _pool2(call: Call) -> str:
-    return _pool(call, 2)
-
-
-def _pool3(call: Call) -> str:
-    return _pool(call, 3)
+def _spatial(n: int) -> Rule:
+    return lambda call: _pool(call, n)
 
 
 _MIXED = (
-    "mean",
-    "amax",
-    "amin",
-    "argmax",
-    "argmin",
-    "all",
-    "any",
-    "prod",
-    "var",
-    "std",
+    *("mean", "amax", "amin", "argmax", "argmin", "all", "any", "prod", "var", "std"),
     "logsumexp",
-    "norm",
 )
+_POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest")
+_UPSAMPLES = {
+    **dict.fromkeys(("upsample_linear1d", "_upsample_nearest_exact1d"), 1),
+    **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"), 2),
+    "upsample_trilinear3d": 3,
+}
 
 RULES: dict[str, Rule] = {
     "sum": _sum,
-    **dict.fromkeys((*_MIXED, "linalg_vector_norm"), _mixed),
+    **dict.fromkeys(_MIXED, _mixed),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), _norm),
     **dict.fromkeys(("max", "min", "var_mean", "std_mean"), _pair),
-    **dict.fromkeys(
-        ("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d"), _pool1
-    ),
-    **dict.fromkeys(
-        (
-            "max_pool2d",
-            "avg_pool2d",
-            "adaptive_avg_pool2d",
-            "upsample_nearest2d",
-            "upsample_bilinear2d",
-            "upsample_bicubic2d",
-        ),
-        _pool2,
-    ),
-    **dict.fromkeys(
-        ("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "upsample_nearest3d"), _pool3
-    ),
+    **{f"{pool}{n}d": _spatial(n) for n in (1, 2, 3) for pool in _POOLS},
+    **{name: _spatial(n) for name, n in _UPSAMPLES.items()},
+    "max_pool2d_with_indices": _spatial(2),
 }
