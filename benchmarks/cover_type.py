@@ -18,16 +18,10 @@ import torch
 
 from passes.analysis import analysis
 from passes.capture import Captured, capture
-<<<<<<< HEAD
-from passes.analysis import analysis
-from passes.couple import DependencyGraph, Group
-from passes.rewrite import removal, rewrite
-=======
 from passes.errors import UnsupportedOp
 from passes.groups import DependencyGraph, Group
 from passes.removal import removal
 from passes.rewrite import rewrite
->>>>>>> coverage
 from passes.verify import verify
 
 from .build_type import build
@@ -75,11 +69,7 @@ def _stages(model_type: str, row: dict[str, Any]) -> None:
     program = capture(built.model, built.inputs)
     row["nodes"] = len(program.graph_module.graph.nodes)
     done("capture", "analyse")
-<<<<<<< HEAD
-    deps = analysis(program.graph_module, program.inputs, check=True)
-=======
     deps = _analysed(program, row)
->>>>>>> coverage
     row["groups"] = {
         k: sum(g.kind == k for g in deps.groups) for k in {g.kind for g in deps.groups}
     }

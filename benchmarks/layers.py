@@ -20,53 +20,6 @@ from passes.groups import DependencyGraph
 from passes.values import Value
 
 CONTRACTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d"}
-<<<<<<< HEAD
-CURVED = set(
-    [
-        "relu",
-        "relu_",
-        "gelu",
-        "silu",
-        "silu_",
-        "sigmoid",
-        "tanh",
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-        "mish",
-        "elu",
-        "leaky_relu",
-        "softplus",
-        "relu6",
-        "pow",
-        "square",
-    ]
-)
-PASSING = CURVED | set(
-    [
-        "mul",
-        "mul_",
-        "reshape",
-        "view",
-        "permute",
-        "transpose",
-        "contiguous",
-        "clone",
-        "to",
-        "dropout",
-        "slice",
-        "split",
-        "chunk",
-        "split_with_sizes",
-        "batch_norm",
-        "clamp",
-        "unbind",
-        "squeeze",
-        "unsqueeze",
-        "flatten",
-        "select",
-    ]
-=======
 
 
 def _words(text: str) -> frozenset[str]:
@@ -81,7 +34,6 @@ PASSING = CURVED | _words(
     "mul div neg reshape view permute transpose contiguous clone to dropout slice split chunk "
     "split_with_sizes batch_norm unbind squeeze unsqueeze flatten select getitem gt lt ge le rsub "
     "abs log1p expm1"
->>>>>>> coverage
 )
 SUMS = _words("add sub")
 PRODUCTS = {"matmul", "bmm", "einsum"}
