@@ -93,7 +93,7 @@ def _attempt(cls: Any, model_type: str, policy: Policy) -> Built:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")
     _randomise(model)
-    errors = []
+    errors: dict[tuple[str, ...], str] = {}
     for inputs in candidates(model):
         try:
             with torch.no_grad():
@@ -101,8 +101,9 @@ def _attempt(cls: Any, model_type: str, policy: Policy) -> Built:
             return Built(model, inputs, policy)
         except Exception as error:
             shapes = {k: tuple(v.shape) for k, v in inputs.items()}
-            errors.append(f"{shapes}: {type(error).__name__} {_short(error)}")
-    raise BuildError("no inputs fit: " + " / ".join(errors[:3]))
+            words = f"{shapes}: {type(error).__name__} {_short(error)}"
+            errors.setdefault(tuple(inputs), words)
+    raise BuildError("no inputs fit: " + " / ".join(list(errors.values())[:4]))
 
 
 def _randomise(model: nn.Module) -> None:

@@ -18,16 +18,10 @@ import torch
 
 from passes.analysis import analysis
 from passes.capture import Captured, capture
-<<<<<<< HEAD
-from passes.analysis import analysis
-from passes.couple import DependencyGraph, Group
-from passes.rewrite import removal, rewrite
-=======
 from passes.errors import UnsupportedOp
 from passes.groups import DependencyGraph, Group
 from passes.removal import removal
 from passes.rewrite import rewrite
->>>>>>> coverage
 from passes.verify import verify
 
 from .build_type import build
@@ -75,17 +69,13 @@ def _stages(model_type: str, row: dict[str, Any]) -> None:
     program = capture(built.model, built.inputs)
     row["nodes"] = len(program.graph_module.graph.nodes)
     done("capture", "analyse")
-<<<<<<< HEAD
-    deps = analysis(program.graph_module, program.inputs, check=True)
-=======
     deps = _analysed(program, row)
->>>>>>> coverage
     row["groups"] = {
         k: sum(g.kind == k for g in deps.groups) for k in {g.kind for g in deps.groups}
     }
     row["prunable"] = prunable_share(deps)
     row["layers"] = layers_with_chains(program.graph_module, deps)
-    row["frozen"] = frozen_ops(deps)
+    row["frozen"], row["width"] = held_by(deps, "frozen"), held_by(deps, "width")
     done("analyse", "verify")
     row["verified"] = {kind: _verified(program, deps, kind) for kind in KINDS}
     done("verify", "done")
@@ -134,11 +124,11 @@ def prunable_share(deps: DependencyGraph) -> float:
     return round(touched / max(total, 1), 4)
 
 
-def frozen_ops(deps: DependencyGraph) -> dict[str, int]:
-    """How many units each op without a rule (or with a fixed axis) freezes."""
+def held_by(deps: DependencyGraph, kind: str) -> dict[str, int]:
+    """How many units each op with a fixed axis, a mixing op or an op without a rule holds."""
     counts: dict[str, int] = {}
     for group in deps.groups:
-        if group.kind == "frozen":
+        if group.kind == kind:
             words = re.sub(r" · .*", "", group.reason)[:80]
             counts[words] = counts.get(words, 0) + group.size
     return dict(sorted(counts.items(), key=lambda item: -item[1])[:8])

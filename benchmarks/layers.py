@@ -20,53 +20,6 @@ from passes.groups import DependencyGraph
 from passes.values import Value
 
 CONTRACTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d"}
-<<<<<<< HEAD
-CURVED = set(
-    [
-        "relu",
-        "relu_",
-        "gelu",
-        "silu",
-        "silu_",
-        "sigmoid",
-        "tanh",
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-        "mish",
-        "elu",
-        "leaky_relu",
-        "softplus",
-        "relu6",
-        "pow",
-        "square",
-    ]
-)
-PASSING = CURVED | set(
-    [
-        "mul",
-        "mul_",
-        "reshape",
-        "view",
-        "permute",
-        "transpose",
-        "contiguous",
-        "clone",
-        "to",
-        "dropout",
-        "slice",
-        "split",
-        "chunk",
-        "split_with_sizes",
-        "batch_norm",
-        "clamp",
-        "unbind",
-        "squeeze",
-        "unsqueeze",
-        "flatten",
-        "select",
-    ]
-=======
 
 
 def _words(text: str) -> frozenset[str]:
@@ -81,7 +34,6 @@ PASSING = CURVED | _words(
     "mul div neg reshape view permute transpose contiguous clone to dropout slice split chunk "
     "split_with_sizes batch_norm unbind squeeze unsqueeze flatten select getitem gt lt ge le rsub "
     "abs log1p expm1"
->>>>>>> coverage
 )
 SUMS = _words("add sub")
 PRODUCTS = {"matmul", "bmm", "einsum"}
@@ -113,9 +65,10 @@ def _mlp_outputs(module: GraphModule) -> Iterator[Node]:
     known: dict[Node, Traced] = {}
     for node in module.graph.nodes:  # in order: what a node needs is known before it
         known[node] = _traced(node, known)
-        if op_name(node) in CONTRACTIONS and isinstance(node.args[0], Node):
-            if known[node.args[0]].sources and known[node.args[0]].curved:
-                yield node
+        if op_name(node) not in CONTRACTIONS or not isinstance(node.args[0], Node):
+            continue
+        if known[node.args[0]].sources and known[node.args[0]].curved:
+            yield node
 
 
 @dataclass(frozen=True)

@@ -15,128 +15,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-<<<<<<< HEAD
-WIDTH = set(
-    [
-        "hidden",
-        "dim",
-        "dims",
-        "d",
-        "embd",
-        "embed",
-        "embedding",
-        "ffn",
-        "ff",
-        "inner",
-        "channels",
-        "units",
-        "filters",
-        "rank",
-        "width",
-        "planes",
-        "intermediate",
-        "projection",
-        "latent",
-        "latents",
-        "feats",
-        "feature",
-        "dff",
-        "scalar",
-    ]
-)
-NOT_WIDTH = set(
-    [
-        "kernel",
-        "window",
-        "image",
-        "patch",
-        "vocab",
-        "layers",
-        "layer",
-        "heads",
-        "stride",
-        "strides",
-        "dilation",
-        "position",
-        "positions",
-        "token",
-        "tokens",
-        "id",
-        "ids",
-        "index",
-        "act",
-        "ratio",
-        "mult",
-        "period",
-        "dropout",
-        "prob",
-        "std",
-        "eps",
-        "epsilon",
-        "length",
-        "cardinality",
-        "frames",
-        "mel",
-        "num_embeddings",
-        "blocks",
-        "depth",
-        "depths",
-        "padding",
-        "loss",
-        "scale",
-        "temporal",
-        "time",
-        "group",
-    ]
-)
-HEAD_WIDTH = set(
-    [
-        "head_dim",
-        "d_kv",
-        "key_dim",
-        "rotary_dim",
-        "headdim",
-        "head_size",
-        "kv_channels",
-        "v_head",
-        "d_head",
-    ]
-)
-LAYER = set(["layers", "layer", "depth", "depths", "blocks"])
-NOT_LAYER = set(
-    [
-        "feature",
-        "period",
-        "interval",
-        "offset",
-        "offsets",
-        "step",
-        "kernel",
-        "size",
-        "norm",
-        "skip",
-        "ratio",
-        "act",
-        "dropout",
-        "id",
-        "ids",
-        "index",
-        "indices",
-        "mult",
-        "scale",
-        "init",
-        "type",
-        "types",
-        "hidden_size",
-        "dense",
-        "shared",
-        "tpu",
-        "max_depth",
-        "separable",
-    ]
-=======
+from transformers import ResNetConfig
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -166,7 +49,6 @@ REFERENCE = (
     "hidden_dim",
     "hidden_sizes",
     "emb_dim",
->>>>>>> coverage
 )
 ABSENT = {"num_experts_per_tok": 2, "prediction_length": 8, "num_experts_per_token": 2}
 VOCABULARY, WORDS = 128, 100  # ids from WORDS on are special tokens
@@ -189,6 +71,7 @@ class Policy:
     image: bool = True
     experts: bool = True
     equal_heads: bool = False  # `heads` heads everywhere
+    fill: bool = False  # give a value to what the default configuration leaves at None
 
 
 POLICIES = (
@@ -201,6 +84,7 @@ POLICIES = (
     Policy(width=64, image=False, positions=False, equal_heads=True),
     Policy(width=64, positions=False, image=False, vocabulary=False),
     Policy(width=128, layers=4, positions=False, image=False, vocabulary=False, experts=False),
+    Policy(fill=True),
     Policy(width=0, layers=2, positions=False, image=False),
     Policy(width=0, layers=8, positions=False, image=False, vocabulary=False, experts=False),
 )
@@ -217,13 +101,22 @@ def _rebuilt(config: Any, shrink: _Shrink) -> Any:
     plain = shrink.mapping(_own(config))
     for name, value in vars(config).items():
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
-            plain[name] = _rebuilt(value, shrink)
+            plain[name] = _rebuilt(_own_library(value), shrink)
     stages = getattr(config, "out_indices", None)
     if stages and getattr(config, "stage_names", None):
         plain["out_indices"] = shrink.stages(
             list(stages), len(config.stage_names) - 1, _own(config)
         )
     return type(config)(**plain)
+
+
+def _own_library(config: Any) -> Any:
+    """A backbone of a library that is not installed gives way to a ResNet of transformers."""
+    if not config.model_type.startswith("timm") or find_spec("timm"):
+        return config
+    return ResNetConfig(
+        out_indices=[k for k in getattr(config, "out_indices", None) or [4] if k > 0]
+    )
 
 
 def _own(config: Any) -> dict[str, Any]:
@@ -276,7 +169,17 @@ class _Shrink:
     def mapping(self, tree: dict[str, Any]) -> dict[str, Any]:
         heads = self.heads(tree)
         kept = self._kept_layers(tree)
-        return {name: self.value(name, value, heads, kept) for name, value in tree.items()}
+        small = {name: self.value(name, value, heads, kept) for name, value in tree.items()}
+        return small | self._filled(small) if self.policy.fill else small
+
+    def _filled(self, small: dict[str, Any]) -> dict[str, Any]:
+        """What a configuration leaves open though its model does not: the usual meaning of it."""
+        heads, width = small.get("num_attention_heads"), small.get("hidden_size")
+        if not isinstance(heads, int) or not isinstance(width, int):
+            return {}
+        usual = {"num_key_value_heads": heads, "head_dim": width // heads}
+        usual |= dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 8)
+        return {name: usual[name] for name in usual if small.get(name, 0) is None}
 
     def heads(self, tree: dict[str, Any]) -> int:
         """s_h: all head counts above one stay at two or more."""
@@ -311,7 +214,8 @@ class _Shrink:
     def _kept_layers(self, tree: dict[str, Any]) -> tuple[int, list[int]]:
         """The old count of layers and those that stay: every kind of layer is among them."""
         counts = [v for n, v in tree.items() if _is_layers(n) and isinstance(v, int) and v > 2]
-        total = max(counts, default=0)
+        named = tree.get("num_hidden_layers")
+        total = named if isinstance(named, int) and named > 2 else max(counts, default=0)
         first: dict[Any, int] = {}
         for value in tree.values():
             if isinstance(value, list) and len(value) == total:
@@ -415,7 +319,7 @@ class _Shrink:
         if total and len(value) == total and chosen:
             return [self._item(name, value[k], heads, kept) for k in chosen]
         if _is_layers(name) or words & {"repeats"}:
-            return [min(v, 2) if isinstance(v, int) else v for v in value]
+            return [min(v, self.policy.layers) if isinstance(v, int) else v for v in value]
         return [self._item(name, v, heads, kept) for v in value]
 
     def _item(self, name: str, value: Any, heads: int, kept: tuple[int, list[int]]) -> Any:

@@ -11,9 +11,12 @@ analysed but not run; then nothing can be compared, and all axes are static.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
+import io
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -27,7 +30,7 @@ from torch.utils import _pytree as pytree
 from .clean import clean
 from .errors import CaptureError
 from .normalize import normalize
-from .refuse import explain, refuse
+from .refuse import depends_on_data, explain, refuse
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
@@ -86,13 +89,15 @@ def capture(model: nn.Module, inputs: Any, dynamic: bool | None = None) -> Captu
             return _export(model, args, shapes)
         except Exception as failure:  # torch.export raises errors of many unrelated types
             errors.append(failure)
+            if depends_on_data(failure):
+                break  # static sizes will not help
     raise CaptureError(explain(model, errors[-1])) from errors[-1]
 
 
 def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
     compared = has_numbers(model)
     twin = _prepared(copy.deepcopy(model) if compared else fake_twin(model), args)
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
@@ -103,6 +108,18 @@ def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
     else:
         restore_buffers(module, model)
     return Captured(module, args, shapes if free else None, compared)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Where it fails, torch.export logs and prints the whole graph; the error says enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _prepared(twin: nn.Module, args: Args) -> nn.Module:

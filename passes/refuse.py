@@ -15,7 +15,7 @@ from .errors import CaptureError
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
-_DATA_DEPENDENT = ("data-dependent", "GuardOnDataDependent", "DataDependentOutput", "u0", "u1")
+_DATA_DEPENDENT = ("data-dependent", "GuardOnDataDependent", "DataDependentOutput")
 
 
 def refuse(model: nn.Module, args: Any) -> None:
@@ -65,7 +65,7 @@ def explain(model: nn.Module, error: Exception) -> str:
     text = " ".join(str(error).split())
     line = source_line(error)
     at = f" · {line}" if line else ""
-    if any(word in f"{type(error).__name__} {text}" for word in _DATA_DEPENDENT):
+    if depends_on_data(error):
         return (
             f"torch.export cannot capture {type(model).__name__}: data-dependent control flow or "
             f"shape{at} · help: the forward must not branch on the numbers in a tensor; prune the "
@@ -76,6 +76,12 @@ def explain(model: nn.Module, error: Exception) -> str:
         f"{at} · help: try other example inputs, or prune the part of the model that can be "
         "captured; the forward must not branch on data"
     )
+
+
+def depends_on_data(error: Exception) -> bool:
+    """Whether torch.export met a size or a branch that the numbers in a tensor decide."""
+    text = f"{type(error).__name__} {error}"
+    return any(word in text for word in _DATA_DEPENDENT)
 
 
 def source_line(error: BaseException) -> str:
