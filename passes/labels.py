@@ -252,7 +252,7 @@ class _Propagation:
     def _rule(self, visit: Visit, rule: Any) -> list[Arrays]:
         shaped = {k: _shaped(v) for k, v in visit.given.items()}
         axes = parse(rule if isinstance(rule, str) else rule(Call(shaped)))
-        names = [n for n in tensor_arguments(visit.node)]
+        names = tensor_arguments(visit.node)
         operands: list[Any] = []
         for name in names:
             held = visit.bound[name]

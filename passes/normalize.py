@@ -273,8 +273,8 @@ def _stride(node: Node, dim: int, ranges: list[tuple[int, int]]) -> None:
             arguments = (reshape.args[0], last, low, source[last], shape[dim])
             made.append(node.graph.call_function(aten.slice.Tensor, arguments))
             if len(split) > 2:
-                arguments = (made[-1], last, list(split[:-1]))
-                made.append(node.graph.call_function(aten.unflatten.int, arguments))
+                sizes = list(split[:-1])
+                made.append(node.graph.call_function(aten.unflatten.int, (made[-1], last, sizes)))
             pieces.append(made[-1])
     for new in made:
         new.meta = {key: value for key, value in node.meta.items() if key != "val"}

@@ -171,16 +171,18 @@ def where_equal(visit: Visit) -> Arrays | None:
     if visit.name.rstrip("_") != "eq" or len(values) != 2:
         return None
     for value, other in (values, values[::-1]):
-        counted = other.const is not None and value.domain is not None
-        if not counted or other.fake.numel() != len(value.domain):
+        if other.const is None or value.domain is None:
             continue
         dims = [d for d, n in enumerate(other.shape) if n > 1]
-        if len(dims) != 1 or not torch.equal(other.const.reshape(-1), torch.arange(len(value.domain))):
+        counting = torch.arange(len(value.domain))
+        if len(dims) != 1 or not torch.equal(other.const.reshape(-1), counting):
             continue
         rank, dim = len(visit.shape), dims[0] + len(visit.shape) - len(other.shape)
         visit.labels.unite(value.domain, other.arrays[dims[0]].reshape(-1))
         shift = rank - len(value.shape)
-        arrays = {d + shift: a.reshape([1] * shift + list(a.shape)) for d, a in value.arrays.items()}
+        arrays = {
+            d + shift: a.reshape([1] * shift + list(a.shape)) for d, a in value.arrays.items()
+        }
         return {**arrays, dim: along(value.domain, dim, rank)}
     return None
 
