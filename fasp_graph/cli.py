@@ -101,12 +101,17 @@ def prune_command(
         float | None, typer.Option(help="Share of the parameters in scope to remove.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="fasp, magnitude, wanda, flap or random.")
+        str | None, typer.Option(help="best, fasp, slimgpt, flap, wanda, magnitude or random.")
     ] = None,
     score: Annotated[
-        str | None, typer.Option(help="fasp, wanda_l2, magnitude, flap or random.")
+        str | None, typer.Option(help="obs, fasp, wanda_l2, magnitude, flap or random.")
     ] = None,
-    restore: Annotated[str | None, typer.Option(help="none, bias, fasp or affine.")] = None,
+    restore: Annotated[
+        str | None, typer.Option(help="none, bias, fasp, affine, asymmetric or residual.")
+    ] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="uniform, sensitivity, curves or standardised.")
+    ] = None,
     kinds: Annotated[
         list[str] | None, typer.Option(help="chain or bilinear; may be repeated.")
     ] = None,
@@ -130,6 +135,7 @@ def prune_command(
         "method": method,
         "score": score,
         "restore": restore,
+        "allocation": allocation,
         "align": align,
     }
     flags |= {"kinds": tuple(kinds) if kinds else None, "min_keep": min_keep, "ridge": ridge}

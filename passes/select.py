@@ -61,20 +61,24 @@ def scope(deps: DependencyGraph) -> set[str]:
     return {name for name in deps.parameters if name.rpartition(".")[0] in owners}
 
 
+def scope_size(deps: DependencyGraph) -> int:
+    """Parameters in scope."""
+    return sum(_numel(deps.parameters[name]) for name in scope(deps))
+
+
 def allocate(
     deps: DependencyGraph, groups: list[Group], sparsity: float, align: int = 1, min_keep: int = 1
 ) -> Budget:
     """Uniform counts that meet `sparsity`; BudgetError states the largest feasible one."""
     if not groups:
         raise BudgetError("no group can be pruned · help: fasp-graph inspect lists the reasons")
-    names = scope(deps)
-    total = sum(_numel(deps.parameters[name]) for name in names)
+    total = scope_size(deps)
     if not 0 < sparsity < 1:
         raise BudgetError(f"sparsity {sparsity} is not between 0 and 1")
 
     def at(ratio: float) -> tuple[dict[str, int], float]:
         keep = {g.name: _count(g, ratio, align, min_keep) for g in groups}
-        return keep, _removed(deps, groups, keep) / total
+        return keep, removed_parameters(deps, groups, keep) / total
 
     _, largest = at(1.0)
     if largest < sparsity:
@@ -104,7 +108,7 @@ def _count(group: Group, ratio: float, align: int, min_keep: int) -> int:
     return max(min(count, size), min(min_keep, size))
 
 
-def _removed(deps: DependencyGraph, groups: list[Group], keep: Mapping[str, int]) -> int:
+def removed_parameters(deps: DependencyGraph, groups: list[Group], keep: Mapping[str, int]) -> int:
     """Parameters that vanish when each group keeps `keep` units per block."""
     gone: dict[str, dict[int, int]] = {}
     for group in groups:
