@@ -73,6 +73,8 @@ def rows_of(case: Case, options: argparse.Namespace, seed: int) -> Iterator[Row]
     for asked in options.sparsity:
         target = asked
         for variant, given in (ABLATION if options.ablation else PRESETS).items():
+            if variant not in (options.variants or [variant]):
+                continue
             config = Config(**{"sparsity": target, "seed": seed, **given})
             started = time.perf_counter()
             decided = decide(captured, deps, groups, case.calibration(seed), config)
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/accuracy.json"))
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--variants", nargs="+", help="default: all of the table")
     parser.add_argument("--ablation", action="store_true")
     options = parser.parse_args()
     console, rows = Console(width=150), []
@@ -130,9 +133,10 @@ def main() -> None:
             for row in rows_of(case, options, seed):
                 print(row.model, row.variant, row.asked, row.scores, flush=True)
                 rows.append(row)
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                found = json.dumps([asdict(r) for r in rows], indent=1)
+                options.output.write_text(found + "\n")
     show(rows, console)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":
