@@ -1,103 +1,142 @@
-"""Accuracy against sparsity on real trained models.
+"""Accuracy against sparsity: every preset, and the default with one ingredient off at a time.
 
-    python benchmarks/accuracy.py --assets ../shared/assets
+    python benchmarks/accuracy.py --assets FOLDER --output benchmarks/results/accuracy.json
 
-Calibration and evaluation text are kept apart (WikiText-2 train and test; the two halves of the
-stories; the bundled models' calibration and held-out modules). Prints a table, writes JSON.
+Calibration and evaluation text are kept apart (benchmarks/accuracy_cases.py); `other` is text of
+another domain. Every method runs at the sparsity that fasp really reached, so budgets are equal.
+excess = log(perplexity / dense perplexity); for a classifier, accuracy lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from accuracy_cases import CASES, Case
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import fasp_graph as fg
-import models_zoo
-from models_zoo.text import windows
+from fasp_graph import Config
+from fasp_graph.decide import decide
+from passes.capture import capture
+from passes.couple import couple
+from passes.labels import propagate
+from passes.rewrite import attribute, removal, rewrite
 
-VARIANTS = {
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {"method": name} for name in ("fasp", "best", "slimgpt", "flap", "wanda", "magnitude")
+}
+ABLATION: dict[str, dict[str, Any]] = {
     "fasp": {"method": "fasp"},
-    "affine": {"method": "fasp", "restore": "affine"},
-    "flap": {"method": "flap"},
-    "no repair": {"method": "wanda"},
-    "magnitude": {"method": "magnitude"},
+    "best": {},
+    "allocation=curves": {"allocation": "curves"},
+    "allocation=uniform": {"allocation": "uniform"},
+    "score=fasp": {"score": "fasp"},
+    "restore=affine": {"restore": "affine"},
+    "restore=asymmetric": {"restore": "asymmetric"},
+    "restore=none": {"restore": "none"},
+    "ridge=1e-3": {"ridge": 1e-3},
 }
-TEXTS = {
-    "stories260K-hf": ("text/tinystories.txt", "text/tinystories.txt", 512),
-    "opt-wikitext-hf": ("text/wikitext2-train.txt", "text/wikitext2-test.txt", 256),
-}
 
 
-def tokens(tokenizer, text, length, count):
-    import torch
+@dataclass(frozen=True)
+class Row:
+    """One pruned model. `scores`: text or data set -> perplexity or accuracy."""
 
-    return windows(torch.tensor(tokenizer(text)["input_ids"]), length, count)
-
-
-def from_assets(root: Path, name: str):
-    calibration, heldout, length = TEXTS[name]
-    model = AutoModelForCausalLM.from_pretrained(root / name).float().eval()
-    tokenizer = AutoTokenizer.from_pretrained(root / name)
-    first, second = ((root / path).read_text() for path in (calibration, heldout))
-    if calibration == heldout:
-        first, second = first[: len(first) // 2], second[len(second) // 2 :]
-    rows = tokens(tokenizer, first, length, 32768 // length)
-    batches = [{"input_ids": r} for r in rows.split(16)]
-    return (
-        model,
-        {"input_ids": rows[:3, :17].clone()},
-        batches,
-        tokens(tokenizer, second, length, 96),
-    )
+    model: str
+    table: str
+    variant: str
+    asked: float
+    sparsity: float
+    seed: int
+    scores: dict[str, float]
+    dense: dict[str, float]
+    excess: dict[str, float]
+    forward_passes: float
+    seconds: float
 
 
-def cases(assets: Path | None):
-    for name in ("llama", "opt"):
-        entry = models_zoo.load(name)
-        yield f"zoo:{name}", (entry.model, entry.inputs, entry.calibration, entry.heldout)
-    if assets and assets.is_dir():
-        for name in TEXTS:
-            yield name, from_assets(assets, name)
+def rows_of(case: Case, options: argparse.Namespace, seed: int) -> Iterator[Row]:
+    """All rows of one model."""
+    captured = capture(case.model, case.inputs)
+    parameters = dict(captured.graph_module.named_parameters())
+    deps = couple(propagate(captured.graph_module, captured.inputs, False), parameters)
+    groups = [group for group in deps.groups if group.kind == "chain"]
+    dense = case.measure(captured.graph_module)
+    table = "ablation" if options.ablation else "presets"
+    for asked in options.sparsity:
+        target = asked
+        for variant, given in (ABLATION if options.ablation else PRESETS).items():
+            if variant not in (options.variants or [variant]):
+                continue
+            config = Config(**{"sparsity": target, "seed": seed, **given})
+            started = time.perf_counter()
+            decided = decide(captured, deps, groups, case.calibration(seed), config)
+            seconds = time.perf_counter() - started
+            repaired = rewrite(captured.graph_module, removal(deps, {}))
+            with torch.no_grad():
+                for name, weight in decided.weights.items():
+                    attribute(repaired, name).copy_(weight)
+            scores = case.measure(rewrite(repaired, removal(deps, decided.kept)))
+            reached = decided.budget.sparsity
+            target = reached if variant == "fasp" else target
+            yield Row(
+                *(case.name, table, variant, asked, reached, seed, scores, dense),
+                {key: case.excess(dense[key], scores[key]) for key in dense},
+                decided.forward_passes,
+                round(seconds, 2),
+            )
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """excess of every variant, and in brackets its share of fasp's."""
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    table = Table("model", "removed", "data", "dense", *variants)
+    for model, asked in dict.fromkeys((row.model, row.asked) for row in rows):
+        here = [row for row in rows if (row.model, row.asked) == (model, asked)]
+        for key in here[0].dense:
+            mean = {
+                v: sum(found) / len(found)
+                for v in variants
+                if (found := [row.excess[key] for row in here if row.variant == v])
+            }
+            base = mean.get("fasp", float("nan"))
+            cells = [f"{x:.3f} ({x / base:.2f})" if base else f"{x:.3f}" for x in mean.values()]
+            table.add_row(model, f"{asked:.0%}", key, f"{here[0].dense[key]:.3g}", *cells)
+    console.print(table)
 
 
 def main() -> None:
+    """Measure, print, write."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--assets", type=Path)
+    parser.add_argument("--models", nargs="+", default=list(CASES))
     parser.add_argument("--output", type=Path, default=Path("build/accuracy.json"))
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.5])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--variants", nargs="+", help="default: all of the table")
+    parser.add_argument("--ablation", action="store_true")
     options = parser.parse_args()
-    rows = []
-    for name, (model, inputs, calibration, heldout) in cases(options.assets):
-        dense = fg.perplexity(model, heldout)
-        runs = [(s, v) for s in options.sparsity for v in VARIANTS]
-        for sparsity, variant in track(runs, description=name):
-            config = fg.Config(sparsity=sparsity, **VARIANTS[variant])
-            small = fg.prune(model, inputs, calibration, config)
-            rows.append(
-                {
-                    "model": name,
-                    "variant": variant,
-                    "sparsity": small.report.sparsity,
-                    "asked": sparsity,
-                    "dense": dense,
-                    "perplexity": fg.perplexity(small.model, heldout),
-                    "verify_max_error": small.report.verify_max_error,
-                }
-            )
-    table = Table("model", "removed", "dense", *VARIANTS)
-    for key in dict.fromkeys((r["model"], r["asked"], r["dense"]) for r in rows):
-        found = {r["variant"]: r["perplexity"] for r in rows if (r["model"], r["asked"]) == key[:2]}
-        cells = [f"{found[v]:.2f}" for v in VARIANTS]
-        table.add_row(key[0], f"{key[1]:.0%}", f"{key[2]:.2f}", *cells)
-    Console(width=110).print(table)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(rows, indent=2) + "\n")
+    console, rows = Console(width=150), []
+    for name in options.models:
+        case = CASES[name](options.assets)
+        if case is None:
+            console.print(f"{name} left out: its files are not here")
+            continue
+        for seed in range(options.seeds):
+            for row in rows_of(case, options, seed):
+                print(row.model, row.variant, row.asked, row.scores, flush=True)
+                rows.append(row)
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                found = json.dumps([asdict(r) for r in rows], indent=1)
+                options.output.write_text(found + "\n")
+    show(rows, console)
 
 
 if __name__ == "__main__":

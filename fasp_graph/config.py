@@ -5,18 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from passes.allocate import ALLOCATIONS
 from passes.errors import ConfigError
 from passes.restore import RESTORES
 from passes.score import SCORES
 
-METHODS: dict[str, tuple[str, str]] = {
-    "fasp": ("fasp", "fasp"),
-    "magnitude": ("magnitude", "none"),
-    "wanda": ("fasp", "none"),
-    "flap": ("flap", "bias"),
-    "random": ("random", "none"),
+
+@dataclass(frozen=True)
+class Passes:
+    """score (passes/score.py), restore (passes/restore.py), allocation (passes/allocate.py)."""
+
+    score: str
+    restore: str
+    allocation: str = "uniform"
+
+
+METHODS: dict[str, Passes] = {
+    "best": Passes("obs", "residual", "sensitivity"),
+    "fasp": Passes("fasp", "fasp"),
+    "slimgpt": Passes("obs", "fasp"),
+    "flap": Passes("flap", "bias", "standardised"),
+    "wanda": Passes("fasp", "none"),
+    "magnitude": Passes("magnitude", "none"),
+    "random": Passes("random", "none"),
 }
-KINDS = ("chain", "bilinear")
+KINDS = ("chain", "bilinear", "head", "width")
 
 
 @dataclass(frozen=True)
@@ -24,11 +37,15 @@ class Config:
     """Options of `prune`.
 
     sparsity   removed share of the parameters in scope (passes/select.py)
-    method     preset of (score, restore): fasp, magnitude, wanda, flap, random
-    score      overrides the method's score: fasp, wanda_l2, magnitude, flap, random
-    restore    overrides the method's repair: none, bias, fasp, affine
-    kinds      kinds of groups to prune; bilinear (Q and K) is scored by weight magnitude and
-    cannot be repaired
+    method     preset of (score, restore, allocation): best; fasp, slimgpt, flap, wanda, magnitude
+               and random from the literature (docs/accuracy.md)
+    score      overrides the method's score: obs, fasp, wanda_l2, magnitude, flap, random
+    restore    overrides the method's repair: none, bias, fasp, affine, asymmetric, residual
+    allocation overrides how the sparsity is spread over groups: uniform, sensitivity, curves,
+               standardised
+    kinds      kinds of groups to prune: chain, bilinear (Q and K, scored by weight magnitude, not
+               repaired), head (whole heads, KV groups, experts), width (the residual stream: not
+               exact, since norms then see fewer channels)
     align      kept counts of unblocked groups are multiples of this
     min_keep   units that every block keeps at least
     ridge      the repair's ridge, relative to the mean of the Gram matrix's diagonal
@@ -37,9 +54,10 @@ class Config:
     """
 
     sparsity: float = 0.3
-    method: str = "fasp"
+    method: str = "best"
     score: str | None = None
     restore: str | None = None
+    allocation: str | None = None
     kinds: tuple[str, ...] = ("chain",)
     align: int = 1
     min_keep: int = 1
@@ -51,6 +69,7 @@ class Config:
         _one_of("method", self.method, tuple(METHODS))
         _one_of("score", self.score, (None, *SCORES))
         _one_of("restore", self.restore, (None, *RESTORES))
+        _one_of("allocation", self.allocation, (None, *ALLOCATIONS))
         for kind in self.kinds:
             _one_of("kinds", kind, KINDS)
         if not 0 < self.sparsity < 1:
@@ -59,10 +78,14 @@ class Config:
             raise ConfigError("align and min_keep must be at least 1, ridge at least 0")
 
     @property
-    def passes(self) -> tuple[str, str]:
-        """The (score, restore) that run."""
-        score, restore = METHODS[self.method]
-        return self.score or score, self.restore or restore
+    def passes(self) -> Passes:
+        """The score, restore and allocation that run."""
+        preset = METHODS[self.method]
+        return Passes(
+            self.score or preset.score,
+            self.restore or preset.restore,
+            self.allocation or preset.allocation,
+        )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

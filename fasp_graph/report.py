@@ -9,7 +9,8 @@ from typing import Any
 @dataclass(frozen=True)
 class GroupReport:
     """One pruned group: units before and kept, relative squared output error of its
-    consumers, and how it was emitted.
+    consumers, and how it was emitted. `curve[k]`: predicted error of removing k units per block,
+    in the unit of the allocation (passes/allocate.py); empty for uniform allocation.
     """
 
     name: str
@@ -19,6 +20,7 @@ class GroupReport:
     error_before: float
     error_after: float
     emitted: str
+    curve: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Frozen:
 @dataclass(frozen=True)
 class Report:
     """Sizes in parameters, bytes and floating-point operations of one forward pass at the
-    example inputs.
+    example inputs. `forward_passes`: what deciding cost, in plain forward passes over the
+    calibration batches (a backward pass counts as two).
     """
 
     params_before: int
@@ -47,6 +50,7 @@ class Report:
     groups: tuple[GroupReport, ...]
     verify_max_error: float
     frozen: tuple[Frozen, ...]
+    forward_passes: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; tuples become lists."""
@@ -63,5 +67,6 @@ class Report:
             f"{self.flops_after:,}, "
             f"{len(self.groups)} groups keep {kept} of {units} units, {len(self.frozen)} groups "
             f"were left alone, "
-            f"verified to {self.verify_max_error:.1e}, {sum(self.seconds.values()):.1f} s"
+            f"verified to {self.verify_max_error:.1e}, {self.forward_passes:g} forward passes, "
+            f"{sum(self.seconds.values()):.1f} s"
         )

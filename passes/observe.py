@@ -64,6 +64,10 @@ class View:
         shape = list(like.movedim(self.dim, -1).shape)
         return matrix.reshape(shape).movedim(-1, self.dim).contiguous()
 
+    def outputs(self, value: Tensor) -> Tensor:
+        """The output, or anything of its layout, as [tokens, out]."""
+        return (value.movedim(1, -1) if self.convolution else value).flatten(0, -2)
+
     def rows(self, value: Tensor, weight: Tensor) -> Tensor:
         """The input as [tokens, in * kernel]."""
         if not self.convolution:

@@ -1,13 +1,18 @@
 """restore: new weights for the columns that stay. Y = X W^T + b, K kept, P removed, d = ridge *
 mean(diag G_KK).
 
-    none    W_K
-    bias    W_K, b + W_P mu_P                                                       FLAP
-    fasp    W G_:K (G_KK + dI)^-1              G = X^T X                            FASP
-    affine  W_K + W_P C_PK (C_KK + dI)^-1,     C = G/N - mu mu^T, b + W mu - W_K* mu_K
+    none        W_K
+    bias        W_K, b + W_P mu_P                                                   FLAP
+    fasp        W G_:K (G_KK + dI)^-1              G = X^T X                        FASP
+    affine      W_K + W_P C_PK (C_KK + dI)^-1,     C = G/N - mu mu^T, b + W mu - W_K* mu_K
+    asymmetric  affine + F_:K (C_KK + dI)^-1,      F = cov(t - W x, x), b + mean(t - W x)
+    residual    affine + F_:K (C_KK + dI)^-1 / 2
 
-`bias` and `affine` change b only where the consumer has one; without, `affine` uses G in place of
-C and leaves no bias.
+The last two aim at t, what the dense model has there (passes/drift.py): asymmetric at the
+consumer's own output, residual at the sum that it enters. Half the way is what measured best:
+all of it fits noise of the pruned path (docs/accuracy.md).
+
+b is changed only where the consumer has one; without, G takes the place of C and no bias is left.
 """
 
 from __future__ import annotations
@@ -17,15 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .drift import Drift
 from .observe import Moments
 
-RESTORES = ("none", "bias", "fasp", "affine")
+RESTORES = ("none", "bias", "fasp", "affine", "asymmetric", "residual")
+TOWARDS = {"asymmetric": 1.0, "residual": 0.5}
 
 
 @dataclass(frozen=True)
 class Restored:
     """Dense-shaped weight [out, in] (removed columns zero), bias, and ||error||^2 / ||Y||^2
-    without and with repair.
+    without and with repair, Y being the consumer's output on the pruned path.
     """
 
     weight: Tensor
@@ -41,8 +48,9 @@ def restore(
     moments: Moments | None,
     keep: Tensor,
     ridge: float,
+    drift: Drift | None = None,
 ) -> Restored:
-    """Weights for the kept columns (`keep`: bool [in])."""
+    """Weights for the kept columns (`keep`: bool [in]). `drift`: for the methods in TOWARDS."""
     w = weight.double()
     cut = w * keep
     new, b = cut, bias
@@ -51,13 +59,19 @@ def restore(
             raise ValueError(f"restore {method} needs calibration data")
         return Restored(cut.to(weight.dtype), bias, float("nan"), float("nan"))
     gram, mean = moments.gram.double(), moments.mean.double()
-    if method in ("fasp", "affine"):
-        centred = method == "affine" and bias is not None
+    if method not in ("none", "bias"):
+        centred = method != "fasp" and bias is not None
         second = gram / moments.tokens - (torch.outer(mean, mean) if centred else 0)
+        extra = torch.zeros_like(w) if drift is None else drift.cross / drift.tokens
+        if drift is not None and centred:
+            extra = extra - torch.outer(drift.mean, mean)
         new = torch.zeros_like(w)
-        new[:, keep] = _least_squares(w, second, keep, ridge)
-    if bias is not None and method in ("bias", "affine"):
+        pull = TOWARDS.get(method, 0.0)
+        new[:, keep] = _least_squares(w, second, keep, ridge, pull * extra[:, keep])
+    if bias is not None and method not in ("none", "fasp"):
         b = bias.double() + (w - new) @ mean
+        if drift is not None:
+            b = b + TOWARDS.get(method, 0.0) * drift.mean
     return Restored(
         new.to(weight.dtype),
         None if b is None else b.to(weight.dtype),
@@ -66,9 +80,9 @@ def restore(
     )
 
 
-def _least_squares(w: Tensor, second: Tensor, keep: Tensor, ridge: float) -> Tensor:
-    """argmin ||X (W - W*)^T||^2 + d ||W* - W_K||^2, over columns in `keep`, as W_K + W_P S_PK
-    (S_KK + dI)^-1.
+def _least_squares(w: Tensor, second: Tensor, keep: Tensor, ridge: float, extra: Tensor) -> Tensor:
+    """argmin ||X (W - W*)^T||^2 + d ||W* - W_K||^2, over columns in `keep`, as W_K + (W_P S_PK +
+    extra) (S_KK + dI)^-1.
     """
     kept = second[keep][:, keep]
     cross = second[~keep][:, keep]
@@ -76,7 +90,7 @@ def _least_squares(w: Tensor, second: Tensor, keep: Tensor, ridge: float) -> Ten
     damping = ridge * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
     system = kept + damping * torch.eye(len(kept), dtype=kept.dtype, device=kept.device)
     factor, info = torch.linalg.cholesky_ex(system)
-    right = (w[:, ~keep] @ cross).T
+    right = (w[:, ~keep] @ cross + extra).T
     if int(info):
         return w[:, keep] + torch.linalg.lstsq(system, right, driver="gelsd").solution.T
     return w[:, keep] + torch.cholesky_solve(right, factor).T

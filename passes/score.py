@@ -6,6 +6,7 @@ wanda_l2    ||W_:j||_2 ||X_j||_2
 magnitude   ||W_:j||_2
 flap        Var(X_j) ||W_:j||_2^2                        FLAP, arXiv 2312.11983
 random      uniform
+obs         error after the others are refitted, greedy: passes/eliminate.py
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from .observe import Moments
 
-SCORES = ("fasp", "wanda_l2", "magnitude", "flap", "random")
-NEEDS_DATA = {"fasp", "wanda_l2", "flap"}
+SCORES = ("fasp", "wanda_l2", "magnitude", "flap", "random", "obs")
+NEEDS_DATA = {"fasp", "wanda_l2", "flap", "obs"}
 
 
 def score(

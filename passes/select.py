@@ -10,6 +10,7 @@ which stay, r is larger than the sparsity. In each block the units of least util
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,20 +62,24 @@ def scope(deps: DependencyGraph) -> set[str]:
     return {name for name in deps.parameters if name.rpartition(".")[0] in owners}
 
 
+def scope_size(deps: DependencyGraph) -> int:
+    """Parameters in scope."""
+    return sum(_numel(deps.parameters[name]) for name in scope(deps))
+
+
 def allocate(
     deps: DependencyGraph, groups: list[Group], sparsity: float, align: int = 1, min_keep: int = 1
 ) -> Budget:
     """Uniform counts that meet `sparsity`; BudgetError states the largest feasible one."""
     if not groups:
         raise BudgetError("no group can be pruned · help: fasp-graph inspect lists the reasons")
-    names = scope(deps)
-    total = sum(_numel(deps.parameters[name]) for name in names)
+    total = scope_size(deps)
     if not 0 < sparsity < 1:
         raise BudgetError(f"sparsity {sparsity} is not between 0 and 1")
 
     def at(ratio: float) -> tuple[dict[str, int], float]:
         keep = {g.name: _count(g, ratio, align, min_keep) for g in groups}
-        return keep, _removed(deps, groups, keep) / total
+        return keep, removed_parameters(deps, groups, keep) / total
 
     _, largest = at(1.0)
     if largest < sparsity:
@@ -101,24 +106,34 @@ def _count(group: Group, ratio: float, align: int, min_keep: int) -> int:
     count = round((1 - ratio) * size)
     if align > 1 and count < size:
         count = round(count / align) * align if group.blocks == 1 else count
-    return max(min(count, size), min(min_keep, size))
+    return max(min(count, size), least(group, min_keep))
 
 
-def _removed(deps: DependencyGraph, groups: list[Group], keep: Mapping[str, int]) -> int:
-    """Parameters that vanish when each group keeps `keep` units per block."""
-    gone: dict[str, dict[int, int]] = {}
+def least(group: Group, min_keep: int) -> int:
+    """Units that a block keeps at least: as asked, and as many as a router chooses."""
+    size = group.size // group.blocks
+    return min(max(min_keep, -(-group.least // group.blocks)), size)
+
+
+def removed_parameters(deps: DependencyGraph, groups: list[Group], keep: Mapping[str, int]) -> int:
+    """Parameters that vanish when each group keeps `keep` units per block. Whole blocks and what
+    is inside blocks overlap: their shares multiply.
+    """
+    gone: dict[str, dict[tuple[int, int], int]] = {}
     for group in groups:
         units = group.size - keep[group.name] * group.blocks
         for member in group.members:
             dims = gone.setdefault(member.parameter, {})
-            dims[member.dim] = dims.get(member.dim, 0) + units * len(member.indices[0])
+            key = (member.dim, group.layer)
+            dims[key] = dims.get(key, 0) + units * len(member.indices[0])
     removed = 0
     for name, dims in gone.items():
         if name not in deps.parameters:  # a buffer
             continue
-        shape = deps.parameters[name]
-        left = [size - dims.get(d, 0) for d, size in enumerate(shape)]
-        removed += _numel(shape) - _numel(tuple(left))
+        left = [float(size) for size in deps.parameters[name]]
+        for (dim, _), count in dims.items():
+            left[dim] *= 1 - count / deps.parameters[name][dim]
+        removed += _numel(deps.parameters[name]) - round(math.prod(left))
     return removed
 
 

@@ -1,0 +1,326 @@
+"""decide: which units of each group go, and the weights of what stays.
+
+    sense (dense statistics, metric) -> eliminate (error curves) -> allocate -> walk:
+        at each consumer observe, score or eliminate, select, restore
+
+With allocation=uniform the first three are skipped: the walk alone is one forward pass.
+Cost in plain forward passes over the calibration batches, a backward pass counting as two:
+
+    walk 1, the dense path beside it 1 (restore asymmetric, residual),
+    sense: 1/2 of the batches x 3 (allocation sensitivity) or x 1 (curves, standardised)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.allocate import allocate_by_error
+from passes.capture import Args, Captured, as_args
+from passes.consumers import bias_name, unit_columns, views
+from passes.couple import DependencyGraph, Group
+from passes.drift import Twin, drift, twin
+from passes.eliminate import Problem, eliminate
+from passes.errors import CalibrationError
+from passes.observe import Moments, View, Walk, probe, walk
+from passes.removal import nodes_by_name
+from passes.restore import TOWARDS, restore
+from passes.rewrite import attribute
+from passes.score import NEEDS_DATA, score
+from passes.select import Budget, allocate, select
+from passes.sensitivity import Sensed, factor, sense
+
+from .config import Config
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Decisions:
+    """Filled group by group. `curves[name][k]`: error of removing k units per block;
+    `forward_passes`: the cost, in plain forward passes over the calibration batches.
+    """
+
+    budget: Budget
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    forward_passes: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step needs to know."""
+
+    captured: Captured
+    config: Config
+    views: dict[str, list[View]]
+    sensed: dict[str, Sensed]
+    generator: torch.Generator
+
+    @property
+    def weighed(self) -> bool:
+        """Whether errors are measured in the metric of the model's outputs."""
+        return any(s.metric is not None for s in self.sensed.values())
+
+
+def decide(
+    captured: Captured,
+    deps: DependencyGraph,
+    groups: list[Group],
+    calibration: Iterable[Any] | None,
+    config: Config,
+    progress: Progress | None = None,
+) -> Decisions:
+    """Plan and repair; BudgetError and CalibrationError say what is missing."""
+    budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep)
+    nodes = nodes_by_name(captured.graph_module.graph.nodes)
+    found = {group.name: views(group, deps, nodes) for group in groups}
+    batches = _batches(calibration, config) if _needs_data(config) else []
+    job = _Job(
+        captured,
+        config,
+        found,
+        _sense(captured, found, batches, config),
+        torch.Generator().manual_seed(config.seed),
+    )
+    decided = Decisions(budget)
+    if job.sensed:
+        decided.curves = _curves(job, groups, progress)
+        decided.budget = allocate_by_error(
+            deps,
+            groups,
+            budget,
+            decided.curves,
+            config.sparsity,
+            config.align,
+            config.min_keep,
+            per_unit=config.passes.allocation == "standardised",
+        )
+    _walk(job, groups, batches, decided, progress)
+    decided.forward_passes = _cost(config, len(batches))
+    return decided
+
+
+def _needs_data(config: Config) -> bool:
+    passes = config.passes
+    return passes.score in NEEDS_DATA or passes.restore != "none" or passes.allocation != "uniform"
+
+
+def _batches(calibration: Any, config: Config) -> list[Args]:
+    if calibration is None:
+        p = config.passes
+        raise CalibrationError(
+            f"score={p.score}, restore={p.restore}, allocation={p.allocation} need calibration "
+            "batches · help: pass calibration, or method='magnitude'"
+        )
+    if isinstance(calibration, (str, bytes, Tensor)) or not hasattr(calibration, "__iter__"):
+        raise CalibrationError(
+            f"calibration is {type(calibration).__name__}, not an iterable of batches · help: "
+            f"give a list of inputs"
+        )
+    batches = [as_args(batch) for batch in calibration]
+    if not batches:
+        raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
+    return batches
+
+
+def _sense(
+    captured: Captured, found: dict[str, list[View]], batches: list[Args], config: Config
+) -> dict[str, Sensed]:
+    """Dense statistics on every other batch; nothing for uniform allocation."""
+    if config.passes.allocation == "uniform":
+        return {}
+    sites = [view for several in found.values() for view in several]
+    metric = config.passes.allocation == "sensitivity"
+    return sense(captured.graph_module, batches[::2], sites, config.seed, metric)
+
+
+def _cost(config: Config, batches: int) -> float:
+    passes = config.passes
+    if not batches:
+        return 0.0
+    share = 0.0 if passes.allocation == "uniform" else len(range(0, batches, 2)) / batches
+    return (
+        1.0 + (passes.restore in TOWARDS) + share * (3 if passes.allocation == "sensitivity" else 1)
+    )
+
+
+def _curves(
+    job: _Job, groups: list[Group], progress: Progress | None
+) -> dict[str, tuple[float, ...]]:
+    """Error of k = 0, 1, ... removed units per block for every group with matrix consumers."""
+    curves = {}
+    for number, group in enumerate(groups):
+        if job.views[group.name]:
+            moments = {
+                view.node.name: job.sensed[view.node.name].moments for view in job.views[group.name]
+            }
+            curves[group.name] = _curve(job, group, moments)
+        if progress:
+            progress("curves", number + 1, len(groups))
+    return curves
+
+
+def _curve(job: _Job, group: Group, moments: dict[str, Moments]) -> tuple[float, ...]:
+    per = group.size // group.blocks
+    if job.config.passes.allocation == "standardised":
+        utility = _utility(job, group, moments, _dense(job))
+        standard = (utility - utility.mean()) / utility.std().clamp_min(1e-12)
+        steps = torch.stack([standard[_of(group, b)].sort().values for b in range(group.blocks)])
+        # a threshold on standardised scores; shifted, so that the sums rise
+        sums = (steps.sum(0) + 10 * group.blocks).cumsum(0)[: per - 1]
+        return (0.0, *sums.tolist())
+    removals = per - min(job.config.min_keep, per)
+    problems = _problems(job, group, moments, _dense(job))
+    errors = eliminate(problems, group.block_of, removals, even=True).errors
+    return (0.0, *errors[group.blocks - 1 :: group.blocks])
+
+
+def _of(group: Group, block: int) -> Tensor:
+    return torch.tensor(group.block_of) == block
+
+
+def _dense(job: _Job) -> Walk:
+    return Walk(job.captured.graph_module, [])
+
+
+def _problems(job: _Job, group: Group, moments: dict[str, Moments], state: Walk) -> list[Problem]:
+    """Each consumer for elimination: in the metric of the outputs where there is one, else
+    relative to its output.
+    """
+    problems = []
+    for view in job.views[group.name]:
+        weight = state.weight(view.parameter).detach()
+        matrix = view.matrix(weight).double()
+        found = moments[view.node.name]
+        second = found.gram.double() / found.tokens
+        if job.weighed:
+            metric = job.sensed[view.node.name].metric
+            matrix = matrix * 0 if metric is None else factor(metric) @ matrix
+        else:
+            power = torch.einsum("oi,ij,oj->", matrix, second, matrix)
+            matrix = matrix / power.clamp_min(1e-300).sqrt()
+        damping = max(job.config.ridge, 1e-6) * second.diagonal().mean().clamp_min(1e-12)
+        identity = torch.eye(len(second), dtype=second.dtype, device=second.device)
+        unit = unit_columns(group, view, weight)
+        problems.append(Problem(matrix, second + damping * identity, unit))
+    return problems
+
+
+def _utility(job: _Job, group: Group, moments: dict[str, Moments], state: Walk) -> Tensor:
+    """Score per unit [size]: summed over consumers and over the columns of the unit."""
+    utility = torch.zeros(group.size, dtype=torch.float64)
+    for view in job.views[group.name]:
+        weight = state.weight(view.parameter).detach()
+        unit = unit_columns(group, view, weight)
+        columns = score(
+            job.config.passes.score, view.matrix(weight), moments[view.node.name], job.generator
+        )
+        mine = unit >= 0
+        utility.index_add_(0, unit[mine].cpu(), columns[mine].cpu())
+    return utility
+
+
+def _walk(
+    job: _Job, groups: list[Group], batches: list[Args], decided: Decisions, progress: Any
+) -> None:
+    """At the first consumer of each group: observe, choose, repair; go on with the new weight."""
+    module, towards = job.captured.graph_module, job.config.passes.restore
+    pending: dict[Node, list[Group]] = {}
+    for group in groups:
+        if job.views[group.name] and batches:
+            pending.setdefault(job.views[group.name][0].node, []).append(group)
+        else:
+            utility = _weight_utility(module, group, job.config.passes.score, job.generator)
+            keep = decided.budget.keep[group.name]
+            decided.kept[group.name] = select(group, utility, keep)
+    dense = twin(module, batches) if pending and towards in TOWARDS else None
+
+    def visit(state: Walk, node: Node) -> None:
+        for group in pending[node]:
+            several = job.views[group.name]
+            if len(several) == 1:
+                moments = {node.name: state.moments(several[0])}
+            else:
+                moments = probe(state, node, several)
+            _choose(job, group, moments, state, decided)
+            _repair(job, group, moments, state, dense, decided)
+
+    report = (lambda done, total: progress("prune", done, total)) if progress else None
+    decided.weights = walk(module, batches if pending else [], pending, visit, report)
+
+
+def _choose(
+    job: _Job, group: Group, moments: dict[str, Moments], state: Walk, decided: Decisions
+) -> None:
+    keep = decided.budget.keep[group.name]
+    if job.config.passes.score != "obs":
+        kept = select(group, _utility(job, group, moments, state), keep)
+    else:
+        removals = group.size // group.blocks - keep
+        problems = _problems(job, group, moments, state)
+        gone = set(eliminate(problems, group.block_of, removals).order)
+        kept = tuple(unit for unit in range(group.size) if unit not in gone)
+    decided.kept[group.name] = kept
+
+
+def _repair(
+    job: _Job,
+    group: Group,
+    moments: dict[str, Moments],
+    state: Walk,
+    dense: Twin | None,
+    decided: Decisions,
+) -> None:
+    """Refit the consumers. Towards the dense path only with one consumer: what lies behind the
+    first of several has not been run yet.
+    """
+    several, method = job.views[group.name], job.config.passes.restore
+    stays = torch.zeros(group.size + 1, dtype=torch.bool)
+    stays[[*decided.kept[group.name], group.size]] = True
+    before, after = 0.0, 0.0
+    for view in several:
+        gap = None
+        if dense is not None and len(several) == 1:
+            gap = drift(state, dense, view, method == "residual")
+        weight = state.weight(view.parameter).detach()
+        name = bias_name(view)
+        bias = state.weight(name).detach() if name else None
+        mask = stays.to(weight.device)[unit_columns(group, view, weight)]
+        found = moments[view.node.name]
+        result = restore(method, view.matrix(weight), bias, found, mask, job.config.ridge, gap)
+        state.weights[view.parameter] = view.weight(result.weight, weight)
+        if name and result.bias is not None:
+            state.weights[name] = result.bias
+        before, after = before + result.error_before, after + result.error_after
+    decided.errors[group.name] = (before / len(several), after / len(several))
+
+
+def _weight_utility(
+    module: GraphModule, group: Group, scoring: str, generator: torch.Generator
+) -> Tensor:
+    """Without statistics: sqrt of the sum of squares of every weight that a unit owns (or
+    random).
+    """
+    if scoring == "random":
+        return torch.rand(group.size, generator=generator, dtype=torch.float64)
+    total = torch.zeros(group.size, dtype=torch.float64)
+    consuming = {(c.parameter, c.dim) for c in group.consumers if c.parameter}
+    for member in group.members:
+        if consuming and (member.parameter, member.dim) not in consuming:
+            continue
+        weight = attribute(module, member.parameter).detach().double()
+        squares = (
+            weight.square().movedim(member.dim, 0).flatten(1).sum(1)
+            if weight.dim() > 1
+            else weight.square()
+        )
+        total += squares.cpu()[torch.from_numpy(member.indices)].sum(1)
+    return total.sqrt()

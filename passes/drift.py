@@ -1,0 +1,116 @@
+"""drift: how far the pruned path has moved from the dense one, seen at a consumer.
+
+The dense model runs beside the walk (one more forward pass). At a consumer Y = X W^T the target is
+what the dense model has there,
+
+    asymmetric   t = W x_d                    x_d: the dense path's input of the same token
+    residual     t = W x_d + (r_d - r_p)      r: the other summand of the addition that follows
+
+and Drift holds the cross-moments of t - W x_p with x_p, which is all that a least-squares refit
+towards t needs. `residual` lets a block repay the error of the residual stream that it adds to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .capture import Args
+from .observe import View, Walk, environments
+
+_RELAYS = {
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.contiguous.default,
+}
+
+
+@dataclass(frozen=True)
+class Drift:
+    """cross = sum (t - W x)^T x [out, in]; mean of t - W x [out]; number of tokens."""
+
+    cross: Tensor
+    mean: Tensor
+    tokens: int
+
+
+@dataclass
+class Twin:
+    """The dense path, always run up to the node that the walk stands before."""
+
+    walk: Walk
+    nodes: list[Node]
+    last: dict[Node, Node]
+    done: int = field(default=0)
+
+    @torch.no_grad()
+    def advance(self, until: Node) -> list[dict[Node, Any]]:
+        """Run up to `until`, itself excluded; the live values of each batch."""
+        while self.nodes[self.done] is not until:
+            node = self.nodes[self.done]
+            self.walk.step(node)
+            for arg in node.all_input_nodes:
+                if self.last[arg] is node:
+                    for environment in self.walk.environments:
+                        environment.pop(arg, None)
+            self.done += 1
+        return self.walk.environments
+
+
+def twin(module: GraphModule, batches: Iterable[Args]) -> Twin:
+    """A dense path at the start of the graph."""
+    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    last = {arg: node for node in nodes for arg in node.all_input_nodes}
+    return Twin(Walk(module, list(environments(module, batches))), nodes, last)
+
+
+@torch.no_grad()
+def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift:
+    """Cross-moments of target minus output at the consumer that the walk stands before."""
+    weight = state.weight(view.parameter)
+    now = view.matrix(weight).double()
+    then = view.matrix(dense.walk.weight(view.parameter)).double()
+    other = _summand(view.node) if residual else None
+    cross = torch.zeros_like(now)
+    mean = now.new_zeros(len(now))
+    tokens = 0
+    environments_ = dense.advance(view.node)
+    for here, there in zip(state.environments, environments_, strict=True):
+        x = view.rows(state.value(here, view.source), weight).float()
+        x_dense = view.rows(dense.walk.value(there, view.source), weight).float()
+        cross += then @ (x_dense.T @ x).double() - now @ (x.T @ x).double()
+        mean += then @ x_dense.sum(0).double() - now @ x.sum(0).double()
+        tokens += len(x)
+        if other is not None and other in here and other in there:
+            gap = _rows(there[other] - here[other], view, len(x), len(now))
+            if gap is not None:
+                cross += (gap.T @ x).double()
+                mean += gap.sum(0).double()
+    return Drift(cross, mean / tokens, tokens)
+
+
+def _summand(node: Node) -> Node | None:
+    """What the consumer's output is added to, if nothing but relays lies between."""
+    here = node
+    while len(here.users) == 1:
+        user = next(iter(here.users))
+        if user.target is torch.ops.aten.add.Tensor and not user.kwargs:
+            others = [arg for arg in user.args if arg is not here]
+            return others[0] if len(others) == 1 and isinstance(others[0], Node) else None
+        if user.target not in _RELAYS:
+            return None
+        here = user
+    return None
+
+
+def _rows(gap: Any, view: View, tokens: int, out: int) -> Tensor | None:
+    """The residual's gap as [tokens, out]; None if it has another layout."""
+    if not isinstance(gap, Tensor) or gap.dim() < 2:
+        return None
+    rows = view.outputs(gap) if not view.convolution or gap.dim() > 2 else gap
+    return rows.float() if rows.shape == (tokens, out) else None

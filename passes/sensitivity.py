@@ -1,0 +1,157 @@
+"""sensitivity: the statistics of every consumer on the dense model, and what an error there costs.
+
+For a consumer's output y and the model's outputs f, to first order f moves by J dy. With z drawn
+from N(0, 1) per element of f, g = J^T z has E[g g^T] = J^T J, so
+
+    A = sum_t g_t g_t^T / tokens   [out, out]        E|J dy|^2 = tr(dy A dy^T) per token
+
+A is the metric in which errors at different consumers are comparable: it says how much of dy
+reaches the outputs. Each output tensor is divided by its root mean square first, so A needs no
+loss, no labels and no unit. One backward pass yields A for all consumers at once, without gradients
+of any weight; it counts as two forward passes. The estimator is Hutchinson's, as in Gauss-Newton
+sketches (Martens 2010, 2014); as a metric of pruning it is Fisher pruning (arXiv 2203.16487, whose
+loss gradients it replaces by output probes).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from .capture import Args
+from .errors import CalibrationError, where
+from .observe import Moments, View, environments
+
+
+@dataclass(frozen=True)
+class Sensed:
+    """Moments of a consumer's input, and A of its output (None: no gradient reaches it)."""
+
+    moments: Moments
+    metric: Tensor | None
+
+
+@dataclass
+class _Sums:
+    gram: Tensor
+    total: Tensor
+    metric: Tensor
+    tokens: int = 0
+    reached: bool = False
+
+
+def sense(
+    module: GraphModule, batches: Iterable[Args], views: Iterable[View], seed: int, metric: bool
+) -> dict[str, Sensed]:
+    """Consumer node name -> Sensed. Batches run one after the other; `metric` asks for A."""
+    sites = {view.node: view for view in views}
+    sums: dict[str, _Sums] = {}
+    generator = torch.Generator().manual_seed(seed)
+    for environment in environments(module, batches):
+        with torch.set_grad_enabled(metric):
+            probes, outputs = _run(module, environment, sites, sums, metric)
+        if metric:
+            _backward(probes, outputs, sites, sums, generator)
+    if not sums and sites:
+        raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
+    found = {}
+    for view in sites.values():
+        s = sums[view.node.name]
+        if not bool(torch.isfinite(s.gram).all() & torch.isfinite(s.metric).all()):
+            raise CalibrationError(
+                f"non-finite activations reach {view.parameter} · {where(view.node)} · help: "
+                "check the model in this precision and the calibration data"
+            )
+        moments = Moments(s.gram, s.total / s.tokens, s.tokens)
+        found[view.node.name] = Sensed(moments, s.metric / s.tokens if s.reached else None)
+    return found
+
+
+def factor(metric: Tensor, damping: float = 1e-4) -> Tensor:
+    """L^T [out, out] with L L^T = A + damping * mean(diag A): maps errors into A's norm."""
+    a = metric.double()
+    floor = damping * a.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    return torch.linalg.cholesky(a + floor * identity).T
+
+
+def _run(
+    module: GraphModule,
+    environment: dict[Node, Any],
+    sites: dict[Node, View],
+    sums: dict[str, _Sums],
+    metric: bool,
+) -> tuple[dict[Node, Tensor], list[Tensor]]:
+    """Run one batch; every consumer's output gets a zero summand to take the gradient at."""
+    probes: dict[Node, Tensor] = {}
+
+    def value(node: Any) -> Any:
+        if not isinstance(node, Node):
+            return node
+        if node.op == "get_attr":
+            found = operator.attrgetter(str(node.target))(module)
+            return found.detach() if isinstance(found, Tensor) else found
+        return environment[node]
+
+    for node in module.graph.nodes:
+        if node.op == "output":
+            leaves = pytree.tree_leaves(pytree.tree_map(value, node.args, is_leaf=_is_node))
+            return probes, [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+        if node.op != "call_function":
+            continue
+        args, kwargs = pytree.tree_map(value, (node.args, node.kwargs), is_leaf=_is_node)
+        result = node.target(*args, **kwargs)
+        if node in sites:
+            _accumulate(sums, sites[node], value, result)
+            if metric:
+                probes[node] = torch.zeros_like(result, requires_grad=True)
+                result = result + probes[node]
+        environment[node] = result
+    return probes, []
+
+
+def _accumulate(sums: dict[str, _Sums], view: View, value: Any, result: Tensor) -> None:
+    weight = operator.attrgetter(view.parameter)(view.node.graph.owning_module).detach()
+    rows = view.rows(value(view.source).detach(), weight).to(torch.float32)
+    size, out = rows.shape[1], view.outputs(result).shape[1]
+    s = sums.get(view.node.name)
+    if s is None:
+        zeros = [rows.new_zeros(shape) for shape in ((size, size), (size,), (out, out))]
+        s = sums[view.node.name] = _Sums(*zeros)
+    s.gram.addmm_(rows.T, rows)
+    s.total += rows.sum(0)
+    s.tokens += len(rows)
+
+
+def _backward(
+    probes: dict[Node, Tensor],
+    outputs: list[Tensor],
+    sites: dict[Node, View],
+    sums: dict[str, _Sums],
+    generator: torch.Generator,
+) -> None:
+    loss = torch.zeros(())
+    for output in outputs:
+        if output.requires_grad:
+            z = torch.randn(output.shape, generator=generator).to(output)
+            scale = output.detach().float().square().mean().sqrt().clamp_min(1e-12)
+            loss = loss.to(output.device) + (output * z).float().sum() / scale
+    if not loss.requires_grad:
+        return
+    gradients = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
+    for node, gradient in zip(probes, gradients, strict=True):
+        if gradient is not None:
+            rows = sites[node].outputs(gradient).to(torch.float32)
+            sums[node.name].metric.addmm_(rows.T, rows)
+            sums[node.name].reached = True
+
+
+def _is_node(item: Any) -> bool:
+    return isinstance(item, Node)

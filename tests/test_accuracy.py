@@ -1,0 +1,305 @@
+"""Greedy elimination, the metric of the outputs, allocation by error and the dense target."""
+
+import pytest
+import torch
+from torch import nn
+
+from fasp_graph import Config, analyze, prune
+from fasp_graph.config import METHODS
+from passes.allocate import allocate_by_error
+from passes.capture import as_args, capture
+from passes.consumers import unit_columns, views
+from passes.couple import nodes_by_name
+from passes.drift import Drift, drift, twin
+from passes.eliminate import Problem, eliminate
+from passes.errors import CalibrationError
+from passes.observe import Moments, Walk, environments
+from passes.restore import restore
+from passes.select import allocate
+from passes.sensitivity import factor, sense
+
+
+def problem(units, per, rest, out, seed):
+    """Correlated columns; units' columns are scattered."""
+    generator = torch.Generator().manual_seed(seed)
+    size = units * per + rest
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = normal(4 * size, size) @ normal(size, size)
+    unit = torch.full((size,), -1)
+    unit[: units * per] = torch.arange(units).repeat(per)
+    unit = unit[torch.randperm(size, generator=generator)]
+    second = x.T @ x / len(x) + 1e-3 * torch.eye(size, dtype=torch.float64)
+    return Problem(normal(out, size), second, unit)
+
+
+def joint_error(problems, units):
+    """sum over consumers of tr(W_P [(S^-1)_PP]^-1 W_P^T), computed at once."""
+    total = 0.0
+    for p in problems:
+        gone = torch.isin(p.unit_of, torch.tensor(sorted(units)))
+        own = torch.linalg.inv(p.second)[gone][:, gone]
+        total += float(torch.trace(p.weight[:, gone] @ torch.linalg.inv(own) @ p.weight[:, gone].T))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("per", "rest", "consumers", "blocks"), [(1, 0, 1, 1), (1, 5, 2, 1), (3, 0, 1, 4), (9, 2, 1, 1)]
+)
+@pytest.mark.parametrize("batch", [2, 32])
+@pytest.mark.parametrize("even", [False, True])
+def test_the_running_sum_is_the_exact_error(per, rest, consumers, blocks, batch, even):
+    problems = [problem(24, per, rest, 7 - i, i) for i in range(consumers)]
+    block_of = [unit % blocks for unit in range(24)]
+
+    found = eliminate(problems, block_of, 12 // blocks, even, batch)
+
+    assert len(set(found.order)) == 12
+    assert found.errors[-1] == pytest.approx(joint_error(problems, found.order), rel=1e-9)
+    assert found.errors[4] == pytest.approx(joint_error(problems, found.order[:5]), rel=1e-9)
+    for block in range(blocks):
+        assert sum(unit % blocks == block for unit in found.order) == 12 // blocks
+
+
+def test_each_step_takes_the_least_joint_error():
+    problems = [problem(10, 2, 0, 5, 3)]
+
+    found = eliminate(problems, [0] * 10, 6)
+
+    for step in range(6):
+        gone = list(found.order[:step])
+        rivals = {u: joint_error(problems, [*gone, u]) for u in range(10) if u not in gone}
+        assert min(rivals, key=rivals.get) == found.order[step]
+
+
+def test_even_elimination_serves_the_blocks_in_turn():
+    found = eliminate([problem(24, 1, 0, 5, 0)], [unit // 6 for unit in range(24)], 4, even=True)
+
+    for round_ in range(4):
+        served = [unit // 6 for unit in found.order[4 * round_ : 4 * round_ + 4]]
+        assert sorted(served) == [0, 1, 2, 3]
+
+
+def test_a_duplicated_column_goes_for_nothing():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 5, generator=generator, dtype=torch.float64)
+    x = torch.cat([x, x[:, 2:3]], 1)
+    weight = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    second = x.T @ x / len(x) + 1e-9 * torch.eye(6, dtype=torch.float64)
+
+    found = eliminate([Problem(weight, second, torch.arange(6))], [0] * 6, 2)
+
+    assert found.order[0] in (2, 5) and found.order[1] not in (2, 5)
+    assert found.errors[0] < 1e-7 < found.errors[1]
+
+
+class Linear3(nn.Module):
+    """Linear all through, so that the metric is known in closed form."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+def sites(model, inputs):
+    captured = capture(model, inputs)
+    deps = analyze(model, inputs)
+    groups = [g for g in deps.groups if g.kind == "chain"]
+    nodes = nodes_by_name(captured.graph_module.graph.nodes)
+    return captured, deps, groups, {g.name: views(g, deps, nodes) for g in groups}
+
+
+def test_the_metric_is_the_gram_matrix_of_the_jacobian():
+    torch.manual_seed(0)
+    model, inputs = Linear3().double(), torch.randn(3, 5, dtype=torch.float64)
+    captured, _, groups, found = sites(model, inputs)
+    view = found[groups[0].name][0]
+    batches = [as_args(torch.randn(4000, 5, dtype=torch.float64)) for _ in range(4)]
+
+    sensed = sense(captured.graph_module, batches, [view], 0, True)[view.node.name]
+
+    with torch.no_grad():
+        power = torch.cat([model(*args[0]) for args in batches]).square().mean()
+    exact = model.c.weight.T @ model.c.weight / power
+    assert torch.allclose(
+        sensed.metric.double(), exact, atol=0.05 * float(exact.detach().abs().max())
+    )
+    rows = torch.cat([model.a(*args[0]) for args in batches]).float()
+    assert torch.allclose(sensed.moments.gram, rows.T @ rows, rtol=1e-3)
+
+
+def test_factor_maps_errors_into_the_metric():
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    metric, error = half.T @ half, torch.randn(4, 9, generator=generator, dtype=torch.float64)
+
+    found = (factor(metric, 1e-12) @ error).square().sum()
+
+    assert found == pytest.approx(float(torch.trace(error.T @ metric @ error)), rel=1e-6)
+
+
+def test_allocation_takes_from_the_cheap_group(mlp):
+    inputs = torch.randn(3, 7)
+    _, deps, groups, _ = sites(mlp, inputs)
+    uniform = allocate(deps, groups, 0.4)
+    dear, cheap = groups
+    curves = {dear.name: [float(k) for k in range(16)], cheap.name: [0.01 * k for k in range(12)]}
+
+    found = allocate_by_error(deps, groups, uniform, curves, 0.4)
+
+    assert 0.4 <= found.sparsity < 0.5
+    assert found.keep[dear.name] / dear.size > found.keep[cheap.name] / cheap.size
+    assert found.keep[cheap.name] < uniform.keep[cheap.name]
+
+
+def test_allocation_respects_align_and_min_keep(mlp):
+    _, deps, groups, _ = sites(mlp, torch.randn(3, 7))
+    uniform = allocate(deps, groups, 0.4)
+    curves = {g.name: [float(k) for k in range(g.size)] for g in groups}
+
+    found = allocate_by_error(deps, groups, uniform, curves, 0.4, align=4, min_keep=4)
+
+    assert all(count % 4 == 0 and count >= 4 for count in found.keep.values())
+    assert found.sparsity >= 0.4
+
+
+def test_refitting_towards_the_dense_path_is_least_squares():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, w, bias = normal(300, 5) + 1, normal(3, 5), normal(3)
+    target = x @ w.T + bias + normal(300, 3) + 2
+    gap = target - x @ w.T - bias
+    keep = torch.tensor([True, False, True, True, True])
+    moments = Moments(x.T @ x, x.mean(0), 300)
+
+    result = restore("asymmetric", w, bias, moments, keep, 0.0, Drift(gap.T @ x, gap.mean(0), 300))
+
+    design = torch.cat([x[:, keep], torch.ones(300, 1, dtype=torch.float64)], 1)
+    exact = torch.linalg.lstsq(design, target).solution
+    assert torch.allclose(result.weight[:, keep].T, exact[:-1], atol=1e-8)
+    assert torch.allclose(result.bias, exact[-1], atol=1e-8)
+
+
+class Residual(nn.Module):
+    """Two blocks on a residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.up1, self.down1 = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.up2, self.down2 = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x):
+        x = x + self.down1(torch.relu(self.up1(x)))
+        return x + self.down2(torch.relu(self.up2(x)))
+
+
+def test_drift_is_target_minus_output():
+    torch.manual_seed(0)
+    model, x = Residual().double(), torch.randn(50, 6, dtype=torch.float64)
+    captured, _, groups, found = sites(model, x[:3])
+    view = found[groups[1].name][0]
+    changed = {"down1.weight": model.down1.weight.detach() * 0.5}
+    state = Walk(captured.graph_module, list(environments(captured.graph_module, [as_args(x)])))
+    state.weights.update(changed)
+    with torch.no_grad():
+        for node in captured.graph_module.graph.nodes:
+            if node is view.node:
+                break
+            if node.op == "call_function":
+                state.step(node)
+        dense = twin(captured.graph_module, [as_args(x)])
+        moved = x + torch.relu(model.up1(x)) @ changed["down1.weight"].T + model.down1.bias
+        inner = torch.relu(model.up2(moved))
+        exact = model(x) - (moved + model.down2(inner))
+
+        result = drift(state, dense, view, residual=True)
+
+    assert torch.allclose(result.cross, exact.T @ inner, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(result.mean, exact.mean(0), atol=1e-5)
+    assert exact.abs().max() > 0.1
+
+
+def test_units_of_a_convolution_own_their_kernels():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    _, _, groups, found = sites(model, torch.randn(2, 3, 9, 9))
+
+    unit = unit_columns(groups[0], found[groups[0].name][0], model[2].weight)
+
+    assert unit.tolist() == [channel for channel in range(4) for _ in range(9)]
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_preset_prunes_a_convolution(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(inplace=True)
+    )
+    batches = [torch.randn(4, 3, 9, 9) for _ in range(4)]
+
+    pruned = prune(model.eval(), batches[0], batches, Config(sparsity=0.4, method=method))
+
+    assert pruned.report.groups[0].kept < 8
+    assert pruned.report.verify_max_error <= 1e-9
+
+
+def test_best_reports_its_curves_and_its_cost():
+    torch.manual_seed(0)
+    batches = [torch.randn(40, 6) for _ in range(4)]
+
+    report = prune(Residual(), batches[0], batches, Config(sparsity=0.4)).report.to_dict()
+
+    assert report["forward_passes"] == pytest.approx(3.5)
+    for group in report["groups"]:
+        curve = group["curve"]
+        assert len(curve) == group["units"] and curve[0] == 0.0
+        assert all(later >= earlier for earlier, later in zip(curve, curve[1:], strict=False))
+
+
+def test_presets_that_need_no_data_cost_nothing(mlp):
+    report = prune(mlp, torch.randn(3, 7), None, Config(method="magnitude")).report
+
+    assert report.forward_passes == 0
+
+
+def test_a_model_whose_output_has_no_gradient_falls_back_to_relative_errors():
+    class Argmax(Residual):
+        def forward(self, x):
+            return super().forward(x).argmax(-1)
+
+    torch.manual_seed(0)
+    batches = [torch.randn(40, 6) for _ in range(4)]
+
+    report = prune(Argmax(), batches[0], batches, Config(sparsity=0.4)).report
+
+    assert all(group.curve[-1] <= 1.0 for group in report.groups)
+    assert report.verify_max_error <= 1e-9
+
+
+def test_best_without_calibration_says_what_needs_it(mlp):
+    with pytest.raises(CalibrationError, match="allocation=sensitivity"):
+        prune(mlp, torch.randn(3, 7), None, Config())
+
+
+def test_best_beats_every_preset_on_heldout_text():
+    import fasp_graph as fg
+    import models_zoo
+
+    entry = models_zoo.load("llama")
+    rows = entry.heldout[:12]
+
+    def after(method):
+        config = Config(sparsity=0.3, method=method)
+        small = prune(entry.model, entry.inputs, entry.calibration, config)
+        return fg.perplexity(small.model, rows), small.report.sparsity
+
+    (best, removed), (fasp, paper), (slim, _) = (after(m) for m in ("best", "fasp", "slimgpt"))
+    assert removed >= paper - 1e-3
+    assert fg.perplexity(entry.model, rows) < best < slim < fasp
