@@ -24,9 +24,8 @@ from rich.table import Table
 
 from fasp_graph import Config
 from fasp_graph.decide import decide
+from passes.analysis import analysis
 from passes.capture import capture
-from passes.couple import couple
-from passes.labels import propagate
 from passes.rewrite import attribute, removal, rewrite
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -65,8 +64,7 @@ class Row:
 def rows_of(case: Case, options: argparse.Namespace, seed: int) -> Iterator[Row]:
     """All rows of one model."""
     captured = capture(case.model, case.inputs)
-    parameters = dict(captured.graph_module.named_parameters())
-    deps = couple(propagate(captured.graph_module, captured.inputs, False), parameters)
+    deps = analysis(captured.graph_module, captured.inputs)
     groups = [group for group in deps.groups if group.kind == "chain"]
     dense = case.measure(captured.graph_module)
     table = "ablation" if options.ablation else "presets"

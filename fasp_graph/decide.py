@@ -179,7 +179,7 @@ def _curve(job: _Job, group: Group, moments: dict[str, Moments]) -> tuple[float,
         return (0.0, *sums.tolist())
     removals = per - min(job.config.min_keep, per)
     problems = _problems(job, group, moments, _dense(job))
-    errors = eliminate(problems, group.block_of, removals, even=True).errors
+    errors = eliminate(problems, group.block_of.tolist(), removals, even=True).errors
     return (0.0, *errors[group.blocks - 1 :: group.blocks])
 
 
@@ -266,7 +266,7 @@ def _choose(
     else:
         removals = group.size // group.blocks - keep
         problems = _problems(job, group, moments, state)
-        gone = set(eliminate(problems, group.block_of, removals).order)
+        gone = set(eliminate(problems, group.block_of.tolist(), removals).order)
         kept = tuple(unit for unit in range(group.size) if unit not in gone)
     decided.kept[group.name] = kept
 

@@ -193,6 +193,8 @@ class _Builder:
             return "frozen", mixed or "nothing sums it away"
         if len(set(sizes.tolist())) > 1:
             return "frozen", f"blocks of unequal size {sorted(set(sizes.tolist()))}"
+        if sizes.max() == 1:
+            return "frozen", "each block has a single unit"
         if routed:
             return "head", ""
         if mixed:

@@ -9,11 +9,11 @@ from fasp_graph.config import METHODS
 from passes.allocate import allocate_by_error
 from passes.capture import as_args, capture
 from passes.consumers import unit_columns, views
-from passes.couple import nodes_by_name
 from passes.drift import Drift, drift, twin
 from passes.eliminate import Problem, eliminate
 from passes.errors import CalibrationError
 from passes.observe import Moments, Walk, environments
+from passes.removal import nodes_by_name
 from passes.restore import restore
 from passes.select import allocate
 from passes.sensitivity import factor, sense
