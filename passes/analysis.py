@@ -12,9 +12,6 @@ from .labels import propagate
 
 def analysis(module: GraphModule, inputs: Args, check: bool = False) -> DependencyGraph:
     """The groups of a captured program at example inputs; weights are not read."""
-    parameters = dict(module.named_parameters())
     labels = propagate(module, inputs, check)
-    deps = couple(labels, parameters)
-    if not has_blocks(deps):
-        return deps
-    return couple(labels, parameters, propagate(module, inputs, check, outer=True))
+    blocks = propagate(module, inputs, check, outer=True) if has_blocks(labels) else None
+    return couple(labels, dict(module.named_parameters()), blocks)

@@ -38,11 +38,11 @@ def couple(
     return DependencyGraph(tuple(_named(groups)), shapes, tuple(layers))
 
 
-def has_blocks(deps: DependencyGraph) -> bool:
+def has_blocks(labels: Labels) -> bool:
     """Whether any dim of the program is split into blocks, so that the run on blocks can tell."""
     return any(
         len(varying(array)) > 1
-        for value in deps.labels.values.values()
+        for value in labels.values.values()
         for leaf in (value if isinstance(value, list) else [value])
         if isinstance(leaf, Value)
         for array in leaf.arrays.values()
