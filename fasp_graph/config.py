@@ -17,6 +17,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "random": ("random", "none"),
 }
 KINDS = ("chain", "bilinear")
+LAYOUTS = ("free", "uniform")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Config:
     align      kept counts of unblocked groups are multiples of this
     min_keep   units that every block keeps at least
     ridge      the repair's ridge, relative to the mean of the Gram matrix's diagonal
+    layout     free: every group keeps what it should; uniform: only groups whose size a field of
+    the model's configuration says, equally many units for all groups of a field, so that a plain
+    from_pretrained loads the result
     seed       for score=random and the inputs of the verification
     check      check after every op of the analysis that no axis lost its labels
     """
@@ -44,6 +48,7 @@ class Config:
     align: int = 1
     min_keep: int = 1
     ridge: float = 1e-2
+    layout: str = "free"
     seed: int = 0
     check: bool = False
 
@@ -51,6 +56,7 @@ class Config:
         _one_of("method", self.method, tuple(METHODS))
         _one_of("score", self.score, (None, *SCORES))
         _one_of("restore", self.restore, (None, *RESTORES))
+        _one_of("layout", self.layout, LAYOUTS)
         for kind in self.kinds:
             _one_of("kinds", kind, KINDS)
         if not 0 < self.sparsity < 1:

@@ -29,6 +29,8 @@ from passes.verify import verify
 
 from .config import Config
 from .evaluate import flops
+from .inputs import refuse_unmergeable
+from .layout import equalised, uniform_groups
 from .modules import Emission, emit_model
 from .report import Frozen, GroupReport, Report
 
@@ -90,12 +92,17 @@ def prune(
     """
     config = config or Config()
     seconds: dict[str, float] = {}
+    refuse_unmergeable(model)
     with _timed(seconds, "capture"):
         captured = capture(model, inputs)
     with _timed(seconds, "couple"):
         deps = _couple(captured, config.check)
     groups = [g for g in deps.groups if g.kind in config.kinds]
+    shared: list[set[str]] = []
+    if config.layout == "uniform":
+        groups, shared = uniform_groups(model, groups)
     budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep)
+    budget = equalised(budget, shared)
     with _timed(seconds, "prune"):
         decisions = _decide(captured, deps, groups, budget, calibration, config, progress)
     plan = Plan(decisions.kept, budget.ratio, budget.sparsity, budget.scope)
