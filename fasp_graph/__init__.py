@@ -8,9 +8,10 @@ save(pruned, folder); load(folder); export_onnx(pruned, path)
 from passes.couple import DependencyGraph
 from passes.errors import FaspGraphError
 
+from . import auto as auto  # transformers' Auto classes then load folders of this kind
 from .config import Config
 from .evaluate import perplexity
-from .huggingface import load, save
+from .huggingface import load, push_to_hub, save
 from .onnx import export_onnx
 from .prune import Pruned, analyze, prune
 
@@ -24,5 +25,6 @@ __all__ = [
     "load",
     "perplexity",
     "prune",
+    "push_to_hub",
     "save",
 ]

@@ -30,6 +30,7 @@ METHODS: dict[str, Passes] = {
     "random": Passes("random", "none"),
 }
 KINDS = ("chain", "bilinear", "head", "width")
+LAYOUTS = ("free", "uniform")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Config:
     align      kept counts of unblocked groups are multiples of this
     min_keep   units that every block keeps at least
     ridge      the repair's ridge, relative to the mean of the Gram matrix's diagonal
+    layout     free: every group keeps what it should; uniform: only groups whose size a field of
+    the model's configuration says, equally many units for all groups of a field, so that a plain
+    from_pretrained loads the result
     seed       for score=random and the inputs of the verification
     check      check after every op of the analysis that no axis lost its labels
     """
@@ -62,6 +66,7 @@ class Config:
     align: int = 1
     min_keep: int = 1
     ridge: float = 1e-2
+    layout: str = "free"
     seed: int = 0
     check: bool = False
 
@@ -70,6 +75,7 @@ class Config:
         _one_of("score", self.score, (None, *SCORES))
         _one_of("restore", self.restore, (None, *RESTORES))
         _one_of("allocation", self.allocation, (None, *ALLOCATIONS))
+        _one_of("layout", self.layout, LAYOUTS)
         for kind in self.kinds:
             _one_of("kinds", kind, KINDS)
         if not 0 < self.sparsity < 1:

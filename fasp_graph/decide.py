@@ -12,7 +12,7 @@ Cost in plain forward passes over the calibration batches, a backward pass count
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ from passes.select import Budget, allocate, select
 from passes.sensitivity import Sensed, factor, sense
 
 from .config import Config
+from .layout import equalised
 
 Progress = Callable[[str, int, int], None]
 
@@ -77,9 +78,13 @@ def decide(
     calibration: Iterable[Any] | None,
     config: Config,
     progress: Progress | None = None,
+    shared: Sequence[set[str]] = (),
 ) -> Decisions:
-    """Plan and repair; BudgetError and CalibrationError say what is missing."""
+    """Plan and repair; BudgetError and CalibrationError say what is missing. `shared`: names of
+    groups that must keep equally many units.
+    """
     budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep)
+    budget = equalised(budget, shared)
     nodes = nodes_by_name(captured.graph_module.graph.nodes)
     found = {group.name: views(group, deps, nodes) for group in groups}
     batches = _batches(calibration, config) if _needs_data(config) else []
@@ -103,6 +108,7 @@ def decide(
             config.min_keep,
             per_unit=config.passes.allocation == "standardised",
         )
+        decided.budget = equalised(decided.budget, shared)
     _walk(job, groups, batches, decided, progress)
     decided.forward_passes = _cost(config, len(batches))
     return decided

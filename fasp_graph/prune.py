@@ -27,6 +27,8 @@ from passes.verify import verify
 from .config import Config
 from .decide import Decisions, Progress, decide
 from .evaluate import flops
+from .inputs import refuse_unmergeable
+from .layout import uniform_groups
 from .modules import Emission, emit_model
 from .report import Frozen, GroupReport, Report
 
@@ -82,13 +84,17 @@ def prune(
     """
     config = config or Config()
     seconds: dict[str, float] = {}
+    refuse_unmergeable(model)
     with _timed(seconds, "capture"):
         captured = capture(model, inputs)
     with _timed(seconds, "couple"):
         deps = analysis(captured.graph_module, captured.inputs, config.check)
     groups = [g for g in deps.groups if g.kind in config.kinds]
+    shared: list[set[str]] = []
+    if config.layout == "uniform":
+        groups, shared = uniform_groups(model, groups)
     with _timed(seconds, "prune"):
-        decisions = decide(captured, deps, groups, calibration, config, progress)
+        decisions = decide(captured, deps, groups, calibration, config, progress, shared)
     dense = _with_weights(captured.graph_module, decisions.weights)
     cut = removal(deps, decisions.kept)
     with _timed(seconds, "rewrite"):

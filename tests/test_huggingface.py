@@ -43,7 +43,7 @@ def test_what_the_folder_holds(pruned, folder):
     manifest = json.loads((folder / "fasp_graph.json").read_text())
 
     weights = (folder / "model.safetensors").read_bytes()
-    assert manifest["weights"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert manifest["weights"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
     assert manifest["class"] == type(pruned.model).__name__
     assert sorted(path.name for path in folder.iterdir()) == manifest["files"]
     assert f"{pruned.report.params_after:,}" in (folder / "README.md").read_text()
@@ -98,9 +98,9 @@ def test_a_failed_save_leaves_the_earlier_folder(pruned, folder):
 HOSTILE = {
     "format": (lambda m: m.update(format=99), "format 99"),
     "no format": (lambda m: m.pop("format"), "format None"),
-    "traversal": (lambda m: m["weights"].update(file="../x.safetensors"), "plain file name"),
-    "absolute": (lambda m: m["weights"].update(file="/etc/passwd"), "plain file name"),
-    "hash": (lambda m: m["weights"].update(sha256="0" * 64), "sha256"),
+    "traversal": (lambda m: m["weights"].update({"../x.safetensors": ""}), "plain file name"),
+    "absolute": (lambda m: m["weights"].update({"/etc/passwd": ""}), "plain file name"),
+    "hash": (lambda m: m["weights"].update({"model.safetensors": "0" * 64}), "sha256"),
     "a function": (lambda m: m.update({"class": "pipeline"}), "not a model class"),
     "a module": (lambda m: m.update({"class": "utils"}), "not a model class"),
     "dotted": (lambda m: m.update({"class": "os.system"}), "not a model class"),

@@ -1,0 +1,184 @@
+"""Emission: how the user's own class was made smaller, as a value that can be stored and replayed.
+
+A group's way is one of
+
+    native      the class's own code runs at the new size: only weights and the sizes that a leaf
+                module states of itself (in_features, num_features, groups...) changed
+    attributes  integer attributes of the modules around them changed too
+    adapter     the class's code has the old size burned in: producers scatter their output to the
+                old width, consumers gather their input from it. Weights, state dict and outputs
+                are compact; the module's interface keeps the old width
+    padded      the weights are stored compact and filled with zeros whenever they are read: for
+                modules whose weights other code reads (nn.MultiheadAttention). Saves memory only
+    graph       none of these works: the model is the compact graph itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+Axis = tuple[int, int, tuple[int, ...]]  # axis, its size before, kept positions
+
+
+@dataclass(frozen=True)
+class Emission:
+    """The recipe; JSON-able by `to_dict`, replayed by `apply_shapes`.
+
+    shapes: parameter or buffer -> new shape; attributes, before: module -> name -> new, old value;
+    scatter, gather: module -> axis of its output, input; padded: parameter -> its axes;
+    ways: group -> way; costs: group -> elements copied: per token for an adapter, per call for
+    padded weights.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    before: dict[str, dict[str, int]] = field(default_factory=dict)
+    scatter: dict[str, Axis] = field(default_factory=dict)
+    gather: dict[str, Axis] = field(default_factory=dict)
+    padded: dict[str, tuple[Axis, ...]] = field(default_factory=dict)
+    ways: dict[str, str] = field(default_factory=dict)
+    costs: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "shapes": {k: list(v) for k, v in self.shapes.items()},
+            "attributes": self.attributes,
+            "before": self.before,
+            "scatter": {k: _plain(axis) for k, axis in self.scatter.items()},
+            "gather": {k: _plain(axis) for k, axis in self.gather.items()},
+            "padded": {k: [_plain(axis) for axis in axes] for k, axes in self.padded.items()},
+            "ways": self.ways,
+            "costs": self.costs,
+        }
+
+    @staticmethod
+    def from_dict(found: Mapping[str, Any]) -> Emission:
+        """The inverse of `to_dict`."""
+        return Emission(
+            {k: tuple(v) for k, v in found["shapes"].items()},
+            {k: {n: int(v) for n, v in a.items()} for k, a in found["attributes"].items()},
+            {k: {n: int(v) for n, v in a.items()} for k, a in found["before"].items()},
+            {k: _axis(v) for k, v in found["scatter"].items()},
+            {k: _axis(v) for k, v in found["gather"].items()},
+            {k: tuple(_axis(v) for v in axes) for k, axes in found["padded"].items()},
+            dict(found["ways"]),
+            {k: int(v) for k, v in found["costs"].items()},
+        )
+
+
+def _plain(axis: Axis) -> list[Any]:
+    return [axis[0], axis[1], list(axis[2])]
+
+
+def _axis(found: Any) -> Axis:
+    axis, size, kept = found
+    return int(axis), int(size), tuple(int(index) for index in kept)
+
+
+class Scatter(nn.Module):
+    """Forward hook: an output of the kept width -> the old width, zeros where units are gone."""
+
+    def __init__(self, axis: int, size: int, kept: Iterable[int], device: Any) -> None:
+        super().__init__()
+        held = torch.tensor(tuple(kept), dtype=torch.long)
+        places = torch.full((size,), len(held))  # removed ones point at a zero that is appended
+        places[held] = torch.arange(len(held))
+        self.axis = axis
+        self.register_buffer("places", places.to(device), persistent=False)
+
+    def forward(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """[..., kept] -> [..., size]."""
+        zero = torch.zeros_like(output.narrow(self.axis, 0, 1))
+        return torch.cat([output, zero], self.axis).index_select(self.axis, self.places)
+
+
+class Gather(nn.Module):
+    """Forward pre-hook: an input of the old width -> its kept positions."""
+
+    def __init__(self, axis: int, kept: Iterable[int], device: Any) -> None:
+        super().__init__()
+        self.axis = axis
+        held = torch.tensor(tuple(kept), dtype=torch.long, device=device)
+        self.register_buffer("kept", held, persistent=False)
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """[..., size] -> [..., kept]."""
+        return (args[0].index_select(self.axis, self.kept), *args[1:])
+
+
+class Padding(nn.Module):
+    """Parametrisation: a compact tensor -> the old shape, zeros where units are gone."""
+
+    def __init__(self, axes: Iterable[Axis], device: Any) -> None:
+        super().__init__()
+        self.sizes = tuple((axis, size) for axis, size, _ in axes)
+        for number, (_, _, kept) in enumerate(axes):
+            held = torch.tensor(tuple(kept), dtype=torch.long, device=device)
+            self.register_buffer(f"kept_{number}", held, persistent=False)
+
+    def forward(self, compact: Tensor) -> Tensor:
+        """Kept sizes -> old sizes, one axis after the other."""
+        for number, (axis, size) in enumerate(self.sizes):
+            shape = [*compact.shape[:axis], size, *compact.shape[axis + 1 :]]
+            held = self.get_buffer(f"kept_{number}")
+            compact = compact.new_zeros(shape).index_copy(axis, held, compact)
+        return compact
+
+
+def apply_shapes(
+    model: nn.Module,
+    emission: Emission | Mapping[str, Any],
+    values: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Give `model` (dense, changed in place) the shapes and adapters of `emission`.
+
+    `values`: parameter or buffer -> tensor that becomes its content; without them, tensors of a
+    new shape are zero and all others stay.
+    """
+    recipe = emission if isinstance(emission, Emission) else Emission.from_dict(emission)
+    _set_tensors(model, recipe, values or {})
+    for path, sizes in recipe.attributes.items():
+        for name, value in sizes.items():
+            setattr(model.get_submodule(path), name, value)
+    for path, (axis, size, kept) in recipe.scatter.items():
+        module = model.get_submodule(path)
+        module._fasp_scatter = Scatter(axis, size, kept, _device(module))
+        module.register_forward_hook(module._fasp_scatter)
+    for path, (axis, _, kept) in recipe.gather.items():
+        module = model.get_submodule(path)
+        module._fasp_gather = Gather(axis, kept, _device(module))
+        module.register_forward_pre_hook(module._fasp_gather)
+    for name, axes in recipe.padded.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        padding = Padding(axes, _device(module))
+        parametrize.register_parametrization(module, leaf, padding, unsafe=True)
+    return model
+
+
+def _set_tensors(model: nn.Module, recipe: Emission, values: Mapping[str, Tensor]) -> None:
+    """New tensors where a shape or a value is given; names that were tied stay tied."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the old one is held, so that its id stays unique
+    for name in {**recipe.shapes, **values}:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        old = getattr(owner, leaf)
+        if id(old) not in made:
+            new = values.get(name)
+            if new is None:
+                new = torch.zeros(recipe.shapes[name], dtype=old.dtype, device=old.device)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new.detach(), old.requires_grad)
+            made[id(old)] = (old, new)
+        setattr(owner, leaf, made[id(old)][1])
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

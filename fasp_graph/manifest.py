@@ -1,0 +1,71 @@
+"""fasp_graph.json: what a folder holds, with the sha256 of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from passes.errors import FaspGraphError
+
+FORMAT = 1
+MANIFEST = "fasp_graph.json"
+_PACKAGES = ("fasp-graph", "torch", "transformers", "safetensors")
+_WANTED: dict[str, type] = {"weights": dict, "aliases": dict, "emission": dict, "files": list}
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of a folder, or an error that says what is wrong with it."""
+    path = root / MANIFEST
+    if not path.is_file():
+        raise FaspGraphError(f"{root} holds no {MANIFEST} · help: give a folder written by save")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FaspGraphError(f"{path} is not JSON: {error}") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise FaspGraphError(
+            f"{path} has format {version!r}; this version reads {FORMAT} · help: update fasp-graph"
+        )
+    for key, kind in _WANTED.items():
+        if not isinstance(manifest.get(key), kind):
+            raise FaspGraphError(f"{path} is damaged: {key!r} is missing or of the wrong type")
+    return dict(manifest)
+
+
+def checked_weights(root: Path, weights: Mapping[str, Any]) -> list[Path]:
+    """Paths of the weights, file name -> sha256 in the manifest; their hashes have been checked."""
+    found = []
+    for name, expected in weights.items():
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
+            raise FaspGraphError(f"{root / MANIFEST}: {name!r} is not a plain file name")
+        path = root / name
+        if not path.is_file():
+            raise FaspGraphError(f"{path} is missing")
+        if digest(path) != expected:
+            raise FaspGraphError(f"{path} is not the file that was saved: its sha256 differs")
+        found.append(path)
+    return found
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a folder depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
