@@ -76,13 +76,19 @@ def _equal(left: torch.Tensor, right: torch.Tensor, name: str, kept: dict[str, A
         raise Mismatch(f"{sorted(kept)}: {error:.1e} away from the {name} model")
 
 
-def chosen(deps: DependencyGraph, draw: random.Random) -> dict[str, list[int]]:
+CHOICES = [("chain",), ("bilinear",), ("head",), ("width",), ("chain", "bilinear", "head", "width")]
+
+
+def chosen(
+    deps: DependencyGraph,
+    draw: random.Random,
+    kinds: tuple[str, ...] | None = None,
+    share: float = 0.8,
+) -> dict[str, list[int]]:
     """Random units of random groups of random kinds, equally many in each block."""
-    kinds = draw.choice(
-        [("chain",), ("bilinear",), ("head",), ("width",), ("chain", "bilinear", "head", "width")]
-    )
+    kinds = kinds or draw.choice(CHOICES)
     able = [g for g in deps.groups if g.kind != "frozen" and _room(g) > 0]
-    groups = [g for g in able if g.kind in kinds and draw.random() < 0.8]
+    groups = [g for g in able if g.kind in kinds and draw.random() < share]
     return {group.name: _units(group, draw) for group in groups or able[:1]}
 
 
