@@ -103,7 +103,7 @@ def _other_arguments(node: Node) -> Iterator[tuple[str, tuple[Any, ...]]]:
     if name in ("reshape", "view"):
         sizes = list(args[1])  # type: ignore[arg-type]
         turned = any(op_name(user) in ("transpose", "permute") for user in node.users)
-        if turned and len(sizes) > 3 and sizes[-1] != sizes[-2]:
+        if turned and len(sizes) > 3 and sizes[-1] != sizes[-2] and 1 not in sizes[-2:]:
             yield "heads taken for channels", (args[0], [*sizes[:-2], sizes[-1], sizes[-2]])
     if name == "split_with_sizes" and args[1] != args[1][::-1]:  # type: ignore[index]
         yield "sizes swapped", (args[0], args[1][::-1], *args[2:])  # type: ignore[index]
@@ -194,7 +194,7 @@ def harmless(right: Subject, broken: Subject, model: nn.Module) -> bool:
     found = broken.compact(inputs)
     kinds = {broken.deps[name].kind for name in broken.kept}
     references = [right.compact]
-    if kinds == {"chain"}:
+    if "width" not in kinds:
         references.append(zeroed(model, broken.deps, broken.kept))
     return any(torch.allclose(found, r(inputs), rtol=0, atol=1e-9) for r in references)
 

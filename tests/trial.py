@@ -2,7 +2,7 @@
 
 compact(x) = masked(x)        the graph in which removed labels are zero where summed away
 compact(x) = eager(x)         the user's own module, with zeros in the consumers' weights
-                              (where all that goes are chains)
+                              (unless the residual stream gets narrower)
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def trial(case: Case) -> Outcome:
         return Outcome(len(kept), kinds, str(error))
     inputs = sample(1)
     _equal(compact(inputs), reference(inputs), "masked", kept)
-    eager = set(kinds) == {"chain"}
+    eager = "width" not in kinds
     if eager:
         _equal(compact(inputs), zeroed(model, deps, kept)(inputs), "eager", kept)
     return Outcome(len(kept), kinds, "", eager)
@@ -107,14 +107,16 @@ def _units(group: Group, draw: random.Random) -> list[int]:
 
 
 def zeroed(model: nn.Module, deps: DependencyGraph, kept: dict[str, list[int]]) -> nn.Module:
-    """A copy of the user's module with zeros where its weights read a removed unit."""
+    """A copy of the user's module with zeros where its weights read a removed unit; where two
+    activations read it (queries and keys), in the weights that make it.
+    """
     dense = copy.deepcopy(model)
     for name, units in kept.items():
         group = deps[name]
         gone = [u for u in range(group.size) if u not in set(units)]
         read = {(consumer.parameter, consumer.dim) for consumer in group.consumers}
         for member in group.members:
-            if (member.parameter, member.dim) in read:
+            if ("", -1) in read or (member.parameter, member.dim) in read:
                 places = torch.from_numpy(member.indices[gone].reshape(-1))
                 with torch.no_grad():
                     attribute(dense, member.parameter).index_fill_(member.dim, places, 0.0)
