@@ -2,7 +2,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint soak clean
+
+SECONDS ?= 600
 
 demo: $(READY)
 	$(BIN)/fasp-graph prune --output build/demo
@@ -14,6 +16,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: $(READY)
+	$(BIN)/python -m benchmarks.soak --seconds $(SECONDS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

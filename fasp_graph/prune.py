@@ -19,9 +19,11 @@ from torch.fx import GraphModule
 from passes.analysis import analysis
 from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
+from passes.errors import CaptureError
 from passes.removal import removal
 from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
+from passes.skeleton import has_numbers
 from passes.verify import verify
 
 from .config import Config
@@ -83,6 +85,11 @@ def prune(
     VerificationError...
     """
     config = config or Config()
+    if not has_numbers(model):
+        raise CaptureError(
+            f"{type(model).__name__} has weights without numbers (on the meta device), which can "
+            "be analysed but not pruned · help: load the weights first"
+        )
     seconds: dict[str, float] = {}
     refuse_unmergeable(model)
     with _timed(seconds, "capture"):

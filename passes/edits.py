@@ -131,19 +131,33 @@ def _slice(edit: Edit) -> None:
     edit.change(dim=dim, start=new[0], end=new[-1] + 1, step=step)
 
 
-def _slice_scatter(edit: Edit) -> None:
-    """The written range is counted in what stays of the result's own dim."""
+def _scatter_part(edit: Edit) -> None:
+    """What is written stands between what stays before it and behind it: cat, since another
+    number of places may be written than stays of those that are overwritten.
+    """
     bound, shape = edit.bound, edit.shape(edit.source)
     dim = (bound["dim"] or 0) % len(shape)
-    mask = edit.outs[0].get(dim)
-    if mask is None:
+    masks = (edit.ins[edit.source].get(dim), edit.outs[0].get(dim))
+    if masks == (None, None):
         return
-    if (bound["step"] or 1) != 1 or mask.numel() != mask.shape[dim]:
-        raise UnsupportedOp("a strided write would become irregular")
-    low, high, _ = slice(bound["start"], bound["end"]).indices(shape[dim])
-    flat = mask.reshape(-1)
-    start = int(flat[:low].sum())
-    edit.change(dim=dim, start=start, end=start + int(flat[low:high].sum()))
+    one = "index" in bound
+    at = bound["index"] % shape[dim] if one else 0
+    low, high, step = (at, at + 1, 1) if one else _range(bound, shape[dim])
+    if step != 1 or any(mask is not None and mask.numel() != mask.shape[dim] for mask in masks):
+        raise UnsupportedOp("a write would become irregular")
+    before = torch.ones(shape[dim]) if masks[0] is None else masks[0].reshape(-1)
+    first, last, end = (int(before[:n].sum()) for n in (low, high, None))
+    graph, written = edit.module.graph, bound["src"]
+    with graph.inserting_before(edit.node):
+        left = graph.call_function(aten.slice.Tensor, (edit.source, dim, 0, first))
+        right = graph.call_function(aten.slice.Tensor, (edit.source, dim, last, end))
+        if one:
+            written = graph.call_function(aten.unsqueeze.default, (written, dim))
+    edit.become(aten.cat.default, [left, written, right], dim)
+
+
+def _range(bound: Mapping[str, Any], size: int) -> tuple[int, int, int]:
+    return slice(bound["start"], bound["end"], bound["step"]).indices(size)
 
 
 def _select(edit: Edit) -> None:
@@ -220,6 +234,13 @@ def _normalized(edit: Edit) -> None:
     edit.change(normalized_shape=sizes)
 
 
+def _group_norm(edit: Edit) -> None:
+    """As many groups as before, of fewer channels."""
+    mask, groups = edit.ins[edit.source].get(1), edit.bound["num_groups"]
+    if mask is not None and count(mask, 1) % groups:
+        raise UnsupportedOp(f"{count(mask, 1)} channels would stay, no multiple of {groups} groups")
+
+
 def _attention(edit: Edit) -> None:
     """The softmax scale stays 1 / sqrt of the dense head size."""
     query = edit.bound["query"]
@@ -243,7 +264,7 @@ EDITS: dict[str, Callable[[Edit], None]] = {
     "slice": _slice,
     "select": _select,
     "one_hot": _one_hot,
-    "slice_scatter": _slice_scatter,
+    **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter_part),
     **dict.fromkeys(
         ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"),
         _split,
@@ -251,6 +272,7 @@ EDITS: dict[str, Callable[[Edit], None]] = {
     **dict.fromkeys(("index", "index_select"), _index),
     **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalized),
+    "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),

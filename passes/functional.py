@@ -136,7 +136,8 @@ def _overwritten(graph: Graph, node: Node, name: str, base: Node) -> Node | None
         made = graph.call_function(aten.clone.default, (source,))
     else:
         value = node.args[1] if name == "fill_" else 0
-        made = graph.call_function(aten.full_like.default, (base, value))
+        op = aten.fill.Tensor if isinstance(value, Node) else aten.full_like.default
+        made = graph.call_function(op, (base, value))
     made.meta = dict(node.meta)
     return made
 

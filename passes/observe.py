@@ -135,7 +135,20 @@ class Walk:
                 (node.args, node.kwargs),
                 is_leaf=lambda a: isinstance(a, Node),
             )
-            environment[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            environment[node] = called(node, args, kwargs)
+
+
+def called(node: Node, args: Any, kwargs: Any) -> Any:
+    """The node's result on calibration data; CalibrationError where the data do not fit it."""
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise CalibrationError(
+            f"a calibration batch does not run: {' '.join(str(error).split())[:300]} · "
+            f"{where(node)} · help: give batches of the same form as `inputs`"
+        ) from error
 
 
 def environments(module: GraphModule, batches: Iterable[Args]) -> Iterator[dict[Node, Any]]:

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .errors import CalibrationError, where
-from .observe import Moments, View, environments
+from .observe import Moments, View, called, environments
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _run(
         if node.op != "call_function":
             continue
         args, kwargs = pytree.tree_map(value, (node.args, node.kwargs), is_leaf=_is_node)
-        result = node.target(*args, **kwargs)
+        result = called(node, args, kwargs)
         if node in sites:
             _accumulate(sums, sites[node], value, result)
             if metric:

@@ -1,0 +1,160 @@
+"""Bad input: each is refused by an error that says what, or is pruned exactly; the model that was
+given is never changed.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fasp_graph as fg
+from passes.capture import tensors
+
+X = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
+
+
+def mlp(*middle):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 8), *(middle or (nn.ReLU(),)), nn.Linear(8, 5)).eval()
+
+
+def changed(name, change):
+    model = mlp()
+    with torch.no_grad():
+        change(dict(model.named_parameters())[name])
+    return model
+
+
+class Calls(nn.Module):
+    """A module whose forward is a function of it and x."""
+
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.spare = nn.Linear(7, 8), nn.Linear(8, 7), nn.Linear(3, 3)
+        self.register_buffer("count", torch.zeros(1))
+        self.call = forward
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+@dataclass
+class Answer:
+    """What a user's forward may return."""
+
+    logits: torch.Tensor
+    name: str = "mlp"
+
+
+def branches(m, x):
+    return m.b(m.a(x)) if x.sum() > 0 else m.b(m.a(-x))
+
+
+def whole(m, x):
+    return m.b(torch.relu(m.a(x)))
+
+
+def counts(m, x):
+    m.count.add_(1)
+    return whole(m, x) + m.count
+
+
+def with_parameter(parameter):
+    model = mlp()
+    model.extra = nn.Parameter(parameter, requires_grad=False)
+    return model
+
+
+def normed(norm):
+    return mlp(nn.ReLU(), norm(nn.Linear(8, 8)), nn.ReLU())
+
+
+def run(model, inputs=X, calibration=(X,), **options):
+    return fg.prune(model, inputs, calibration, fg.Config(**{"sparsity": 0.3, **options}))
+
+
+REFUSED = {
+    "empty calibration": (lambda: run(mlp(), calibration=[]), "calibration is empty"),
+    "no calibration": (lambda: run(mlp(), calibration=None), "calibration"),
+    "calibration of another width": (lambda: run(mlp(), calibration=[X[:, :3]]), "does not run"),
+    "integers for floats": (lambda: run(mlp(), calibration=[X.long()]), "does not run"),
+    "calibration is a number": (lambda: run(mlp(), calibration=3), "calibration"),
+    "batch is a word": (lambda: run(mlp(), calibration=["words"]), "does not run"),
+    "NaN in calibration": (lambda: run(mlp(), calibration=[X / 0 * 0]), "finite"),
+    "NaN in a weight": (lambda: run(changed("0.weight", lambda w: w.fill_(float("nan")))), "."),
+    "infinite weight": (lambda: run(changed("0.weight", lambda w: w[0].fill_(float("inf")))), "."),
+    "no inputs": (lambda: run(mlp(), inputs=()), "no tensor"),
+    "inputs of another width": (lambda: run(mlp(), inputs=X[:, :2]), "cannot capture"),
+    "sparsity 0": (lambda: run(mlp(), sparsity=0.0), "sparsity"),
+    "sparsity above 1": (lambda: run(mlp(), sparsity=1.5), "sparsity"),
+    "sparsity NaN": (lambda: run(mlp(), sparsity=float("nan")), "sparsity"),
+    "impossible sparsity": (lambda: run(mlp(), sparsity=0.999), "."),
+    "nothing to prune": (lambda: run(nn.Linear(7, 5)), "no group can be pruned"),
+    "groups of one unit": (
+        lambda: run(nn.Sequential(nn.Linear(7, 1), nn.ReLU(), nn.Linear(1, 5))),
+        "no group can be pruned",
+    ),
+    "data-dependent branch": (lambda: run(Calls(branches)), "data-dependent"),
+    "complex parameter": (lambda: run(with_parameter(torch.zeros(2, 2) + 1j)), "complex"),
+    "integer parameter": (lambda: run(with_parameter(torch.zeros(2).int())), "floating point"),
+    "lazy layer": (lambda: run(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 5))), "lazy"),
+    "weight_norm": (lambda: run(normed(parametrizations.weight_norm)), "no group can be pruned"),
+    "spectral_norm": (lambda: run(normed(parametrizations.spectral_norm)), "no group can be"),
+    "another device": (
+        lambda: run(nn.Sequential(mlp(), nn.Linear(5, 2, device="meta"))),
+        "without numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_with_a_reason(name):
+    call, message = REFUSED[name]
+
+    with pytest.raises(fg.FaspGraphError, match=message) as caught:
+        call()
+
+    assert len(str(caught.value)) > 20
+
+
+TAKEN = {
+    "train mode": lambda: mlp().train(),
+    "dropout": lambda: mlp(nn.ReLU(), nn.Dropout(0.5)).train(),
+    "a dead channel": lambda: changed("0.weight", lambda w: w[3].zero_()),
+    "a constant channel": lambda: mlp(nn.Sigmoid(), nn.Threshold(0.5, 1.0)),
+    "equal channels": lambda: changed("0.weight", lambda w: w.copy_(w[:1].expand_as(w))),
+    "unused parameters": lambda: Calls(whole),
+    "a layer called twice": lambda: Calls(lambda m, x: m.b(m.a(torch.relu(m.b(m.a(x)))))),
+    "a weight used turned": lambda: Calls(lambda m, x: nn.functional.linear(m.a(x), m.a.weight.T)),
+    "a dataclass": lambda: Calls(lambda m, x: Answer(whole(m, x))),
+    "nested dicts": lambda: Calls(lambda m, x: {"a": {"b": [whole(m, x)]}}),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_unusual_models_are_pruned_exactly_and_stay_as_they_are(name):
+    model = TAKEN[name]()
+    before, training = copy.deepcopy(model.state_dict()), model.training
+
+    result = run(model)
+
+    assert result.report.params_after < result.report.params_before
+    assert model.training is training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert all(bool(t.isfinite().all()) for t in tensors(result.graph_module(X)))
+
+
+def test_fewer_tokens_than_channels_still_verify():
+    result = run(mlp(), calibration=[X[:2]])
+
+    assert result.report.verify_max_error <= 1e-9
+
+
+def test_the_same_seed_gives_the_same_bytes():
+    first, again = run(mlp()).graph_module.state_dict(), run(mlp()).graph_module.state_dict()
+
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
