@@ -11,6 +11,12 @@ from .observe import View
 from .values import Operand, Site
 from .visit import bind, op_name
 
+# Ops that are a matrix product for the statistics, and the argument that holds X.
+MATRIX = {
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "convolution"), "input"),
+    **dict.fromkeys(("mm", "matmul"), "self"),
+    "addmm": "mat1",
+}
 TURNS = {"t", "transpose", "permute", "numpy_T", "mT", "clone", "contiguous"}
 
 
@@ -23,17 +29,20 @@ def views(group: Group, deps: DependencyGraph, nodes: dict[str, Node]) -> list[V
     for consumer in group.consumers:
         node = nodes[consumer.node]
         source = _source([s for s in sites if s.node.name == consumer.node], consumer, deps)
-        plain = not _grouped(node) and "transpose" not in str(node.target)
-        if source is None or not plain:
+        if source is None or not _plain(node, source, len(deps.parameters[consumer.parameter])):
             return []
         name, dim = nodes[source.node.name], source.dim
         found.append(View(node, consumer.parameter, consumer.dim, name, dim))
     return found
 
 
-def _grouped(node: Node) -> bool:
+def _plain(node: Node, source: Operand, rank: int) -> bool:
+    """Y = X W^T with X first and a matrix W, or a convolution in one group."""
+    first = MATRIX.get(op_name(node))
     bound = bind(node, node.args, node.kwargs)
-    return bound.get("groups", 1) != 1
+    if first is None or bound[first] is None or bound[first].name != source.node.name:
+        return False
+    return bound.get("groups", 1) == 1 if first == "input" and rank > 2 else rank == 2
 
 
 def _source(sites: list[Site], consumer: Consumer, deps: DependencyGraph) -> Operand | None:
