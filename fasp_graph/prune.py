@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from passes.analysis import analysis
 from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
+from passes.kernels import widen
 from passes.removal import removal
 from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
@@ -92,7 +93,7 @@ def prune(
     dense = _with_weights(captured.graph_module, decisions.weights)
     cut = removal(deps, decisions.kept)
     with _timed(seconds, "rewrite"):
-        compact = rewrite(dense, cut)
+        compact = widen(rewrite(dense, cut), captured.inputs)
     plan = _plan(deps, decisions, compact)
     with _timed(seconds, "verify"):
         error = verify(dense, compact, cut, captured.inputs, config.seed)
