@@ -67,8 +67,8 @@ def rates() -> dict[str, float]:
 
 
 def counted(pruned: Pruned, tokens: int) -> dict[str, float]:
-    """FLOPs of Gram matrices (half of X^T X) and total power in float32; of the solves in
-    float64: W_P G, Cholesky, two triangular solves.
+    """FLOPs of Gram matrices (half of X^T X) and total power and W_P G in float32; of the
+    solves in float64: Cholesky, two triangular solves.
     """
     work = {"float32": 0.0, "float64": 0.0}
     for group in pruned.deps.groups:
@@ -78,8 +78,8 @@ def counted(pruned: Pruned, tokens: int) -> dict[str, float]:
         shape = pruned.deps.parameters[group.consumers[0].parameter]
         out, width = shape[0], shape[1]
         keep = round(width * len(kept) / group.size)
-        work["float32"] += tokens * width**2 + 2 * out * width**2
-        work["float64"] += 2 * out * (width - keep) * width + keep**3 / 3 + 2 * out * keep**2
+        work["float32"] += tokens * width**2 + 2 * out * width * (2 * width - keep)
+        work["float64"] += keep**3 / 3 + 2 * out * keep**2
     return work
 
 

@@ -27,8 +27,8 @@ from passes.groups import DependencyGraph
 from .config import Config
 from .data import Target, load_target
 from .demo import run_demo, table
-from .dryrun import dry_run
 from .distributed import joined, world
+from .dryrun import dry_run
 from .evaluate import latency, perplexity
 from .flags import config_from, given_flags, with_config_flags
 from .graphfiles import FORMATS, text, write

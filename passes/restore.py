@@ -59,13 +59,12 @@ def restore(
         return Restored(cut.to(weight.dtype), bias, float("nan"), float("nan"))
     mean, pull = moments.mean.double(), TOWARDS.get(method, 0.0)
     centred = bias is not None and method not in ("none", "fasp")
-    second = moments.gram.double() / moments.tokens
-    if centred:
-        second -= torch.outer(mean, mean)
     extra = None
     if drift is not None and pull:
         extra = drift.cross / drift.tokens - (torch.outer(drift.mean, mean) if centred else 0)
-    fit = _refit(w, second, keep, ridge if method not in ("none", "bias") else None, extra, pull)
+    fit = _refit(
+        w, moments, centred, keep, ridge if method not in ("none", "bias") else None, extra, pull
+    )
     new, b, shift, offset = cut, bias, w.new_zeros(()), w.new_zeros(())
     new[:, keep] += fit.step
     if bias is not None and centred:
@@ -93,7 +92,13 @@ class _Fit:
 
 
 def _refit(
-    w: Tensor, second: Tensor, keep: Tensor, ridge: float | None, extra: Tensor | None, pull: float
+    w: Tensor,
+    moments: Moments,
+    centred: bool,
+    keep: Tensor,
+    ridge: float | None,
+    extra: Tensor | None,
+    pull: float,
 ) -> _Fit:
     """argmin ||X (W - W*)^T||^2 + d ||step||^2 over columns in `keep`, for second moments S:
     step = R (S_KK + dI)^-1 with R = W_P S_PK + pull * extra; ridge None: no step.
@@ -101,13 +106,20 @@ def _refit(
     Since step S_KK = R - d step, the error is tr(W_P S_PP W_P^T) - 2 <step, W_P S_PK>
     + <step, R> - d ||step||^2, with no further product.
     """
+    # without a mean to cancel, W_P S keeps the precision of S
+    dtype = torch.float64 if centred else moments.gram.dtype
     gone = w[:, ~keep]
-    away = gone @ second[~keep]
+    away = (gone.to(dtype) @ moments.gram[~keep].to(dtype)).double().div_(moments.tokens)
+    mean = moments.mean.double()
+    if centred:
+        away -= torch.outer(gone @ mean[~keep], mean)
     before, cross = (away[:, ~keep] * gone).sum(), away[:, keep]
     if ridge is None:
         return _Fit(torch.zeros_like(cross), before, before)
     right = cross if extra is None else cross + pull * extra[:, keep]
-    system = second[keep][:, keep]
+    system = moments.gram[keep][:, keep].double().div_(moments.tokens)
+    if centred:
+        system -= torch.outer(mean[keep], mean[keep])
     damping = ridge * system.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     system.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(system)
