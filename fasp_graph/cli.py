@@ -27,6 +27,7 @@ from passes.groups import DependencyGraph
 from .config import Config
 from .data import Target, load_target
 from .demo import run_demo, table
+from .distributed import joined, world
 from .dryrun import dry_run
 from .evaluate import latency, perplexity
 from .flags import config_from, given_flags, with_config_flags
@@ -161,6 +162,8 @@ def prune_command(
         pruned = prune(target.model, target.inputs, data, options, progress)
         progress("measure")
         figures = _figures(target, pruned)
+    if world()[0]:  # all ranks hold the same result; rank 0 speaks and writes
+        return
     if output is not None:
         figures["folder"] = str(_write(target, pruned, output, figures))
     if json:
@@ -253,7 +256,8 @@ def main() -> None:
         warnings.simplefilter("ignore")
         transformers.utils.logging.disable_progress_bar()
     try:
-        app()
+        with joined():
+            app()
     except FaspGraphError as error:
         _fail(error, 2)
     except KeyboardInterrupt:

@@ -54,6 +54,8 @@ class Config:
     the model's configuration says, equally many units for all groups of a field, so that a plain
     from_pretrained loads the result
     seed       for score=random and the inputs of the verification
+    max_memory bytes of live activations to hold in memory between nodes; more is spilled to files
+               in the folder for temporary files. None: all of them
     check      check after every op of the analysis that no axis lost its labels
     """
 
@@ -68,6 +70,7 @@ class Config:
     ridge: float = 1e-2
     layout: str = "free"
     seed: int = 0
+    max_memory: int | None = None
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class Config:
             _one_of("kinds", kind, KINDS)
         if not 0 < self.sparsity < 1:
             raise ConfigError(f"sparsity={self.sparsity} must lie between 0 and 1, both excluded")
+        if self.max_memory is not None and self.max_memory < 1:
+            raise ConfigError(f"max_memory={self.max_memory} bytes must be positive, or None")
         if self.align < 1 or self.min_keep < 1 or self.ridge < 0:
             raise ConfigError("align and min_keep must be at least 1, ridge at least 0")
 

@@ -26,8 +26,8 @@ from passes.consumers import bias_name, unit_columns, views
 from passes.couple import DependencyGraph, Group
 from passes.drift import Twin, drift, twin
 from passes.eliminate import Problem, eliminate
-from passes.errors import CalibrationError
-from passes.observe import Moments, View, Walk, probe, walk
+from passes.errors import CalibrationError, ConfigError
+from passes.observe import Moments, Room, View, Walk, probe, walk
 from passes.removal import nodes_by_name
 from passes.restore import TOWARDS, restore
 from passes.rewrite import attribute
@@ -36,7 +36,9 @@ from passes.select import Budget, allocate, select
 from passes.sensitivity import Sensed, factor, sense
 
 from .config import Config
+from .distributed import share, total, world
 from .layout import equalised
+from .spill import Spill
 
 Progress = Callable[[str, int, int], None]
 
@@ -87,7 +89,7 @@ def decide(
     budget = equalised(budget, shared)
     nodes = nodes_by_name(captured.graph_module.graph.nodes)
     found = {group.name: views(group, deps, nodes) for group in groups}
-    batches = _batches(calibration, config) if _needs_data(config) else []
+    batches = _share(_batches(calibration, config), config) if _needs_data(config) else []
     job = _Job(
         captured,
         config,
@@ -135,6 +137,22 @@ def _batches(calibration: Any, config: Config) -> list[Args]:
     if not batches:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
     return batches
+
+
+def _share(batches: list[Args], config: Config) -> list[Args]:
+    """This process's batches. What compares with the dense path is not summed over processes."""
+    passes = config.passes
+    if world()[1] > 1 and (passes.allocation != "uniform" or passes.restore in TOWARDS):
+        raise ConfigError(
+            f"restore={passes.restore}, allocation={passes.allocation} run in one process only · "
+            "help: method='fasp' or 'slimgpt' under torchrun"
+        )
+    return share(batches)
+
+
+def _room(config: Config) -> Room:
+    settle = None if config.max_memory is None else Spill(config.max_memory)
+    return Room(total, settle)
 
 
 def _sense(
@@ -260,7 +278,9 @@ def _walk(
             _repair(job, group, moments, state, dense, decided)
 
     report = (lambda done, total: progress("prune", done, total)) if progress else None
-    decided.weights = walk(module, batches if pending else [], pending, visit, report)
+    decided.weights = walk(
+        module, batches if pending else [], pending, visit, report, _room(job.config)
+    )
 
 
 def _choose(

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from passes.capture import Args, tensors
 from passes.errors import FaspGraphError, VerificationError
+from passes.kernels import narrow
 
 from .jsontext import to_json
 
@@ -45,9 +46,8 @@ def export_onnx(pruned: Pruned, path: str | os.PathLike[str]) -> Path:
     Raises VerificationError, and writes nothing, if ONNX Runtime computes other numbers.
     """
     metadata = {"fasp_graph.plan": to_json(pruned.plan.to_dict())}
-    return export_graph(
-        pruned.graph_module, pruned.inputs, pruned.dynamic_shapes, Path(path), metadata
-    )
+    plain = narrow(pruned.graph_module)  # ONNX Runtime has no use for the padding, and pays for it
+    return export_graph(plain, pruned.inputs, pruned.dynamic_shapes, Path(path), metadata)
 
 
 def export_graph(

@@ -20,6 +20,7 @@ from passes.analysis import analysis
 from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
 from passes.errors import CaptureError
+from passes.kernels import widen
 from passes.removal import removal
 from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
@@ -105,7 +106,7 @@ def prune(
     dense = _with_weights(captured.graph_module, decisions.weights)
     cut = removal(deps, decisions.kept)
     with _timed(seconds, "rewrite"):
-        compact = rewrite(dense, cut)
+        compact = widen(rewrite(dense, cut), captured.inputs)
     plan = _plan(deps, decisions, compact)
     with _timed(seconds, "verify"):
         error = verify(dense, compact, cut, captured.inputs, config.seed)

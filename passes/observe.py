@@ -21,6 +21,10 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .errors import CalibrationError, where
+from .visit import bind
+
+STRIPES = 8
+MIN_STRIPE = 64  # narrower products waste the machine
 
 
 @dataclass(frozen=True)
@@ -72,20 +76,48 @@ class View:
         """The input as [tokens, in * kernel]."""
         if not self.convolution:
             return value.movedim(self.source_dim, -1).flatten(0, -2)
-        names = [a.name for a in self.node.target._schema.arguments]  # type: ignore[union-attr]
-        bound = dict(zip(names, self.node.args, strict=False)) | dict(self.node.kwargs)
-        stride, padding, dilation = (
-            bound.get("stride", 1),
-            bound.get("padding", 0),
-            bound.get("dilation", 1),
-        )
-        if weight.dim() == 3:
-            value, weight = value.unsqueeze(-2), weight.unsqueeze(-2)
-            stride, padding, dilation = (
-                [x, *y] for x, y in ((1, stride), (0, padding), (1, dilation))
-            )
-        columns = torch.nn.functional.unfold(value, weight.shape[2:], dilation, padding, stride)
-        return columns.movedim(1, -1).flatten(0, -2)
+        bound = bind(self.node, self.node.args, self.node.kwargs)
+        n = weight.dim() - 2
+        strides, gaps = (_each(bound.get(name, 1), n) for name in ("stride", "dilation"))
+        value = _padded(value if value.dim() == n + 2 else value[None], weight, bound, gaps)
+        for d, (stride, gap) in enumerate(zip(strides, gaps, strict=True)):
+            span = gap * (weight.shape[2 + d] - 1) + 1
+            value = value.unfold(2 + d, span, stride)[..., ::gap]
+        places = [0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n)]
+        return value.permute(places).flatten(1 + n).flatten(0, n)
+
+
+def _each(size: Any, n: int) -> list[int]:
+    """A size per spatial dim; torch takes one number for all."""
+    sizes = list(size) if isinstance(size, (list, tuple)) else [size]
+    return sizes * n if len(sizes) == 1 else sizes
+
+
+def _padded(value: Tensor, weight: Tensor, bound: dict[str, Any], gaps: list[int]) -> Tensor:
+    """The input of a convolution with its zero padding; "same" pads the larger half at the end."""
+    n, padding = weight.dim() - 2, bound.get("padding", 0)
+    if padding == "valid":
+        return value
+    sides: list[int] = []
+    for d in reversed(range(n)):
+        whole = gaps[d] * (weight.shape[2 + d] - 1)
+        left = whole // 2 if padding == "same" else _each(padding, n)[d]
+        sides += [left, whole - left if padding == "same" else left]
+    return torch.nn.functional.pad(value, sides)
+
+
+def _alone(value: Tensor) -> Tensor:
+    return value
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where a walk runs. `total` adds a tensor up over all processes that walk (each over its
+    share of the batches); `settle` may move the live values of all batches out of memory.
+    """
+
+    total: Callable[[Tensor], Tensor] = _alone
+    settle: Callable[[list[dict[Node, Any]]], None] | None = None
 
 
 @dataclass
@@ -95,6 +127,7 @@ class Walk:
     module: GraphModule
     environments: list[dict[Node, Any]]
     weights: dict[str, Tensor] = field(default_factory=dict)
+    room: Room = field(default_factory=Room)
 
     def weight(self, name: str) -> Tensor:
         """The current weight of a parameter or buffer."""
@@ -114,11 +147,16 @@ class Walk:
         tokens = 0
         for environment in self.environments:
             rows = view.rows(self.value(environment, view.source), weight).to(torch.float32)
-            square = rows.T @ rows
-            gram = square if gram is None else gram.add_(square)
-            total = rows.sum(0) if total is None else total.add_(rows.sum(0))
+            if gram is None or total is None:
+                width = rows.shape[1]
+                gram, total = rows.new_zeros(width, width), rows.new_zeros(width)
+            add_gram(gram, rows)
+            total += rows.sum(0)
             tokens += len(rows)
         assert gram is not None and total is not None
+        mirror(gram)
+        gram, total = self.room.total(gram), self.room.total(total)
+        tokens = int(self.room.total(torch.tensor(tokens, device=gram.device)))
         if not bool(torch.isfinite(gram).all()):
             raise CalibrationError(
                 f"non-finite activations reach {view.parameter} · {where(view.node)} · help: "
@@ -151,6 +189,24 @@ def called(node: Node, args: Any, kwargs: Any) -> Any:
         ) from error
 
 
+def add_gram(gram: Tensor, rows: Tensor) -> None:
+    """Add X^T X below the diagonal, block column by block column: (1 + 1/STRIPES) / 2 of the work
+    of the whole product.
+    """
+    width = max(MIN_STRIPE, -(-len(gram) // STRIPES))
+    for start in range(0, len(gram), width):
+        stop = min(start + width, len(gram))
+        gram[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+
+
+def mirror(gram: Tensor) -> None:
+    """Copy what is below the diagonal above it, in place, block by block."""
+    width = max(MIN_STRIPE, -(-len(gram) // STRIPES))
+    for start in range(0, len(gram), width):
+        stop = min(start + width, len(gram))
+        gram[start:stop, stop:] = gram[stop:, start:stop].T
+
+
 def environments(module: GraphModule, batches: Iterable[Args]) -> Iterator[dict[Node, Any]]:
     """Placeholders bound to each batch."""
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -172,10 +228,11 @@ def walk(
     stops: Iterable[Node],
     visit: Callable[[Walk, Node], None],
     progress: Callable[[int, int], None] | None = None,
+    room: Room | None = None,
 ) -> dict[str, Tensor]:
     """Run until the last stop; returns the replaced weights by name."""
     remaining = set(stops)
-    state = Walk(module, list(environments(module, batches)))
+    state = Walk(module, list(environments(module, batches)), room=room or Room())
     if remaining and not state.environments:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
@@ -192,6 +249,8 @@ def walk(
             if last[arg] is node:
                 for environment in state.environments:
                     environment.pop(arg, None)
+        if state.room.settle:
+            state.room.settle(state.environments)
         if progress:
             progress(position + 1, len(nodes))
     return state.weights
@@ -202,7 +261,7 @@ def probe(state: Walk, start: Node, views: list[View]) -> dict[str, Moments]:
     """Moments at several consumers from `start` on, without changing the walk: consumer node
     name -> moments.
     """
-    ahead = Walk(state.module, [dict(e) for e in state.environments], state.weights)
+    ahead = Walk(state.module, [dict(e) for e in state.environments], state.weights, state.room)
     wanted = {view.node: view for view in views}
     found: dict[str, Moments] = {}
     running = False

@@ -53,58 +53,87 @@ def restore(
     """Weights for the kept columns (`keep`: bool [in]). `drift`: for the methods in TOWARDS."""
     w = weight.double()
     cut = w * keep
-    new, b = cut, bias
     if moments is None:
         if method != "none":
             raise ValueError(f"restore {method} needs calibration data")
         return Restored(cut.to(weight.dtype), bias, float("nan"), float("nan"))
-    gram, mean = moments.gram.double(), moments.mean.double()
-    if method not in ("none", "bias"):
-        centred = method != "fasp" and bias is not None
-        second = gram / moments.tokens - (torch.outer(mean, mean) if centred else 0)
-        extra = torch.zeros_like(w) if drift is None else drift.cross / drift.tokens
-        if drift is not None and centred:
-            extra = extra - torch.outer(drift.mean, mean)
-        new = torch.zeros_like(w)
-        pull = TOWARDS.get(method, 0.0)
-        new[:, keep] = _least_squares(w, second, keep, ridge, pull * extra[:, keep])
-    if bias is not None and method not in ("none", "fasp"):
+    mean, pull = moments.mean.double(), TOWARDS.get(method, 0.0)
+    centred = bias is not None and method not in ("none", "fasp")
+    extra = None
+    if drift is not None and pull:
+        extra = drift.cross / drift.tokens - (torch.outer(drift.mean, mean) if centred else 0)
+    fit = _refit(
+        w, moments, centred, keep, ridge if method not in ("none", "bias") else None, extra, pull
+    )
+    new, b, shift, offset = cut, bias, w.new_zeros(()), w.new_zeros(())
+    new[:, keep] += fit.step
+    if bias is not None and centred:
+        shift = w[:, ~keep] @ mean[~keep]  # what the bias must make up for without a repair
         b = bias.double() + (w - new) @ mean
         if drift is not None:
-            b = b + TOWARDS.get(method, 0.0) * drift.mean
+            offset = pull * drift.mean
+            b = b + offset
+    total = _power(w, moments)
     return Restored(
         new.to(weight.dtype),
         None if b is None else b.to(weight.dtype),
-        _error(w, cut, bias, bias, moments),
-        _error(w, new, bias, b, moments),
+        float((fit.before + shift.square().sum()).clamp_min(0) / total),
+        float((fit.after + offset.square().sum()).clamp_min(0) / total),
     )
 
 
-def _least_squares(w: Tensor, second: Tensor, keep: Tensor, ridge: float, extra: Tensor) -> Tensor:
-    """argmin ||X (W - W*)^T||^2 + d ||W* - W_K||^2, over columns in `keep`, as W_K + (W_P S_PK +
-    extra) (S_KK + dI)^-1.
+@dataclass(frozen=True)
+class _Fit:
+    """W*_K = W_K + step; tr(E S E^T) of the error E = W - W* without and with the step."""
+
+    step: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def _refit(
+    w: Tensor,
+    moments: Moments,
+    centred: bool,
+    keep: Tensor,
+    ridge: float | None,
+    extra: Tensor | None,
+    pull: float,
+) -> _Fit:
+    """argmin ||X (W - W*)^T||^2 + d ||step||^2 over columns in `keep`, for second moments S:
+    step = R (S_KK + dI)^-1 with R = W_P S_PK + pull * extra; ridge None: no step.
+
+    Since step S_KK = R - d step, the error is tr(W_P S_PP W_P^T) - 2 <step, W_P S_PK>
+    + <step, R> - d ||step||^2, with no further product.
     """
-    kept = second[keep][:, keep]
-    cross = second[~keep][:, keep]
-    diagonal = kept.diagonal()
-    damping = ridge * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    system = kept + damping * torch.eye(len(kept), dtype=kept.dtype, device=kept.device)
+    # without a mean to cancel, W_P S keeps the precision of S
+    dtype = torch.float64 if centred else moments.gram.dtype
+    gone = w[:, ~keep]
+    away = (gone.to(dtype) @ moments.gram[~keep].to(dtype)).double().div_(moments.tokens)
+    mean = moments.mean.double()
+    if centred:
+        away -= torch.outer(gone @ mean[~keep], mean)
+    before, cross = (away[:, ~keep] * gone).sum(), away[:, keep]
+    if ridge is None:
+        return _Fit(torch.zeros_like(cross), before, before)
+    right = cross if extra is None else cross + pull * extra[:, keep]
+    system = moments.gram[keep][:, keep].double().div_(moments.tokens)
+    if centred:
+        system -= torch.outer(mean[keep], mean[keep])
+    damping = ridge * system.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    system.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(system)
-    right = (w[:, ~keep] @ cross + extra).T
     if int(info):
-        return w[:, keep] + torch.linalg.lstsq(system, right, driver="gelsd").solution.T
-    return w[:, keep] + torch.cholesky_solve(right, factor).T
+        step = torch.linalg.lstsq(system, right.T, driver="gelsd").solution.T
+        right_met = step @ system
+    else:
+        step, right_met = torch.cholesky_solve(right.T, factor).T, right
+    after = before + (step * (right_met - 2 * cross)).sum() - damping * step.square().sum()
+    return _Fit(step, before, after)
 
 
-def _error(
-    w: Tensor, new: Tensor, bias: Tensor | None, b: Tensor | None, moments: Moments
-) -> float:
-    """||X (W - W*)^T + b - b*||^2 / ||X W^T||^2 from the moments alone."""
-    gram = moments.gram.double() / moments.tokens
-    delta = w - new
-    error = torch.einsum("oi,ij,oj->", delta, gram, delta)
-    if bias is not None and b is not None:
-        shift = bias.double() - b.double()
-        error = error + 2 * (delta @ moments.mean.double() * shift).sum() + shift.square().sum()
-    total = torch.einsum("oi,ij,oj->", w, gram, w)
-    return float(error.clamp_min(0) / total.clamp_min(torch.finfo(torch.float64).tiny))
+def _power(w: Tensor, moments: Moments) -> Tensor:
+    """||X W^T||^2 per token: it only scales the errors, so the precision of the moments is kept."""
+    rows = w.to(moments.gram.dtype)
+    total = ((rows @ moments.gram) * rows).sum().double() / moments.tokens
+    return total.clamp_min(torch.finfo(torch.float64).tiny)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fasp_graph import Config, analyze, prune
 from passes import rules
+from passes.capture import capture
 from passes.errors import (
     BudgetError,
     CalibrationError,
@@ -17,11 +18,12 @@ from passes.errors import (
     FaspGraphError,
     VerificationError,
 )
-from passes.observe import Moments
+from passes.observe import Moments, View
 from passes.restore import restore
 from passes.rewrite import removal, rewrite
 from passes.score import score
 from passes.verify import verify
+from passes.visit import op_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -202,7 +204,6 @@ def test_data_dependent_branches_are_refused():
 
 
 def test_a_wrong_weight_is_caught_and_named(mlp):
-    from passes.capture import capture
     from passes.couple import couple
     from passes.labels import propagate
 
@@ -261,3 +262,32 @@ def test_depthwise_and_grouped_convolutions():
     x = torch.randn(2, 3, 9, 9)
     assert pruned.report.verify_max_error <= 1e-9
     assert torch.allclose(pruned.model(x), pruned.graph_module(x[:2]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(3, 4, 3, stride=2, padding=1), (2, 3, 9)),
+        (nn.Conv1d(3, 4, 4, padding="same", dilation=2), (2, 3, 9)),
+        (nn.Conv2d(3, 4, (2, 3), padding="valid"), (2, 3, 7, 8)),
+        (nn.Conv3d(3, 4, 2, stride=(1, 2, 1), padding=(1, 0, 1)), (2, 3, 4, 5, 6)),
+    ],
+    ids=["strided", "same", "valid", "3d"],
+)
+def test_a_convolution_is_its_matrix_times_its_rows(layer, shape):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x)
+
+    x = torch.randn(shape)
+    program = capture(Wrapped(), x)
+    node = next(n for n in program.graph_module.graph.nodes if op_name(n).startswith("conv"))
+    view = View(node, "layer.weight", 1, node.args[0], 1)
+
+    y = view.rows(x, layer.weight) @ view.matrix(layer.weight).T + layer.bias
+
+    assert torch.allclose(y, view.outputs(layer(x)), atol=1e-5)

@@ -1,0 +1,87 @@
+"""Two real processes prune as one; a worker that dies is told."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fasp_graph import Config, prune
+
+WORKER = """
+import json, os, sys, datetime
+import torch
+torch.set_num_threads(1)
+from fasp_graph import Config, prune
+from fasp_graph.distributed import joined, world
+from tests.test_distributed import batches, model
+out, method, fails = sys.argv[1:]
+def calibration():
+    if fails == "dies" and world()[0] == 1:
+        os._exit(7)
+    return batches()
+try:
+    with joined(datetime.timedelta(seconds=60)):
+        pruned = prune(model(), batches()[0], calibration(), Config(sparsity=0.4, method=method))
+        rank = world()[0]
+    torch.save((dict(pruned.plan.kept), pruned.model.state_dict()), f"{out}/{rank}.pt")
+except Exception as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def model():
+    torch.manual_seed(0)
+    layers = nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)
+    return nn.Sequential(*layers).eval()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(60, 12, generator=generator) for _ in range(5)]
+
+
+def two(folder: Path, method: str = "fasp", fails: str = "no") -> list[tuple[int, str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(folder), method, fails],
+            env={**os.environ, **common, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[1],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ends = [process.communicate(timeout=120)[1] for process in started]
+    return [(process.returncode, end) for process, end in zip(started, ends, strict=True)]
+
+
+def test_two_processes_choose_and_repair_as_one(tmp_path):
+    ends = two(tmp_path)
+    assert [code for code, _ in ends] == [0, 0], ends
+    alone = prune(model(), batches()[0], batches(), Config(sparsity=0.4, method="fasp"))
+    (kept, weights), (_, others) = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    assert kept == dict(alone.plan.kept)
+    for name, tensor in alone.model.state_dict().items():
+        assert torch.allclose(weights[name], tensor, rtol=0, atol=1e-5)
+        assert torch.equal(weights[name], others[name])
+
+
+def test_a_dead_worker_fails_the_others_clearly(tmp_path):
+    (code, text), (dead, _) = two(tmp_path, fails="dies")
+    assert dead == 7 and code == 2
+    assert "lost another process" in text and "nothing was written" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_methods_that_need_the_dense_path_say_so(tmp_path):
+    ends = two(tmp_path, method="best")
+    assert all(code == 2 and "one process only" in text for code, text in ends)

@@ -1,0 +1,84 @@
+"""Padding V keeps every number, and `narrow` takes it away again."""
+
+import onnx
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fasp_graph import Config, prune
+from passes.kernels import narrow, widen
+
+attention = torch.ops.aten.scaled_dot_product_attention.default
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(24, 24) for _ in range(3))
+        self.out = nn.Linear(24, 24)
+
+    def forward(self, x):
+        q, k, v = (w(x).unflatten(-1, (3, 8)).transpose(1, 2) for w in self.qkv)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def pruned():
+    torch.manual_seed(0)
+    x = torch.randn(3, 11, 24)
+    model = Attention().eval()
+    return model, x, prune(model, x, None, Config(sparsity=0.2, method="magnitude"))
+
+
+def kinds(module):
+    return [node.target for node in module.graph.nodes]
+
+
+def value_width(module, x):
+    seen = []
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n):
+            if n.target is attention:
+                seen.append(self.env[n.args[2]].shape[-1])
+            return super().run_node(n)
+
+    Watch(module).run(x)
+    return seen
+
+
+def test_the_attention_of_a_pruned_graph_sees_values_as_wide_as_its_queries():
+    _, x, result = pruned()
+    graph = result.graph_module
+    assert torch.ops.aten.constant_pad_nd.default in kinds(graph)
+    assert value_width(graph, x) == [8]
+    assert value_width(narrow(graph), x)[0] < 8
+
+
+def test_widening_changes_no_number():
+    _, x, result = pruned()
+    wide = result.graph_module.double()
+    plain = narrow(wide)
+    assert torch.ops.aten.constant_pad_nd.default not in kinds(plain)
+    y = torch.randn(2, 5, 24, dtype=torch.float64)
+    assert torch.allclose(wide(y), plain(y), rtol=0, atol=1e-14)
+    again = widen(plain, ((x.double(),), {}))
+    assert torch.allclose(again(y), wide(y), rtol=0, atol=0)
+
+
+def test_the_slice_has_the_name_of_the_attention():
+    _, _, result = pruned()
+    names = {node.name: node.target for node in result.graph_module.graph.nodes}
+    assert names["scaled_dot_product_attention"] is torch.ops.aten.slice.Tensor
+
+
+def test_onnx_has_no_padding(tmp_path):
+    _, _, result = pruned()
+    path = result.export_onnx(tmp_path / "model.onnx")
+    assert "Pad" not in {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_a_graph_without_narrow_values_is_left_as_it_is():
+    model, x, _ = pruned()
+    dense = torch.export.export(model, (x,)).module()
+    assert widen(dense, ((x,), {})) is dense

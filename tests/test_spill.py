@@ -1,0 +1,53 @@
+"""Spilled activations give the same plan and weights; memory within the budget."""
+
+import torch
+from torch import nn
+
+import passes.observe
+from fasp_graph import Config, prune
+from fasp_graph.spill import Spill
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.ReLU()).eval()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(128, 64, generator=generator) for _ in range(4)]
+
+
+def test_spilling_changes_nothing():
+    config = {"sparsity": 0.4, "method": "fasp"}
+    whole = prune(model(), batches()[0], batches(), Config(**config))
+    spilled = prune(model(), batches()[0], batches(), Config(**config, max_memory=1))
+    assert whole.plan == spilled.plan
+    for left, right in zip(whole.model.parameters(), spilled.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_live_values_stay_within_the_budget(tmp_path):
+    node = torch.fx.Graph().call_function(torch.relu)
+    other = torch.fx.Graph().call_function(torch.relu)
+    value = torch.randn(100, 400)
+    environments = [{node: value, other: value[10:20].T} for _ in range(1)]
+    spill = Spill(100_000, tmp_path)
+    spill(environments)
+    moved = environments[0]
+    assert spill.written == value.untyped_storage().nbytes()
+    assert torch.equal(moved[node], value) and torch.equal(moved[other], value[10:20].T)
+    assert moved[node].untyped_storage().data_ptr() == moved[other].untyped_storage().data_ptr()
+    assert moved[node].untyped_storage().data_ptr() != value.untyped_storage().data_ptr()
+    spill(environments)
+    assert spill.written == value.untyped_storage().nbytes()
+    assert not list(tmp_path.iterdir())
+
+
+def test_gram_matrices_by_blocks_are_whole():
+    rows = torch.randn(50, 200, dtype=torch.float64)
+    gram = torch.zeros(200, 200, dtype=torch.float64)
+    for part in rows.split(20):
+        passes.observe.add_gram(gram, part)
+    passes.observe.mirror(gram)
+    assert torch.allclose(gram, rows.T @ rows, rtol=0, atol=1e-11)
