@@ -437,7 +437,7 @@ def _written(array: Tensor, other: Tensor, dim: int, places: list[int], size: in
     shape = [max(a, b) for a, b in zip(array.shape, other.shape, strict=True)]
     whole = array.expand([size if k == dim else n for k, n in enumerate(shape)]).clone()
     part = other.expand([len(places) if k == dim else n for k, n in enumerate(shape)])
-    return whole.index_copy(dim, torch.tensor(places), part)
+    return whole.index_copy(dim, torch.tensor(places, dtype=torch.long), part)
 
 
 def glu(visit: Visit) -> list[Arrays]:

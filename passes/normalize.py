@@ -1,7 +1,7 @@
 """normalize: the same program in a form that labels can see through better.
 
     select, unbind, split of a reshape's outer dim   slices of the flat dim, reshaped one by one
-    ... with a permute in between                    the slice goes first
+    ... with permutes and reshapes in between        the slice goes first
     slice_scatters that cover a tensor               cat
 
 A fused QKV is often reshaped to (3, heads, size) and then taken apart: in that form Q, K and V
@@ -175,16 +175,23 @@ def _constant_range(
     return at[0], [(places[0], places[0] + len(places))]
 
 
-def _chain(node: Node, dim: int) -> tuple[list[Node], int] | None:
-    """The movement nodes from a reshape that makes `dim` to the node, and the dim there."""
-    chain: list[Node] = []
+Chain = tuple[list[tuple[Node, int]], Node, int]
+
+
+def _chain(node: Node, dim: int) -> Chain | None:
+    """The movement nodes (with the dim in their result) between a node and the reshape that makes
+    `dim`, the reshape, and the dim there.
+    """
+    chain: list[tuple[Node, int]] = []
     at = node.args[0]
-    while isinstance(at, Node) and at.op == "call_function" and op_name(at) in PASSED:
+    while isinstance(at, Node) and at.op == "call_function" and op_name(at) in PASSED | RESHAPES:
         before = _before(at, dim)
+        if before is None and op_name(at) in RESHAPES:
+            break
         if before is None:
             return None
+        chain.append((at, dim))
         dim = before
-        chain.append(at)
         at = at.args[0]
     if not isinstance(at, Node) or at.op != "call_function" or op_name(at) not in RESHAPES:
         return None
@@ -192,7 +199,7 @@ def _chain(node: Node, dim: int) -> tuple[list[Node], int] | None:
     if shape is None or source is None or not all(isinstance(n, int) for n in shape[dim:]):
         return None
     splits = dim < len(shape) - 1 and len(shape) > len(source)
-    return ([*chain, at], dim) if splits and math.prod(shape[dim:]) > 0 else None
+    return (chain, at, dim) if splits and math.prod(shape[dim:]) > 0 else None
 
 
 def _before(node: Node, dim: int) -> int | None:
@@ -214,11 +221,15 @@ def _before(node: Node, dim: int) -> int | None:
         if not isinstance(gone, int) or source[gone] != 1:
             return None
         return dim + (dim >= gone % len(source))
+    if name in RESHAPES:
+        sizes = bound.get("shape")
+        same = [str(n) for n in shape[: dim + 1]] == [str(n) for n in source[: dim + 1]]
+        return dim if same and sizes is not None and len(sizes) == rank else None
     return dim
 
 
-def _replace(node: Node, chain: tuple[list[Node], int], ranges: list[tuple[int, int]]) -> None:
-    (*permutes, reshape), dim = chain
+def _replace(node: Node, chain: Chain, ranges: list[tuple[int, int]]) -> None:
+    moves, reshape, dim = chain
     shape, source = _shape(reshape), _shape(reshape.args[0])
     assert shape is not None and source is not None
     rest = shape[dim + 1 :]
@@ -240,8 +251,11 @@ def _replace(node: Node, chain: tuple[list[Node], int], ranges: list[tuple[int, 
                 part,
                 graph.call_function(aten.unflatten.int, (part, dim, [high - low, *rest])),
             ]
-            for moved in reversed(permutes):
+            for moved, place in reversed(moves):
                 arguments = (made[-1], *moved.args[1:])
+                if op_name(moved) in RESHAPES:
+                    sizes = list(moved.args[1])  # type: ignore[arg-type]
+                    arguments = (made[-1], [*sizes[:place], high - low, *sizes[place + 1 :]])
                 made.append(graph.call_function(moved.target, arguments, moved.kwargs))
             if op_name(node) in ("select", "unbind"):
                 at = bind(node, node.args, node.kwargs)["dim"] or 0

@@ -121,8 +121,8 @@ def masked(module: GraphModule, cut: Removal) -> GraphModule:
     restricted = _restricted(cut)
     for name in (name for name, kind in restricted.items() if kind == "routed"):
         _exclude(dense, nodes[name], cut, f"_barred_{name}")
-    for name in (name for name, kind in restricted.items() if kind == "mixed"):
-        _restrict(dense, nodes[name], cut)
+    for name in reversed([name for name in nodes if restricted.get(name) == "mixed"]):
+        _restrict(dense, nodes[name], cut)  # later nodes first: they still read dense ones
     dense.recompile()
     return dense
 

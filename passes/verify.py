@@ -12,6 +12,8 @@ internal error; it names the first node that diverges.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,19 +51,10 @@ def verify(
 def _compare(
     reference: GraphModule, compact: GraphModule, cut: Removal, args: Args, precise: bool
 ) -> float:
-    with torch.no_grad():
-        expected = tensors(reference(*args[0], **args[1]))
-        try:
-            actual = tensors(compact(*args[0], **args[1]))
-        except Exception as error:
-            raise VerificationError(
-                f"the compact graph does not run: {error} · nothing was written"
-            ) from error
-    worst = 0.0
-    for left, right in zip(expected, actual, strict=True):
-        scale = max(1.0, float(left.abs().max())) if left.numel() else 1.0
-        same = left.shape == right.shape and bool(torch.isfinite(right).all())
-        worst = max(worst, float((left - right).abs().max()) / scale if same else float("inf"))
+    with torch.no_grad(), _default_dtype(torch.float64 if precise else torch.get_default_dtype()):
+        expected = _run(reference, args, "masked dense")
+        actual = _run(compact, args, "compact")
+    worst = max((difference(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
     tolerance = 1e-9 if precise else 2e-2 if tensors(expected)[0].dtype != torch.float32 else 1e-3
     if not worst <= tolerance:
         blame = first_divergence(reference, compact, cut, args, tolerance)
@@ -71,6 +64,39 @@ def _compare(
             "written · help: this is a bug of fasp_graph, please report it with the model"
         )
     return worst
+
+
+def _run(module: GraphModule, args: Args, name: str) -> list[Tensor]:
+    try:
+        return tensors(module(*args[0], **args[1]))
+    except Exception as error:
+        raise VerificationError(
+            f"the {name} graph does not run: {error} · nothing was written"
+        ) from error
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Numbers that the graph itself makes (arange, zeros) get this precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def difference(left: Tensor, right: Tensor) -> float:
+    """max |left - right| / max(1, max |left|) over the finite places; infinite unless the others
+    are the same infinities (a masked score is -inf, NaN is never equal).
+    """
+    if left.shape != right.shape:
+        return float("inf")
+    finite = torch.isfinite(left) & torch.isfinite(right)
+    if not torch.equal(left[~finite], right[~finite]):
+        return float("inf")
+    left, right = left[finite].double(), right[finite].double()
+    return float((left - right).abs().max() / left.abs().max().clamp_min(1)) if len(left) else 0.0
 
 
 def fresh_inputs(inputs: Args, seed: int, precise: bool) -> Args:

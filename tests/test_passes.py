@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import models_zoo
 from fasp_graph import Config, analyze, prune
 from passes import rules
 from passes.capture import capture
@@ -22,7 +23,7 @@ from passes.observe import Moments, View
 from passes.restore import restore
 from passes.rewrite import removal, rewrite
 from passes.score import score
-from passes.verify import verify
+from passes.verify import difference, verify
 from passes.visit import op_name
 
 ROOT = Path(__file__).parent.parent
@@ -291,3 +292,45 @@ def test_a_convolution_is_its_matrix_times_its_rows(layer, shape):
     y = view.rows(x, layer.weight) @ view.matrix(layer.weight).T + layer.bias
 
     assert torch.allclose(y, view.outputs(layer(x)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-random", "mixtral"])
+@pytest.mark.parametrize("kinds", [("head",), ("width",), ("chain", "head")])
+def test_heads_experts_and_width_are_pruned_by_the_driver(name, kinds):
+    entry = models_zoo.load(name)
+    config = Config(sparsity=0.12, method="fasp", kinds=kinds)
+
+    result = prune(entry.model, entry.inputs, entry.calibration, config)
+
+    assert {group.kind for group in result.report.groups} == set(kinds)
+    assert result.report.params_after < result.report.params_before
+    assert result.report.verify_max_error < 1e-9
+
+
+def test_as_many_experts_stay_as_the_router_chooses():
+    entry = models_zoo.load("mixtral")
+    experts = [g for g in analyze(entry.model, entry.inputs).groups if g.least > 1]
+
+    assert experts and all(group.kind == "head" and group.least == 2 for group in experts)
+    weights = {member.parameter for group in experts for member in group.members}
+    assert any("experts" in name for name in weights) and any("gate" in name for name in weights)
+
+
+class Masked(nn.Module):
+    """Its outputs are -inf at some places, dense and compact alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        y = self.down(torch.relu(self.up(x)))
+        return y.masked_fill(torch.tensor([False, True, False, False]), float("-inf"))
+
+
+def test_outputs_with_infinities_verify():
+    result = prune(Masked(), torch.randn(3, 5), None, Config(method="magnitude"))
+
+    assert result.report.verify_max_error < 1e-9
+    nan, inf = torch.tensor([float("nan")]), torch.tensor([float("inf")])
+    assert difference(nan, nan) == float("inf") == difference(inf, -inf)
