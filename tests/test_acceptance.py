@@ -100,7 +100,7 @@ def test_it_fine_tunes(name):
     model = copy.deepcopy(pruned(name).model).train()
     torch.manual_seed(0)
     inputs = families.FAMILIES[name].batch(3, 11)
-    target = output(families.build(name), inputs)
+    target = 2 * output(families.build(name), inputs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     losses = []
     for _ in range(20):
@@ -116,12 +116,22 @@ def test_it_fine_tunes(name):
 LOAD = """
 import sys, torch, fasp_graph as fg, transformers
 for line in sys.stdin.read().split():
-    name, folder = line.split("=")
+    auto, folder = line.split("=")
     model, inputs = fg.load(folder), torch.load(folder + ".inputs")
-    auto = transformers.AutoModel.from_pretrained(folder)
-    assert type(auto) in (type(model), type(model.base_model)), type(auto)
+    again = getattr(transformers, auto).from_pretrained(folder).eval()
+    assert type(again) is type(model), type(again)
+    assert torch.allclose(again(**inputs)[0], model(**inputs)[0], atol=1e-6)
     torch.save(model(**inputs)[0], folder + ".out")
 """
+AUTO = {
+    "bert": "AutoModelForSequenceClassification",
+    "vit": "AutoModelForImageClassification",
+    "t5": "AutoModelForSeq2SeqLM",
+}
+
+
+def auto(name):
+    return AUTO.get(name, "AutoModelForCausalLM")
 
 
 def test_folders_load_in_a_fresh_process(tmp_path):
@@ -133,7 +143,7 @@ def test_folders_load_in_a_fresh_process(tmp_path):
         torch.save(inputs, f"{folder}.inputs")
         expected[name] = output(pruned(name).model, inputs)
 
-    lines = "\n".join(f"{name}={tmp_path / name}" for name in names)
+    lines = "\n".join(f"{auto(name)}={tmp_path / name}" for name in names)
     done = subprocess.run(
         [sys.executable, "-c", LOAD], input=lines, text=True, capture_output=True, check=False
     )
@@ -152,11 +162,6 @@ for line in sys.stdin.read().split():
     inputs = torch.load(folder + ".inputs")
     torch.save(model.eval()(**inputs)[0], folder + ".out")
 """
-AUTO = {
-    "bert": "AutoModelForSequenceClassification",
-    "vit": "AutoModelForImageClassification",
-    "t5": "AutoModelForSeq2SeqLM",
-}
 
 
 def test_the_uniform_layout_loads_without_this_package(tmp_path):
@@ -168,7 +173,7 @@ def test_the_uniform_layout_loads_without_this_package(tmp_path):
         torch.save(inputs, f"{folder}.inputs")
         expected[name] = output(result.model, inputs)
         assert (folder / "model.safetensors.index.json").is_file()
-        lines.append(f"{AUTO.get(name, 'AutoModelForCausalLM')}={folder}")
+        lines.append(f"{auto(name)}={folder}")
 
     done = subprocess.run(
         [sys.executable, "-c", PLAIN_LOAD],

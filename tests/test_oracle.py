@@ -347,7 +347,7 @@ def test_the_table_declares_what_the_row_expects(name, shapes, call, rule):
 
 
 def test_every_rule_has_a_row():
-    assert set(rules.table()) <= {row[0] for row in ROWS}
+    assert set(rules.table()) - set(rules.CUSTOM) <= {row[0] for row in ROWS}
 
 
 def test_no_row_without_a_rule():
