@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.fx import GraphModule
 
-from passes.capture import Args, as_args, capture
+from passes.capture import Args, as_args
 from passes.errors import FaspGraphError
 
 from .config import Config
@@ -37,7 +37,7 @@ from .evaluate import flops, latency, perplexity, size_of
 from .huggingface import save
 from .jsontext import to_json
 from .onnx import export_graph, export_onnx, onnx_session, run_session
-from .prune import Pruned, prune
+from .prune import Program, Pruned, prune, read
 from .view import to_html
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.5)
@@ -100,20 +100,19 @@ def run_demo(
     with progress_bar(console) as bars, tempfile.TemporaryDirectory() as scratch:
         whole = bars.add_task("dense model", total=len(sparsities) * (len(VARIANTS) + 1) + 3)
         step = _stepper(bars, whole)
-        graphs = {"dense": capture(target.model, target.inputs)}
-        module = graphs["dense"].graph_module
+        program = read(target.model, target.inputs)
+        dense, module = program.captured, program.captured.graph_module
         rows = [_row("dense", {"dense": perplexity(target.model, heldout)}, module, sample)]
         calls: dict[str, Callable[[], Any]] = {
             "dense torch": lambda: module(*sample[0], **sample[1])
         }
         step("dense model to ONNX")
-        draft = export_graph(
-            module, graphs["dense"].inputs, graphs["dense"].dynamic_shapes, Path(scratch) / "0.onnx"
-        )
+        path = Path(scratch) / "0.onnx"
+        draft = export_graph(module, dense.inputs, dense.dynamic_shapes, path)
         calls["dense onnx"] = _session_call(draft, sample)
         for sparsity in sparsities:
             name = f"{sparsity:.0%}"
-            pruned, row = _prune_all(target, heldout, sparsity, sample, step, _inner(bars))
+            pruned, row = _prune_all(target, program, heldout, sparsity, sample, step, _inner(bars))
             rows.append(row)
             step(f"{name} to ONNX")
             folder = output if sparsity == written else Path(scratch)
@@ -134,6 +133,7 @@ def run_demo(
 
 def _prune_all(
     target: Target,
+    program: Program,
     heldout: Tensor,
     sparsity: float,
     sample: Args,
@@ -148,7 +148,7 @@ def _prune_all(
         step(f"{sparsity:.0%} {variant.replace('_', ' ')}")
         config = Config(sparsity=sparsity, **options)  # type: ignore[arg-type]
         started = time.perf_counter()
-        pruned = prune(target.model, target.inputs, target.calibration, config, progress)
+        pruned = prune(target.model, target.inputs, target.calibration, config, progress, program)
         elapsed = time.perf_counter() - started
         values[variant] = perplexity(pruned.model, heldout)
         if chosen is None:

@@ -67,8 +67,26 @@ def analyze(model: nn.Module, inputs: Any, check: bool = False) -> DependencyGra
     """The dependency graph of `model` at example `inputs` (a tensor, a tuple or a dict).
     Weights are not read.
     """
-    captured = capture(model, inputs)
-    return analysis(captured.graph_module, captured.inputs, check)
+    return read(model, inputs, check).deps
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as it was read: captured, its groups, and the seconds of each."""
+
+    captured: Captured
+    deps: DependencyGraph
+    seconds: dict[str, float]
+
+
+def read(model: nn.Module, inputs: Any, check: bool = False) -> Program:
+    """Capture and analyse; what comes back can be pruned several times."""
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "capture"):
+        captured = capture(model, inputs)
+    with _timed(seconds, "couple"):
+        deps = analysis(captured.graph_module, captured.inputs, check)
+    return Program(captured, deps, seconds)
 
 
 def prune(
@@ -77,13 +95,14 @@ def prune(
     calibration: Iterable[Any] | None = None,
     config: Config | None = None,
     progress: Progress | None = None,
+    program: Program | None = None,
 ) -> Pruned:
     """Prune `model`; the model itself is not changed.
 
     `inputs`: example inputs (a tensor, a tuple or a dict). `calibration`: batches of the same
-    form, or None for methods
-    that need no data. Raises FaspGraphError: CaptureError, BudgetError, CalibrationError,
-    VerificationError...
+    form, or None for methods that need no data. `program`: what `read` made of this model and
+    these inputs, where it is pruned several times. Raises FaspGraphError: CaptureError,
+    BudgetError, CalibrationError, VerificationError...
     """
     config = config or Config()
     if not has_numbers(model):
@@ -91,12 +110,9 @@ def prune(
             f"{type(model).__name__} has weights without numbers (on the meta device), which can "
             "be analysed but not pruned · help: load the weights first"
         )
-    seconds: dict[str, float] = {}
     refuse_unmergeable(model)
-    with _timed(seconds, "capture"):
-        captured = capture(model, inputs)
-    with _timed(seconds, "couple"):
-        deps = analysis(captured.graph_module, captured.inputs, config.check)
+    program = program or read(model, inputs, config.check)
+    captured, deps, seconds = program.captured, program.deps, dict(program.seconds)
     groups = [g for g in deps.groups if g.kind in config.kinds]
     shared: list[set[str]] = []
     if config.layout == "uniform":

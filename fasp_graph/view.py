@@ -157,10 +157,7 @@ def indices_text(member: Member, most: int = 6) -> str:
     ends = np.append(starts[1:], len(found)) - 1
     ranges = [(int(found[a]), int(found[b])) for a, b in zip(starts, ends, strict=True)]
     texts = [str(low) if low == high else f"{low}-{high}" for low, high in ranges[:most]]
-    lanes = f" counted through {member.lanes} lanes" if member.lanes > 1 else ""
-    return (
-        ", ".join(texts) + (f" and {len(ranges) - most} more" if len(ranges) > most else "") + lanes
-    )
+    return ", ".join(texts) + (f" and {len(ranges) - most} more" if len(ranges) > most else "")
 
 
 def _unit_text(member: Member, most: int = 8) -> str:
@@ -184,7 +181,7 @@ def shapes_after(deps: DependencyGraph, plan: Any) -> dict[str, list[int]]:
             if not name:
                 continue  # a buffer
             shape = shapes.setdefault(name, list(deps.parameters[name]))
-            shape[member.dim] -= gone * len(member.indices[0]) // member.lanes
+            shape[member.dim] -= gone * len(member.indices[0])
     return shapes
 
 

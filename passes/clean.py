@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .functional import functionalise, is_inplace
+from .visit import bind, op_name
 
 aten = torch.ops.aten
 _ASSERTIONS = {
@@ -61,13 +62,6 @@ def clean(module: GraphModule) -> GraphModule:
     return module
 
 
-def op_name(node: Node) -> str:
-    """`linear` for aten.linear.default, '' for what is no ATen op."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return ""
-    return node.target._opname
-
-
 def _drop_copies(graph: Graph) -> None:
     """Constants are copied so that in-place ops do not spoil them; without such ops, no need."""
     if any(is_inplace(node) for node in graph.nodes):
@@ -108,7 +102,7 @@ def _follows_attention(node: Node) -> bool:
 def _changes_nothing(node: Node) -> bool:
     name = op_name(node)
     if name in _IDENTITY:
-        return not (name.endswith("dropout") and _argument(node, "train", 2) is True)
+        return not (name.endswith("dropout") and _bound(node).get("train") is True)
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return False
@@ -117,19 +111,23 @@ def _changes_nothing(node: Node) -> bool:
         return False
     if name in ("to", "_to_copy", "type_as", "float"):
         kept = before.dtype == after.dtype and before.device == after.device
-        return kept and before.stride() == after.stride() and not _argument(node, "copy", 3)
+        return kept and before.stride() == after.stride() and not _bound(node).get("copy")
     if name == "contiguous":
         return before.is_contiguous() and not node.kwargs
-    return name == "slice" and _whole(node)
+    return name == "slice" and _whole(node, before.shape[_bound(node)["dim"] or 0])
 
 
-def _whole(node: Node) -> bool:
-    start, end, step = (_argument(node, n, k) for n, k in (("start", 2), ("end", 3), ("step", 4)))
-    return start in (None, 0) and end in (None, 2**63 - 1) and step in (None, 1)
+def _whole(node: Node, size: Any) -> bool:
+    """A slice from the first to the last of `size` positions."""
+    bound = _bound(node)
+    end, known = bound["end"], isinstance(size, int)
+    if bound["step"] != 1 or bound["start"] not in (None, 0):
+        return False
+    return end is None or (isinstance(end, int) and (end >= 2**62 or (known and end >= size)))
 
 
-def _argument(node: Node, name: str, position: int) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+def _bound(node: Node) -> dict[str, Any]:
+    return bind(node, node.args, node.kwargs)
 
 
 # ---------------------------------------------------------------- wrappers

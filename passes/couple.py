@@ -156,7 +156,7 @@ class _Builder:
                 at = np.flatnonzero(groups == g)
                 order = np.argsort(place[units[at]], kind="stable")
                 indices = at[order].reshape(sizes[g], -1)
-                found[g].append(Member(source.name, source.dim, indices, source.lanes))
+                found[g].append(Member(source.name, source.dim, indices))
         return found
 
     def _sites(self, group_of: np.ndarray, count: int) -> list[list[Site]]:

@@ -30,16 +30,11 @@ KINDS = ("chain", "bilinear", "head", "width", "frozen")
 
 @dataclass(frozen=True)
 class Member:
-    """`indices[u]`: the positions along dim `dim` of `parameter` that unit u owns [units, k].
-
-    With `lanes` > 1 each lane (index of dim 0, an expert) has positions of its own:
-    index = lane * size of the dim + position.
-    """
+    """`indices[u]`: the positions along dim `dim` of `parameter` that unit u owns [units, k]."""
 
     parameter: str
     dim: int
     indices: np.ndarray = field(repr=False, compare=False)
-    lanes: int = 1
 
 
 @dataclass(frozen=True)

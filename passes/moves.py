@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .values import BLOCKS, Arrays, Value, along, compress, varying
+from .values import BLOCKS, Arrays, Operand, Site, Value, along, compress, varying
 from .visit import Visit
 
 MOVEMENT = {
@@ -363,8 +363,6 @@ def index_put(visit: Visit) -> list[Arrays]:
 
 def grouped_convolution(visit: Visit) -> list[Arrays]:
     """Depthwise: the channel is carried. Else place j of every group goes together."""
-    from .values import Operand, Site
-
     labels, groups = visit.labels, visit.given["groups"]
     x, w = visit.given["input"], visit.given["weight"]
     rank, channel = len(x.shape), len(x.shape) - (len(w.shape) - 1)

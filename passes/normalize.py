@@ -29,10 +29,7 @@ PASSED = {"permute", "transpose", "unsqueeze", "squeeze", "clone", "contiguous"}
 def normalize(module: GraphModule) -> GraphModule:
     """Take fused dims apart before they are reshaped (in place)."""
     for node in list(module.graph.nodes):
-        if _takes_all(node):
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-        elif node.target is aten.slice_scatter.default:
+        if node.target is aten.slice_scatter.default:
             _join(node)
     for node in list(module.graph.nodes):
         parts = _parts(module, node)
@@ -86,20 +83,6 @@ def _same_but(part: Node, shape: tuple[Any, ...], dim: int) -> bool:
     at = dim % len(shape)
     return all(
         str(a) == str(b) for k, (a, b) in enumerate(zip(held, shape, strict=True)) if k != at
-    )
-
-
-def _takes_all(node: Node) -> bool:
-    """A slice from the first to the last position."""
-    if node.op != "call_function" or node.target is not aten.slice.Tensor:
-        return False
-    bound, shape = bind(node, node.args, node.kwargs), _shape(node.args[0])
-    end = bound["end"]
-    if shape is None or bound["step"] != 1 or bound["start"] not in (None, 0):
-        return False
-    size = shape[(bound["dim"] or 0) % len(shape)]
-    return end is None or (
-        isinstance(end, int) and (end >= 2**62 or (isinstance(size, int) and end >= size))
     )
 
 

@@ -27,8 +27,6 @@ def recurrent(visit: Visit) -> list[Arrays]:
     biases, both = visit.given["has_biases"], visit.given["bidirectional"]
     states = visit.given["hx"]
     states = list(states) if isinstance(states, (list, tuple)) else [states]
-    state_nodes = visit.bound["hx"]
-    state_nodes = list(state_nodes) if isinstance(state_nodes, (list, tuple)) else [state_nodes]
     per_cell = 4 if biases else 2
     directions = 2 if both else 1
     layers = visit.given["num_layers"]
@@ -55,11 +53,11 @@ def recurrent(visit: Visit) -> list[Arrays]:
                 visit.labels.unite(previous, columns)
                 sides = (Operand(nodes[at], 1, columns, False),)
                 visit.labels.sites.append(Site(visit.node, sides))
-        previous = _cat(outputs)
+        previous = torch.cat(outputs)
         for state in states:
             _tie_state(visit, state, outputs)
-    for first, other in zip(_halves(outputs), _halves(outputs)[1:], strict=False):
-        visit.labels.unite(first, other)
+    for other in outputs[1:]:  # both directions lose the same places
+        visit.labels.unite(outputs[0], other)
     return _results(visit, previous, x)
 
 
@@ -90,14 +88,6 @@ def _consume(
     if not visit.labels.is_fixed(incoming):
         sides = (Operand(source, dim, flat, True), Operand(node, 1, columns, False))
         visit.labels.sites.append(Site(visit.node, sides))
-
-
-def _cat(outputs: list[Tensor]) -> Tensor:
-    return torch.cat([out.reshape(-1) for out in outputs])
-
-
-def _halves(outputs: list[Tensor]) -> list[Tensor]:
-    return [out.reshape(-1) for out in outputs]
 
 
 def _tie_state(visit: Visit, state: Value, outputs: list[Tensor]) -> None:

@@ -24,18 +24,13 @@ BLOCKS = "whole blocks of a finer axis"
 
 @dataclass(frozen=True)
 class Source:
-    """A run of labels: `size` indices of dim `dim` of `name`, from label `start` on.
-
-    With `lanes` > 1 the labels differ along dim 0 of the parameter as well: label
-    `start + lane * size / lanes + index`.
-    """
+    """A run of labels: `size` indices of dim `dim` of `name`, from label `start` on."""
 
     kind: str  # parameter | constant | free | fixed
     name: str
     dim: int
     start: int
     size: int
-    lanes: int = 1
 
 
 @dataclass(frozen=True)
@@ -105,9 +100,9 @@ class Labels:
     marks: list[Mark] = field(default_factory=list)
     fixed_labels: dict[str, int] = field(default_factory=dict)
 
-    def fresh(self, kind: str, name: str, dim: int, size: int, lanes: int = 1) -> Tensor:
+    def fresh(self, kind: str, name: str, dim: int, size: int) -> Tensor:
         """`size` new labels."""
-        self.sources.append(Source(kind, name, dim, self.count, size, lanes))
+        self.sources.append(Source(kind, name, dim, self.count, size))
         self.count += size
         return torch.arange(self.count - size, self.count)
 

@@ -71,7 +71,9 @@ class Visit:
 
 
 def op_name(node: Node) -> str:
-    """`linear` of `aten.linear.default`; `mylib.scan` for ops outside aten."""
+    """`linear` of `aten.linear.default`; `mylib.scan` for ops outside aten; '' for no call."""
+    if node.op != "call_function":
+        return ""
     if not isinstance(node.target, torch._ops.OpOverload):
         return str(getattr(node.target, "__name__", node.target))
     space, name = node.target._schema.name.split("::")

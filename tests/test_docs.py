@@ -11,7 +11,7 @@ import pytest
 from fasp_graph import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page, language="python"):
@@ -19,7 +19,7 @@ def blocks(page, language="python"):
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT / "docs"))
+    "page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """The blocks of a page are one program; they state by assert what the text claims."""
