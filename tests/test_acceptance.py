@@ -13,16 +13,8 @@ import fasp_graph as fg
 from fasp_graph.onnx import onnx_session, run_session
 from passes.capture import as_args, tensors
 
-WHISPER = pytest.mark.xfail(
-    reason="observe takes strides of a 1-d convolution as a list", raises=TypeError, strict=False
-)
-MARKS = {"whisper": [WHISPER]}
-NAMES = [pytest.param(name, marks=MARKS.get(name, [])) for name in families.FAMILIES]
-GENERATING = [
-    pytest.param(name, marks=MARKS.get(name, []))
-    for name, family in families.FAMILIES.items()
-    if family.kind != "encoder"
-]
+NAMES = list(families.FAMILIES)
+GENERATING = [name for name, family in families.FAMILIES.items() if family.kind != "encoder"]
 DECODERS = [name for name, family in families.FAMILIES.items() if family.kind == "decoder"]
 PLAIN = ["opt", "llama", "qwen3", "gemma3", "gpt2", "gpt-neox", "mistral", "bert", "vit", "t5"]
 
@@ -127,6 +119,7 @@ AUTO = {
     "bert": "AutoModelForSequenceClassification",
     "vit": "AutoModelForImageClassification",
     "t5": "AutoModelForSeq2SeqLM",
+    "whisper": "AutoModelForSpeechSeq2Seq",
 }
 
 
@@ -135,7 +128,7 @@ def auto(name):
 
 
 def test_folders_load_in_a_fresh_process(tmp_path):
-    names = [name for name in families.FAMILIES if name != "whisper"]
+    names = list(families.FAMILIES)
     expected = {}
     for name in names:
         folder = pruned(name).save(tmp_path / name)
@@ -193,20 +186,7 @@ def test_the_uniform_layout_loads_without_this_package(tmp_path):
         )
 
 
-MIXTRAL = pytest.mark.xfail(
-    reason="the exporter has no translation for transformers' grouped matmul of experts",
-    raises=fg.FaspGraphError,
-    strict=False,
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=MARKS.get(name, [MIXTRAL] if name == "mixtral" else []))
-        for name in families.FAMILIES
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_onnx_runtime_agrees(name, tmp_path):
     result = pruned(name)
     inputs = families.FAMILIES[name].batch(3, 11)
