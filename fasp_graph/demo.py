@@ -251,6 +251,6 @@ def _inner(bars: Progress) -> Callable[[str, int, int], None]:
     task = bars.add_task("", total=1)
 
     def progress(stage: str, done: int, total: int) -> None:
-        bars.update(task, completed=done, total=max(total, 1), description=f"  {stage}")
+        bars.update(task, completed=done, total=total or None, description=f"  {stage}")
 
     return progress

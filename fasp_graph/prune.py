@@ -79,12 +79,14 @@ class Program:
     seconds: dict[str, float]
 
 
-def read(model: nn.Module, inputs: Any, check: bool = False) -> Program:
+def read(
+    model: nn.Module, inputs: Any, check: bool = False, progress: Progress | None = None
+) -> Program:
     """Capture and analyse; what comes back can be pruned several times."""
     seconds: dict[str, float] = {}
-    with _timed(seconds, "capture"):
+    with _stage("capture", seconds, progress):
         captured = capture(model, inputs)
-    with _timed(seconds, "couple"):
+    with _stage("couple", seconds, progress):
         deps = analysis(captured.graph_module, captured.inputs, check)
     return Program(captured, deps, seconds)
 
@@ -101,7 +103,8 @@ def prune(
 
     `inputs`: example inputs (a tensor, a tuple or a dict). `calibration`: batches of the same
     form, or None for methods that need no data. `program`: what `read` made of this model and
-    these inputs, where it is pruned several times. Raises FaspGraphError: CaptureError,
+    these inputs, where it is pruned several times. `progress(stage, done, total)` is called as the
+    work goes on; total is 0 where it is not known. Raises FaspGraphError: CaptureError,
     BudgetError, CalibrationError, VerificationError...
     """
     config = config or Config()
@@ -111,22 +114,22 @@ def prune(
             "be analysed but not pruned · help: load the weights first"
         )
     refuse_unmergeable(model)
-    program = program or read(model, inputs, config.check)
+    program = program or read(model, inputs, config.check, progress)
     captured, deps, seconds = program.captured, program.deps, dict(program.seconds)
     groups = [g for g in deps.groups if g.kind in config.kinds]
     shared: list[set[str]] = []
     if config.layout == "uniform":
         groups, shared = uniform_groups(model, groups)
-    with _timed(seconds, "prune"):
+    with _stage("prune", seconds, progress):
         decisions = decide(captured, deps, groups, calibration, config, progress, shared)
     dense = _with_weights(captured.graph_module, decisions.weights)
     cut = removal(deps, decisions.kept)
-    with _timed(seconds, "rewrite"):
+    with _stage("rewrite", seconds, progress):
         compact = widen(rewrite(dense, cut), captured.inputs)
     plan = _plan(deps, decisions, compact)
-    with _timed(seconds, "verify"):
+    with _stage("verify", seconds, progress):
         error = verify(dense, compact, cut, captured.inputs, config.seed)
-    with _timed(seconds, "emit"):
+    with _stage("emit", seconds, progress):
         small, emission = emit_model(model, compact, deps, plan, captured.inputs)
     report = _report(captured, compact, deps, plan, decisions, emission, seconds, error)
     return Pruned(
@@ -150,7 +153,10 @@ def _plan(deps: DependencyGraph, decisions: Decisions, compact: GraphModule) -> 
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def _stage(stage: str, seconds: dict[str, float], progress: Progress | None) -> Iterator[None]:
+    """Say what begins, and keep how long it took."""
+    if progress:
+        progress(stage, 0, 0)
     started = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - started

@@ -1,14 +1,17 @@
 """report.html and report.json of a pruning run: what it cost, what it saved, what stayed and why.
 
-The page is tables only: no script, no network. The heat map's rows are the modules that repeat,
-its columns what each of them holds; a cell is the kept share of a group's units.
+The page is tables and pictures only: no script, no network. The heat map's rows are the modules
+that repeat, its columns what each of them holds; a cell is the kept share of a group's units. An
+error curve shows, from left to right, the predicted error of removing more and more units of a
+group (log scale, all curves on the same), and where the plan stopped.
 """
 
 from __future__ import annotations
 
 import html
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,7 +25,8 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #888
 th:first-child, td:first-child { text-align: left; }
 .cell { color: #06222b; min-width: 4rem; text-align: center; border: 2px solid Canvas; }
 .names td { text-align: left; overflow-wrap: anywhere; } .dim { opacity: .7; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } polyline { fill: none; stroke: #0a7; stroke-width: 1.5; }
+circle { fill: #c40; }
 """
 
 
@@ -48,6 +52,8 @@ def report_page(name: str, report: Mapping[str, Any], figures: Mapping[str, Any]
         _heat_map(report["groups"]),
         "<h2>Groups</h2>",
         _groups(report["groups"]),
+        "<h2>Error curves</h2>",
+        _curves(report["groups"]),
         "<h2>Seconds</h2>",
         _table(("stage", "seconds"), [(k, f"{v:.2f}") for k, v in report["seconds"].items()]),
         "<h2>Left alone, and why</h2>",
@@ -114,11 +120,43 @@ def _cell(share: float | None) -> str:
 
 
 def _groups(groups: Iterable[Mapping[str, Any]]) -> str:
-    """All that the report tells of each group, in the order of its fields."""
-    rows = [dict(group) for group in groups]
+    """All that the report tells of each group, in the order of its fields; curves have their own."""
+    rows = [{key: value for key, value in group.items() if key != "curve"} for group in groups]
     heads = tuple(rows[0]) if rows else ("name",)
     shown = [tuple(_any(row.get(head)) for head in heads) for row in rows]
     return _table(tuple(head.replace("_", " ") for head in heads), shown)
+
+
+def _curves(groups: Iterable[Mapping[str, Any]]) -> str:
+    """An error curve for each group that has one."""
+    held = [group for group in groups if len(group.get("curve") or ()) > 1]
+    if not held:
+        return "<p>None: the allocation was uniform.</p>"
+    errors = [value for group in held for value in group["curve"] if 0 < value < math.inf]
+    low, high = math.log(min(errors, default=1)), math.log(max(errors, default=1))
+
+    def height(value: float) -> float:
+        level = (math.log(max(value, math.exp(low))) - low) / ((high - low) or 1)
+        return round(46 - 42 * min(level, 1), 1)
+
+    lines = [
+        f"<tr><th scope='row'>{_text(group['name'])}</th><td>{_curve(group, height)}</td></tr>"
+        for group in held
+    ]
+    return f"<div class='scroll'><table>{''.join(lines)}</table></div>"
+
+
+def _curve(group: Mapping[str, Any], height: Callable[[float], float]) -> str:
+    """Error over removed units; the dot is where the plan stopped."""
+    curve, last = group["curve"], len(group["curve"]) - 1
+    points = [(round(200 * step / last, 1), height(value)) for step, value in enumerate(curve)]
+    stop = points[round((1 - group["kept"] / group["units"]) * last)]
+    line = " ".join(f"{x},{y}" for x, y in points)
+    title = f"predicted error of {_text(group['name'])} over removed units"
+    return (
+        f"<svg viewBox='-4 0 208 50' width='208' height='50' role='img' aria-label='{title}'>"
+        f"<polyline points='{line}'/><circle cx='{stop[0]}' cy='{stop[1]}' r='3'/></svg>"
+    )
 
 
 def _left(held: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -49,8 +49,8 @@ def stages(first: str) -> Iterator[Any]:
     with progress_bar(wide_console(stderr=True)) as bars:
         task = bars.add_task(first, total=None)
 
-        def progress(stage: str, done: int = 0, total: int | None = None) -> None:
-            bars.update(task, completed=done, total=total, description=stage)
+        def progress(stage: str, done: int = 0, total: int = 0) -> None:
+            bars.update(task, completed=done, total=total or None, description=stage)
 
         yield progress
 

@@ -1,0 +1,61 @@
+"""The report page: curves and stages of a real run, names that are data."""
+
+import re
+
+import pytest
+
+import fasp_graph as fg
+import models_zoo
+from fasp_graph.report_page import report_page
+
+
+@pytest.fixture(scope="module")
+def run():
+    entry = models_zoo.load("llama-random")
+    said = []
+    pruned = fg.prune(
+        entry.model,
+        entry.inputs,
+        entry.calibration[:2],
+        fg.Config(sparsity=0.4),
+        lambda stage, done, total: said.append((stage, done, total)),
+    )
+    return pruned, said
+
+
+def test_progress_tells_the_stages_in_order(run):
+    pruned, said = run
+    stages = list(dict.fromkeys(stage for stage, _, _ in said))
+
+    assert [s for s in stages if s in pruned.report.seconds] == list(pruned.report.seconds)
+    assert all(0 <= done <= total for _, done, total in said)
+
+
+def test_a_curve_for_each_group_ends_where_the_plan_stopped(run):
+    report = run[0].report.to_dict()
+    page = report_page("llama", report, {})
+    drawn = re.findall(r"<svg.*?</svg>", page)
+
+    assert len(drawn) == len(report["groups"])
+    for group, picture in zip(report["groups"], drawn, strict=True):
+        points = re.findall(r"[\d.]+,[\d.]+", re.search(r"points='(.*?)'", picture)[1])
+        x, y = re.search(r"cx='(.*?)' cy='(.*?)'", picture).groups()
+        assert len(points) == len(group["curve"]) and f"{x},{y}" in points
+        assert float(x) == pytest.approx(200 * (1 - group["kept"] / group["units"]), abs=4)
+        heights = [float(point.split(",")[1]) for point in points]
+        assert heights == sorted(heights, reverse=True)  # more removed, more error: upwards
+
+
+def test_without_curves_the_page_says_so_and_names_stay_data(run):
+    report = run[0].report.to_dict()
+    name = "<img src=x onerror=alert(1)>'"
+    groups = [{**group, "name": name, "curve": ()} for group in report["groups"][:1]]
+    page = report_page(name, {**report, "groups": groups}, {})
+    with_curve = report_page(
+        name, {**report, "groups": [{**groups[0], "curve": (0.0, 1.0, 2.0)}]}, {}
+    )
+
+    assert "the allocation was uniform" in page
+    for text in (page, with_curve):
+        assert "<img" not in text and "<script" not in text
+    assert "aria-label='predicted error of &lt;img src=x onerror=alert(1)&gt;&#x27;" in with_curve
