@@ -120,7 +120,7 @@ def _cell(share: float | None) -> str:
 
 
 def _groups(groups: Iterable[Mapping[str, Any]]) -> str:
-    """All that the report tells of each group, in the order of its fields; curves have their own."""
+    """All that the report tells of each group, in the order of its fields, but for its curve."""
     rows = [{key: value for key, value in group.items() if key != "curve"} for group in groups]
     heads = tuple(rows[0]) if rows else ("name",)
     shown = [tuple(_any(row.get(head)) for head in heads) for row in rows]

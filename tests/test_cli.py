@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig
 
 import fasp_graph as fg
 from fasp_graph import bench, cli, data, demo, terminal
@@ -119,7 +120,12 @@ def test_prune_writes_a_report_and_a_picture(run, tmp_path):
     assert all(frozen["name"] in page for frozen in report["frozen"])
     assert (folder / "graph.html").stat().st_size > 100_000
     fg.load(folder)
-    assert run("prune", "zoo:llama-random", "--output", folder)[0] == 0  # and again
+    again = run(  # into the same folder
+        *("prune", "zoo:llama-random", "--output", folder, "--layout", "uniform", "--align", 4),
+        *("--allocation", "uniform", "--min-keep", 2, "--max-memory", 10**8),
+    )
+    assert again[0] == 0, again[2]
+    assert AutoConfig.from_pretrained(folder).model_type == "llama"  # what layout uniform is for
 
 
 def test_bench_compares_alike(run, tmp_path):

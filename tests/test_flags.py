@@ -2,11 +2,14 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
+import typer
 
 import fasp_graph as fg
 from fasp_graph import flags
+from fasp_graph.cli import app
 
 
 def test_every_field_has_a_flag_and_a_meaning():
@@ -80,3 +83,16 @@ def test_wrong_files(tmp_path, text, message):
 
     with pytest.raises(fg.FaspGraphError, match=message):
         flags.config_from(tmp_path / "a.toml", {})
+
+
+def test_every_flag_of_every_command_is_used_by_a_test():
+    tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    unused = [
+        f"{name} {flag.opts[0]}"
+        for name, command in typer.main.get_command(app).commands.items()
+        for flag in command.params
+        if flag.param_type_name == "option"
+        and not any(f'"{opt}"' in tests for opt in (*flag.opts, *flag.secondary_opts))
+    ]
+
+    assert unused == []
