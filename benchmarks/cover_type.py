@@ -74,7 +74,8 @@ def _stages(model_type: str, row: dict[str, Any]) -> None:
         k: sum(g.kind == k for g in deps.groups) for k in {g.kind for g in deps.groups}
     }
     row["prunable"] = prunable_share(deps)
-    row["layers"] = layers_with_chains(program.graph_module, deps)
+    layers = layers_with_chains(program.graph_module, deps)
+    row["layers"], row["without"] = layers.counts, layers.without
     row["frozen"], row["width"] = held_by(deps, "frozen"), held_by(deps, "width")
     done("analyse", "verify")
     row["verified"] = {kind: _verified(program, deps, kind) for kind in KINDS}

@@ -68,7 +68,7 @@ def _rewrite_node(
 def _slice_attribute(
     module: GraphModule, target: str, cuts: Cuts, replaced: dict[int, Tensor]
 ) -> None:
-    """Slice a parameter or buffer under all the names that it has."""
+    """Slice a parameter, a buffer or a plain tensor under all the names that it has."""
     old = attribute(module, target)
     if not cuts or id(old) in replaced:
         return
@@ -77,7 +77,7 @@ def _slice_attribute(
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     replaced[id(new)] = new
     for holder in module.modules():
-        for table in (holder._parameters, holder._buffers):
+        for table in (holder._parameters, holder._buffers, vars(holder)):
             for key, held in list(table.items()):
                 if held is old:
                     table[key] = new  # type: ignore[assignment]

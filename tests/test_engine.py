@@ -1,0 +1,127 @@
+"""Programs that model families taught the engine: each is captured, analysed and halved."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.cover_type import half
+from passes.analysis import analysis
+from passes.capture import capture
+from passes.groups import DependencyGraph
+from passes.removal import removal
+from passes.rewrite import rewrite
+from passes.verify import verify
+
+EXACT = 1e-9
+
+
+def halved(model: nn.Module, inputs: object, *kinds: str) -> DependencyGraph:
+    """The groups, once half of all groups of each kind has gone and the rest is verified."""
+    torch.manual_seed(0)
+    program = capture(model.eval(), inputs)
+    deps = analysis(program.graph_module, program.inputs, check=True)
+    for kind in kinds:
+        kept = {g.name: half(g) for g in deps.groups if g.kind == kind and g.size > g.blocks}
+        assert kept, f"no group of kind {kind}"
+        cut = removal(deps, kept)
+        compact = rewrite(program.graph_module, cut)
+        assert verify(program.graph_module, compact, cut, program.inputs) <= EXACT
+    return deps
+
+
+def kind_of(deps: DependencyGraph, parameter: str, dim: int) -> set[str]:
+    """The kinds of the groups that hold a dim of a parameter."""
+    return {
+        group.kind
+        for group in deps.groups
+        for member in group.members
+        if (member.parameter, member.dim) == (parameter, dim) and group.layer == 0
+    }
+
+
+class Middle(nn.Module):
+    """up -> f -> down."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, width), nn.Linear(width, 6)
+
+    def forward(self, x):
+        return self.down(self.between(self.up(x)))
+
+    def between(self, hidden):
+        return hidden
+
+
+class Capped(Middle):
+    """min and max of two tensors, one of them a single learnt number (xIELU)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limit = nn.Parameter(torch.tensor(0.5))
+
+    def between(self, hidden):
+        return torch.max(torch.min(hidden, self.limit), -hidden)
+
+
+def test_min_and_max_of_two_tensors_are_pointwise():
+    deps = halved(Capped(), torch.randn(3, 5, 6), "chain")
+
+    assert kind_of(deps, "up.weight", 0) == {"chain"}
+
+
+class Remembered(Middle):
+    """A plain tensor attribute, neither parameter nor buffer, meets the hidden axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.rand(8)
+
+    def between(self, hidden):
+        return hidden * self.table
+
+
+def test_a_tensor_attribute_is_sliced_like_a_buffer():
+    deps = halved(Remembered(), torch.randn(3, 5, 6), "chain")
+
+    assert kind_of(deps, "table", 0) == {"chain"}
+
+
+class Interleaved(nn.Module):
+    """Even and odd places of a table are written in turn, and rotate queries and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.register_buffer("frequencies", torch.rand(4))
+        self.register_buffer("others", torch.rand(4))
+
+    def forward(self, x):
+        position = torch.ones(x.shape[1]).cumsum(0).unsqueeze(-1)
+        table = torch.zeros(x.shape[1], 8)
+        table[:, 0::2] = position * self.frequencies
+        table[:, 1::2] = position * self.others
+        q, k = (f(x).view(*x.shape[:2], 2, 8).transpose(1, 2) for f in (self.q, self.k))
+        return (q * table.cos()) @ (k * table.sin()).transpose(-1, -2)
+
+
+def test_writes_by_strides_that_cover_a_tensor_are_a_stack():
+    deps = halved(Interleaved(), torch.randn(3, 5, 6), "bilinear")
+
+    assert kind_of(deps, "frequencies", 0) == {"bilinear"}
+
+
+class EveryOther(Middle):
+    """Only the even places of the hidden axis are overwritten."""
+
+    def between(self, hidden):
+        written = hidden * 1.0
+        written[..., 0::2] = torch.relu(hidden[..., 1::2])
+        return written
+
+
+def test_writes_by_strides_that_leave_places_freeze_the_axis():
+    deps = halved(EveryOther(), torch.randn(3, 5, 6))
+
+    assert kind_of(deps, "up.weight", 0) == {"frozen"}
+    assert "written by strides" in deps.explain("up.weight")
