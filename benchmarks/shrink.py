@@ -170,7 +170,16 @@ class _Shrink:
         heads = self.heads(tree)
         kept = self._kept_layers(tree)
         small = {name: self.value(name, value, heads, kept) for name, value in tree.items()}
+        small |= self._head_width(small)
         return small | self._filled(small) if self.policy.fill else small
+
+    def _head_width(self, small: dict[str, Any]) -> dict[str, Any]:
+        """A width of heads that is left open is said where hidden size / heads gets too small."""
+        heads, width = small.get("num_attention_heads"), small.get("hidden_size")
+        said = any(_is_head_width(str(name)) for name in small)
+        if said or not isinstance(heads, int) or not isinstance(width, int) or width // heads >= 4:
+            return {}
+        return {"head_dim": 4}
 
     def _filled(self, small: dict[str, Any]) -> dict[str, Any]:
         """What a configuration leaves open though its model does not: the usual meaning of it."""

@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+import fasp_graph as fg
 from benchmarks.cover_type import half
 from passes.analysis import analysis
 from passes.capture import capture
 from passes.groups import DependencyGraph
 from passes.removal import removal
 from passes.rewrite import rewrite
+from passes.select import least, select
 from passes.verify import verify
 
 EXACT = 1e-9
@@ -125,3 +127,37 @@ def test_writes_by_strides_that_leave_places_freeze_the_axis():
 
     assert kind_of(deps, "up.weight", 0) == {"frozen"}
     assert "written by strides" in deps.explain("up.weight")
+
+
+class Parts(Middle):
+    """The hidden axis is taken apart, each part gets another shift, and put together again."""
+
+    def between(self, hidden):
+        few, more = hidden.split([2, 6], -1)
+        return torch.cat([few + 1, torch.relu(more)], -1).relu()
+
+
+def test_each_piece_of_a_split_axis_keeps_a_unit():
+    deps = halved(Parts(), torch.randn(3, 5, 6))
+    (chain,) = [g for g in deps.groups if g.kind == "chain"]
+
+    utility = torch.tensor([0.2, 0.1, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    assert [p.tolist() for p in chain.pieces] == [[0, 1], [2, 3, 4, 5, 6, 7]]
+    assert select(chain, utility, 3) == (0, 6, 7)
+    assert select(chain, utility, 2) == (0, 7)
+    assert least(chain, 1) == 2
+
+
+@pytest.mark.parametrize("method", ["magnitude", "fasp", "best"])
+def test_pruning_deep_leaves_no_piece_empty(method):
+    torch.manual_seed(0)
+    model = Parts().eval()
+    model.up.weight.data[:2] *= 1e-4
+    model.up.bias.data[:2] = 0
+
+    config = fg.Config(sparsity=0.6, method=method)
+    pruned = fg.prune(model, torch.randn(3, 5, 6), [torch.randn(9, 5, 6)], config)
+
+    kept = pruned.plan.kept["up.0"]
+    assert {0, 1} & set(kept) and set(kept) - {0, 1}
+    assert pruned.report.verify_max_error <= EXACT
