@@ -13,6 +13,7 @@ know no model: a policy that does not build or run gives way to the next, less t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -316,7 +317,8 @@ class _Shrink:
         if "section" in words or name in ("short_factor", "long_factor"):
             factor = self.scale // heads
             if all(isinstance(v, int) for v in value):
-                return [max(1, v // factor) for v in value]
+                ends = [end // factor for end in itertools.accumulate(value)]
+                return [high - low for low, high in itertools.pairwise([0, *ends])]
             return value[: max(1, len(value) // factor)]
         if words & {"indexes", "indices", "idx", "idxs", "ids"} or words == {"moe", "layers"}:
             if "token" in words:

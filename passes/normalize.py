@@ -2,6 +2,7 @@
 
     select, unbind, split of a reshape's outer dim   slices of the flat dim, reshaped one by one
     ... with permutes and reshapes in between        the slice goes first
+    constants that several places read               an alias for each (passes/constants.py)
     slice_scatters that cover a tensor               cat, or stack where they go by strides
 
 A fused QKV is often reshaped to (3, heads, size) and then taken apart: in that form Q, K and V
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .constants import separate
 from .visit import bind, op_name
 
 aten = torch.ops.aten
@@ -40,6 +42,7 @@ def normalize(module: GraphModule) -> GraphModule:
                 _replace(node, chain, ranges)
             elif op_name(node) in ("select", "unbind"):
                 _stride(node, dim, ranges)
+    separate(module)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()

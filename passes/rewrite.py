@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from .constants import rejoin
 from .edits import EDITS, Edit, hold
 from .errors import UnsupportedOp, where
 from .removal import Cuts, Removal, is_constant, nodes_by_name, removal, sliced
@@ -44,6 +45,7 @@ def rewrite(module: GraphModule, cut: Removal) -> GraphModule:
             _rewrite_node(compact, node, cut, replaced)
         except UnsupportedOp as error:
             raise UnsupportedOp(f"{error} · {where(node)}") from error
+    rejoin(compact)
     compact.graph.lint()
     compact.recompile()
     return compact

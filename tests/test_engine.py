@@ -13,6 +13,7 @@ from passes.removal import removal
 from passes.rewrite import rewrite
 from passes.select import least, select
 from passes.verify import verify
+from passes.visit import op_name
 
 EXACT = 1e-9
 
@@ -161,3 +162,37 @@ def test_pruning_deep_leaves_no_piece_empty(method):
     kept = pruned.plan.kept["up.0"]
     assert {0, 1} & set(kept) and set(kept) - {0, 1}
     assert pruned.report.verify_max_error <= EXACT
+
+
+class Sloped(nn.Module):
+    """Two attention layers add the same constant slope per head to their scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(6, 36) for _ in range(2))
+        self.outs = nn.ModuleList(nn.Linear(12, 6) for _ in range(2))
+
+    def forward(self, x):
+        far = torch.arange(x.shape[1]) * torch.tensor([1, 2, 3]).reshape(3, 1, 1) / 8
+        for projection, out in zip(self.projections, self.outs, strict=True):
+            q, k, v = projection(x).view(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4)
+            weights = (q @ k.transpose(-1, -2) - far).softmax(-1)
+            x = x + out((weights @ v).transpose(1, 2).flatten(2))
+        return x
+
+
+def test_a_constant_that_two_layers_share_does_not_tie_their_heads():
+    deps = halved(Sloped(), torch.randn(2, 5, 6), "head")
+
+    assert len([g for g in deps.groups if g.kind == "head"]) == 2
+
+
+def test_aliases_of_constants_that_lose_nothing_are_gone_after_the_rewrite():
+    program = capture(Sloped().eval(), torch.randn(2, 5, 6))
+    deps = analysis(program.graph_module, program.inputs)
+    heads = next(g for g in deps.groups if g.kind == "head")
+
+    compact = rewrite(program.graph_module, removal(deps, {heads.name: half(heads)}))
+
+    names = [op_name(node) for node in compact.graph.nodes]
+    assert names.count("alias") == 0 and names.count("index_select") == 1
