@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops.scan import scan
 
 import fasp_graph as fg
 from benchmarks.cover_type import half
@@ -196,3 +197,37 @@ def test_aliases_of_constants_that_lose_nothing_are_gone_after_the_rewrite():
 
     names = [op_name(node) for node in compact.graph.nodes]
     assert names.count("alias") == 0 and names.count("index_select") == 1
+
+
+class Branching(Middle):
+    """A branch on the numbers, as an op of its own; behind it another MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rise, self.fall = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x):
+        return self.fall(torch.relu(self.rise(super().forward(x))))
+
+    def between(self, hidden):
+        return torch.cond(hidden.sum() > 0, torch.relu, torch.tanh, (hidden,))
+
+
+class Scanning(Branching):
+    """A leaky sum over time, as an op of its own."""
+
+    def between(self, hidden):
+        def step(carry, now):
+            carry = 0.5 * carry + now
+            return carry, carry * 1.0
+
+        return scan(step, torch.zeros_like(hidden[:, 0]), hidden, dim=1)[1]
+
+
+@pytest.mark.parametrize(("program", "op"), [(Branching, "cond"), (Scanning, "scan")])
+def test_control_flow_ops_freeze_what_they_touch_and_no_more(program, op):
+    deps = halved(program(), torch.randn(3, 5, 6), "chain")
+
+    assert kind_of(deps, "up.weight", 0) == {"frozen"}
+    assert f"no axis rule for {op}" in deps.explain("up.weight")
+    assert kind_of(deps, "rise.weight", 0) == {"chain"}
