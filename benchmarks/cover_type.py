@@ -20,6 +20,7 @@ from passes.analysis import analysis
 from passes.capture import Captured, capture
 from passes.errors import UnsupportedOp
 from passes.groups import DependencyGraph, Group
+from passes.pieces import with_every_piece
 from passes.removal import removal
 from passes.rewrite import rewrite
 from passes.verify import verify
@@ -31,15 +32,16 @@ KINDS = ("chain", "bilinear", "head")
 
 
 def half(group: Group) -> tuple[int, ...]:
-    """A random half of every block, at least one unit each."""
+    """A random half of every block, at least what must stay."""
     generator = torch.Generator().manual_seed(len(group.name))
     block = torch.tensor(group.block_of)
     kept: list[int] = []
     for number in range(group.blocks):
         units = torch.nonzero(block == number).reshape(-1)
         order = torch.randperm(len(units), generator=generator)
-        kept += units[order[: max(1, len(units) // 2)]].tolist()
-    return tuple(sorted(kept))
+        count = max(1, len(units) // 2, -(-group.least // group.blocks))
+        kept += units[order[:count]].tolist()
+    return with_every_piece(group, kept, torch.rand(group.size, generator=generator).tolist())
 
 
 def cover(model_type: str) -> dict[str, Any]:
@@ -74,7 +76,8 @@ def _stages(model_type: str, row: dict[str, Any]) -> None:
         k: sum(g.kind == k for g in deps.groups) for k in {g.kind for g in deps.groups}
     }
     row["prunable"] = prunable_share(deps)
-    row["layers"] = layers_with_chains(program.graph_module, deps)
+    layers = layers_with_chains(program.graph_module, deps)
+    row["layers"], row["without"] = layers.counts, layers.without
     row["frozen"], row["width"] = held_by(deps, "frozen"), held_by(deps, "width")
     done("analyse", "verify")
     row["verified"] = {kind: _verified(program, deps, kind) for kind in KINDS}

@@ -171,8 +171,8 @@ def why(row: dict[str, Any]) -> str:
     if failed:
         return failed[0]
     short = [f"{k} {h}/{n} with a chain" for k, (h, n) in row.get("layers", {}).items() if h < n]
-    held = [reason for kind in ("frozen", "width") for reason in row.get(kind, {})]
-    return f"{', '.join(short)}; held by: {'; '.join(held)}" if short else ""
+    held = [f"{words} ({n})" for k in row.get("without", {}).values() for words, n in k.items()]
+    return f"{', '.join(short)}: {'; '.join(held)}" if short else ""
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

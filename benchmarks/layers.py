@@ -9,15 +9,17 @@ Read off the graph; no module names.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from passes.groups import DependencyGraph
 from passes.values import Value
+from passes.visit import bind, op_name
 
 CONTRACTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d"}
 
@@ -39,36 +41,74 @@ SUMS = _words("add sub")
 PRODUCTS = {"matmul", "bmm", "einsum"}
 
 
-def layers_with_chains(module: GraphModule, deps: DependencyGraph) -> dict[str, list[int]]:
-    """{"mlp": [with a chain group, all], "attention": [...]}"""
-    chains = [g for g in deps.groups if g.kind == "chain"]
-    consumers = {c.node for g in chains for c in g.consumers}
-    components = {unit for g in chains for unit in g.components}
-    mlp = [node.name in consumers for node in _mlp_outputs(module)]
-    attention = [
-        _holds(deps, components, value) or node.name in consumers
-        for node, value in _attention_values(module)
-    ]
-    return {"mlp": [sum(mlp), len(mlp)], "attention": [sum(attention), len(attention)]}
+@dataclass(frozen=True)
+class Layers:
+    """How many layers of each kind have a chain group, of how many; why the others have none."""
+
+    counts: dict[str, list[int]]
+    without: dict[str, dict[str, int]]
 
 
-def op_name(node: Any) -> str:
-    """`linear` for aten.linear.default; the name of any other function."""
-    if not isinstance(node, Node) or node.op != "call_function":
+def layers_with_chains(module: GraphModule, deps: DependencyGraph) -> Layers:
+    """counts {"mlp": [with a chain group, all], "attention": [...]}; without {"mlp": {reason:
+    number of layers}, ...}
+    """
+    inner = {
+        "mlp": [(node, _inner(node, deps)) for node in _mlp_outputs(module, deps)],
+        "attention": [(n, _labels(deps, v, -1)) for n, v in _attention_values(module)],
+    }
+    consumers = {c.node for g in deps.groups if g.kind == "chain" for c in g.consumers}
+    counts, without = {}, {}
+    for kind, layers in inner.items():
+        found = [_reason(deps, node.name in consumers, units) for node, units in layers]
+        counts[kind] = [found.count(""), len(found)]
+        without[kind] = dict(Counter(reason for reason in found if reason))
+    return Layers(counts, without)
+
+
+def _reason(deps: DependencyGraph, consumes: bool, units: set[int]) -> str:
+    """'' where the axis of a layer is a chain; else what holds it."""
+    groups = [g for g in deps.groups if not g.layer and units & set(g.components.tolist())]
+    if consumes or any(g.kind == "chain" for g in groups):
         return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._opname
-    return getattr(node.target, "__name__", "")
+    held = [f"{g.kind}, {re.sub(' · .*', '', g.reason)}" for g in groups]
+    return held[0] if held else "no labels of a weight"
 
 
-def _mlp_outputs(module: GraphModule) -> Iterator[Node]:
+def _inner(node: Node, deps: DependencyGraph) -> set[int]:
+    """The units on the axis that a contraction sums away."""
+    bound = bind(node, node.args, node.kwargs)
+    weight = bound.get("weight")
+    rank = len(deps.labels.values[weight].shape) if isinstance(weight, Node) else 2
+    return _labels(deps, node.args[0], -1 if op_name(node)[:4] != "conv" else 1 - rank)
+
+
+def _labels(deps: DependencyGraph, node: Node, dim: int) -> set[int]:
+    """The units along a dim of a value."""
+    held = deps.labels.values.get(node)
+    if not isinstance(held, Value):
+        return set()
+    array = held.arrays.get(dim % len(held.shape))
+    if array is None:
+        return set()
+    return set(deps.layers[0].component[array.reshape(-1).numpy()].tolist())
+
+
+def _mlp_outputs(module: GraphModule, deps: DependencyGraph) -> Iterator[Node]:
     known: dict[Node, Traced] = {}
     for node in module.graph.nodes:  # in order: what a node needs is known before it
-        known[node] = _traced(node, known)
-        if op_name(node) not in CONTRACTIONS or not isinstance(node.args[0], Node):
+        contracts = op_name(node) in CONTRACTIONS and not _is_depthwise(node, deps)
+        known[node] = _traced(node, known, contracts)
+        if not contracts or not isinstance(node.args[0], Node):
             continue
         if known[node.args[0]].sources and known[node.args[0]].curved:
             yield node
+
+
+def _is_depthwise(node: Node, deps: DependencyGraph) -> bool:
+    """A convolution of each channel by itself sums nothing away."""
+    bound = bind(node, node.args, node.kwargs)
+    return (bound.get("groups") or 1) > 1 and deps.labels.values[bound["weight"]].shape[1] == 1
 
 
 @dataclass(frozen=True)
@@ -81,13 +121,13 @@ class Traced:
     curved: bool = False
 
 
-def _traced(node: Node, known: dict[Node, Traced]) -> Traced:
+def _traced(node: Node, known: dict[Node, Traced], contracts: bool) -> Traced:
     name = op_name(node).rstrip("_")
-    if name in CONTRACTIONS:
+    if contracts:
         return Traced(frozenset([node]))
     data = [known[arg] for arg in node.all_input_nodes]
     found = [traced for traced in data if traced.sources]
-    if not found or name not in PASSING | SUMS:
+    if not found or name not in PASSING | SUMS | CONTRACTIONS:
         return Traced()
     if name in SUMS and len({traced.sources for traced in found}) > 1:
         return Traced()  # a residual: the axis is not this layer's own
@@ -125,17 +165,9 @@ def _attention_values(module: GraphModule) -> Iterator[tuple[Node, Node]]:
 
 
 def _is_softmax(node: Any, depth: int) -> bool:
+    if not isinstance(node, Node):
+        return False
     if op_name(node) in ("softmax", "_softmax"):
         return True
     moves = ("dropout", "to", "reshape", "view", "expand", "clone", "contiguous")
     return depth < 6 and op_name(node) in moves and _is_softmax(node.args[0], depth + 1)
-
-
-def _holds(deps: DependencyGraph, components: set[int], value: Node) -> bool:
-    held = deps.labels.values.get(value)
-    if not isinstance(held, Value):
-        return False
-    last = held.arrays.get(len(held.shape) - 1)
-    if last is None:
-        return False
-    return bool(components & set(deps.layers[0].component[last.reshape(-1).numpy()].tolist()))

@@ -13,6 +13,7 @@ know no model: a policy that does not build or run gives way to the next, less t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -170,7 +171,16 @@ class _Shrink:
         heads = self.heads(tree)
         kept = self._kept_layers(tree)
         small = {name: self.value(name, value, heads, kept) for name, value in tree.items()}
+        small |= self._head_width(small)
         return small | self._filled(small) if self.policy.fill else small
+
+    def _head_width(self, small: dict[str, Any]) -> dict[str, Any]:
+        """A width of heads that is left open is said where hidden size / heads gets too small."""
+        heads, width = small.get("num_attention_heads"), small.get("hidden_size")
+        said = any(_is_head_width(str(name)) for name in small)
+        if said or not isinstance(heads, int) or not isinstance(width, int) or width // heads >= 4:
+            return {}
+        return {"head_dim": 4}
 
     def _filled(self, small: dict[str, Any]) -> dict[str, Any]:
         """What a configuration leaves open though its model does not: the usual meaning of it."""
@@ -307,7 +317,8 @@ class _Shrink:
         if "section" in words or name in ("short_factor", "long_factor"):
             factor = self.scale // heads
             if all(isinstance(v, int) for v in value):
-                return [max(1, v // factor) for v in value]
+                ends = [end // factor for end in itertools.accumulate(value)]
+                return [high - low for low, high in itertools.pairwise([0, *ends])]
             return value[: max(1, len(value) // factor)]
         if words & {"indexes", "indices", "idx", "idxs", "ids"} or words == {"moe", "layers"}:
             if "token" in words:

@@ -28,6 +28,7 @@ from passes.drift import Twin, drift, twin
 from passes.eliminate import Problem, eliminate
 from passes.errors import CalibrationError, ConfigError
 from passes.observe import Moments, Room, View, Walk, probe, walk
+from passes.pieces import with_every_piece
 from passes.removal import nodes_by_name
 from passes.restore import TOWARDS, restore
 from passes.rewrite import attribute
@@ -292,8 +293,10 @@ def _choose(
     else:
         removals = group.size // group.blocks - keep
         problems = _problems(job, group, moments, state)
-        gone = set(eliminate(problems, group.block_of.tolist(), removals).order)
-        kept = tuple(unit for unit in range(group.size) if unit not in gone)
+        gone = eliminate(problems, group.block_of.tolist(), removals).order
+        worth = dict.fromkeys(range(group.size), len(gone)) | {u: k for k, u in enumerate(gone)}
+        stay = [unit for unit in range(group.size) if worth[unit] == len(gone)]
+        kept = with_every_piece(group, stay, [float(worth[u]) for u in range(group.size)])
     decided.kept[group.name] = kept
 
 

@@ -4,6 +4,7 @@
     assertions, guards                       dropped
     ops that change nothing at these dtypes  dropped (alias, detach, dropout, to, contiguous, slice)
     view                                     reshape: no later step depends on strides
+    min, max of two tensors                  minimum, maximum
     in-place ops on fresh temporaries        their functional form (passes/functional.py)
 
 Every step keeps the numbers; what is not provably without effect stays.
@@ -39,7 +40,12 @@ _IDENTITY = {
     "alpha_dropout",
     "lift_fresh",
 }
-_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_OTHER_NAMES = {  # one name for one function: the rules of `min` are those of a reduction
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.min.other: aten.minimum.default,
+    aten.max.other: aten.maximum.default,
+}
 _MOVES = {"transpose", "permute", "transpose_", "swapaxes", "movedim"}
 
 
@@ -76,8 +82,8 @@ def _simplify(graph: Graph, node: Node) -> None:
     if _changes_nothing(node):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
-    elif node.target in _VIEWS:
-        node.target = aten.reshape.default
+    elif node.target in _OTHER_NAMES:
+        node.target = _OTHER_NAMES[node.target]
     if op_name(node) == "reshape" and _follows_attention(node):
         with graph.inserting_before(node):
             source = node.args[0]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import module_of, user_line
 from .groups import Consumer, DependencyGraph, Group, Layer, Member
+from .pieces import apart, pieces
 from .values import Labels, Site, Source, Value, varying
 
 __all__ = ["Consumer", "DependencyGraph", "Group", "Layer", "Member", "couple"]
@@ -143,7 +144,11 @@ class _Builder:
         owned = self._members(group_of, place, [len(m) for m in members])
         summed = self._sites(group_of, len(members))
         tags = _block_tags(self.layer, wanted & (self.notes.frozen < 0))
-        return [self._group(held, owned[g], summed[g], tags) for g, held in enumerate(members)]
+        taken = pieces(self.layer.labels, component, group_of, place, len(members))
+        return [
+            self._group(held, owned[g], summed[g], tags, taken[g])
+            for g, held in enumerate(members)
+        ]
 
     def _members(
         self, group_of: np.ndarray, place: np.ndarray, sizes: list[int]
@@ -168,7 +173,12 @@ class _Builder:
         return found
 
     def _group(
-        self, units: np.ndarray, members: list[Member], sites: list[Site], tags: np.ndarray
+        self,
+        units: np.ndarray,
+        members: list[Member],
+        sites: list[Site],
+        tags: np.ndarray,
+        taken: list[np.ndarray],
     ) -> Group:
         _, start, inverse, sizes = np.unique(
             tags[units], return_index=True, return_inverse=True, return_counts=True
@@ -178,9 +188,10 @@ class _Builder:
         bent = bool(self.notes.flags["bent"][units].any())
         symmetry = "permutation" if bent or kind != "chain" else "invertible"
         consumers = tuple(_consumer(site, self.layer.labels) for site in sites)
+        least = max(int(self.notes.least[units[0]]), apart(taken, block_of) * len(sizes))
         return Group(
             *("", kind, symmetry, len(units), len(sizes), tuple(members), consumers, reason),
-            *(self.number, int(self.notes.least[units[0]]), block_of, units),
+            *(self.number, least, block_of, units, tuple(taken)),
         )
 
     def _kind(self, unit: int, sites: list[Site], sizes: np.ndarray) -> tuple[str, str]:

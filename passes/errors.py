@@ -55,7 +55,7 @@ def user_line(node: Node) -> str:
     """`file.py:12 in forward`: the deepest frame of the stack trace that lies outside torch."""
     lines = (node.meta.get("stack_trace") or "").splitlines()
     frames = [line.strip() for line in lines if line.strip().startswith('File "')]
-    frames = [frame for frame in frames if "/torch/" not in frame]
+    frames = [frame for frame in frames if "/torch/" not in frame and '"<' not in frame]
     if not frames:
         return ""
     path, line, function = frames[-1].split(", ", 2)

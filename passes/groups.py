@@ -54,7 +54,8 @@ class Consumer:
 class Group:
     """Units with one footprint. `block_of[u]` numbers the block of unit u; `layer` is the run of
     propagation that found it (0: inside blocks, 1: blocks), `components[u]` its unit there. At
-    least `least` units must stay (as many as a router chooses).
+    least `least` units must stay (as many as a router chooses), and one of each of the `pieces`
+    (passes/pieces.py).
     """
 
     name: str
@@ -73,6 +74,7 @@ class Group:
     components: np.ndarray = field(
         default_factory=lambda: np.zeros(0, int), repr=False, compare=False
     )
+    pieces: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able summary."""

@@ -415,6 +415,9 @@ def scatter_part(visit: Visit) -> list[Arrays]:
     else:
         bounds = (visit.given["start"], visit.given["end"], visit.given["step"])
         places = list(range(value.shape[dim]))[slice(*bounds)]
+        if visit.given["step"] != 1:
+            held = [found[dim] for found in (value.arrays, arrays) if dim in found]
+            visit.freeze(held, "written by strides")
     result: Arrays = {}
     for axis, array in value.arrays.items():
         other = arrays.get(axis)

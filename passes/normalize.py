@@ -2,7 +2,8 @@
 
     select, unbind, split of a reshape's outer dim   slices of the flat dim, reshaped one by one
     ... with permutes and reshapes in between        the slice goes first
-    slice_scatters that cover a tensor               cat
+    constants that several places read               an alias for each (passes/constants.py)
+    slice_scatters that cover a tensor               cat, or stack where they go by strides
 
 A fused QKV is often reshaped to (3, heads, size) and then taken apart: in that form Q, K and V
 share the dim `size` and would have to shrink together. Taken apart first, each shrinks alone. The
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .constants import separate
 from .visit import bind, op_name
 
 aten = torch.ops.aten
@@ -40,6 +42,7 @@ def normalize(module: GraphModule) -> GraphModule:
                 _replace(node, chain, ranges)
             elif op_name(node) in ("select", "unbind"):
                 _stride(node, dim, ranges)
+    separate(module)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -47,32 +50,64 @@ def normalize(module: GraphModule) -> GraphModule:
 
 
 def _join(node: Node) -> None:
-    """Writes that cover a dim from end to end are a concatenation of what was written."""
+    """Writes that cover a dim from end to end are a concatenation of what was written; those at
+    every k-th place, one for each remainder, are a stack, flattened.
+    """
     shape = _shape(node)
     dim = bind(node, node.args, node.kwargs)["dim"] or 0
-    pieces: dict[int, tuple[int, Node]] = {}
+    written = _written(node, dim, shape)
+    if written is None or shape is None:
+        return
+    step, pieces = written
+    parts = _end_to_end(pieces, shape[dim]) if step == 1 else _remainders(pieces, step, shape[dim])
+    if parts is None or not all(_same_but(p, shape, dim) for p in parts):
+        return
+    graph = node.graph
+    with graph.inserting_before(node):
+        if step == 1:
+            joined = graph.call_function(aten.cat.default, (parts, dim))
+        else:
+            after = dim % len(shape) + 1
+            beside = graph.call_function(aten.stack.default, (parts, after))
+            joined = graph.call_function(aten.flatten.using_ints, (beside, after - 1, after))
+    joined.meta = dict(node.meta)
+    node.replace_all_uses_with(joined)
+    node.graph.erase_node(node)
+
+
+Pieces = dict[int, tuple[int, Node]]
+"""Where a write starts -> where it ends, and what is written."""
+
+
+def _written(node: Node, dim: int, shape: tuple[Any, ...] | None) -> tuple[int, Pieces] | None:
+    """The common step of a chain of writes along `dim`, and the last write to each place."""
+    pieces: Pieces = {}
+    step = bind(node, node.args, node.kwargs)["step"]
     at: Any = node
     while isinstance(at, Node) and at.target is aten.slice_scatter.default:
         bound = bind(at, at.args, at.kwargs)
         bounds = (bound["start"], bound["end"])
-        if (bound["dim"] or 0) != dim or bound["step"] != 1 or shape is None:
-            return
+        if (bound["dim"] or 0) != dim or bound["step"] != step or shape is None:
+            return None
         if not isinstance(shape[dim], int) or any(isinstance(b, Node) for b in bounds):
-            return
+            return None
         low, high, _ = slice(*bounds).indices(shape[dim])
         pieces.setdefault(low, (high, bound["src"]))
         at = bound["self"]
+    return step, pieces
+
+
+def _end_to_end(pieces: Pieces, size: int) -> list[Node] | None:
     low, parts = 0, []
-    while shape is not None and low in pieces and low < shape[dim]:
+    while low in pieces and low < size:
         low, part = pieces[low]
         parts.append(part)
-    if shape is None or low != shape[dim] or not all(_same_but(p, shape, dim) for p in parts):
-        return
-    with node.graph.inserting_before(node):
-        joined = node.graph.call_function(aten.cat.default, (parts, dim))
-    joined.meta = dict(node.meta)
-    node.replace_all_uses_with(joined)
-    node.graph.erase_node(node)
+    return parts if low == size else None
+
+
+def _remainders(pieces: Pieces, step: int, size: int) -> list[Node] | None:
+    whole = set(pieces) == set(range(step)) and all(high == size for high, _ in pieces.values())
+    return [pieces[low][1] for low in range(step)] if whole and size % step == 0 else None
 
 
 def _same_but(part: Node, shape: tuple[Any, ...], dim: int) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from .constants import rejoin
 from .edits import EDITS, Edit, hold
 from .errors import UnsupportedOp, where
 from .removal import Cuts, Removal, is_constant, nodes_by_name, removal, sliced
@@ -44,6 +45,7 @@ def rewrite(module: GraphModule, cut: Removal) -> GraphModule:
             _rewrite_node(compact, node, cut, replaced)
         except UnsupportedOp as error:
             raise UnsupportedOp(f"{error} · {where(node)}") from error
+    rejoin(compact)
     compact.graph.lint()
     compact.recompile()
     return compact
@@ -68,7 +70,7 @@ def _rewrite_node(
 def _slice_attribute(
     module: GraphModule, target: str, cuts: Cuts, replaced: dict[int, Tensor]
 ) -> None:
-    """Slice a parameter or buffer under all the names that it has."""
+    """Slice a parameter, a buffer or a plain tensor under all the names that it has."""
     old = attribute(module, target)
     if not cuts or id(old) in replaced:
         return
@@ -77,7 +79,7 @@ def _slice_attribute(
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     replaced[id(new)] = new
     for holder in module.modules():
-        for table in (holder._parameters, holder._buffers):
+        for table in (holder._parameters, holder._buffers, vars(holder)):
             for key, held in list(table.items()):
                 if held is old:
                     table[key] = new  # type: ignore[assignment]

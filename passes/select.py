@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .couple import DependencyGraph, Group
 from .errors import BudgetError
+from .pieces import with_every_piece
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,13 @@ def removed_parameters(deps: DependencyGraph, groups: list[Group], keep: Mapping
 
 
 def select(group: Group, utility: Tensor, keep: int) -> tuple[int, ...]:
-    """The `keep` units of greatest utility [size] in each block; ties go to the lower index."""
+    """The `keep` units of greatest utility [size] in each block; ties go to the lower index. No
+    piece of the axis is left empty (passes/pieces.py).
+    """
     block = torch.tensor(group.block_of)
     chosen: list[int] = []
     for number in range(group.blocks):
         units = torch.nonzero(block == number).reshape(-1)
         order = utility.cpu()[units].argsort(descending=True, stable=True)
         chosen += units[order[:keep]].tolist()
-    return tuple(sorted(chosen))
+    return with_every_piece(group, chosen, utility.tolist())

@@ -114,4 +114,5 @@ def test_layers_without_a_chain_are_counted():
 
     deps = analysis(program.graph_module, program.inputs)
     found = layers_with_chains(program.graph_module, deps)
-    assert found == {"mlp": [1, 2], "attention": [0, 0]}
+    assert found.counts == {"mlp": [1, 2], "attention": [0, 0]}
+    assert found.without == {"mlp": {"frozen, reaches the model's output": 1}, "attention": {}}

@@ -20,6 +20,7 @@ from passes.analysis import analysis
 from passes.capture import capture
 from passes.errors import FaspGraphError, VerificationError
 from passes.groups import DependencyGraph, Group
+from passes.pieces import with_every_piece
 from passes.removal import removal
 from passes.rewrite import attribute, masked, rewrite
 from passes.verify import verify
@@ -103,7 +104,7 @@ def _units(group: Group, draw: random.Random) -> list[int]:
     for block in range(group.blocks):
         units = [u for u in range(group.size) if group.block_of[u] == block]
         kept += draw.sample(units, count)
-    return sorted(kept)
+    return list(with_every_piece(group, kept, [draw.random() for _ in range(group.size)]))
 
 
 def zeroed(model: nn.Module, deps: DependencyGraph, kept: dict[str, list[int]]) -> nn.Module:

@@ -1,0 +1,233 @@
+"""Programs that model families taught the engine: each is captured, analysed and halved."""
+
+import pytest
+import torch
+from torch import nn
+from torch._higher_order_ops.scan import scan
+
+import fasp_graph as fg
+from benchmarks.cover_type import half
+from passes.analysis import analysis
+from passes.capture import capture
+from passes.groups import DependencyGraph
+from passes.removal import removal
+from passes.rewrite import rewrite
+from passes.select import least, select
+from passes.verify import verify
+from passes.visit import op_name
+
+EXACT = 1e-9
+
+
+def halved(model: nn.Module, inputs: object, *kinds: str) -> DependencyGraph:
+    """The groups, once half of all groups of each kind has gone and the rest is verified."""
+    torch.manual_seed(0)
+    program = capture(model.eval(), inputs)
+    deps = analysis(program.graph_module, program.inputs, check=True)
+    for kind in kinds:
+        kept = {g.name: half(g) for g in deps.groups if g.kind == kind and g.size > g.blocks}
+        assert kept, f"no group of kind {kind}"
+        cut = removal(deps, kept)
+        compact = rewrite(program.graph_module, cut)
+        assert verify(program.graph_module, compact, cut, program.inputs) <= EXACT
+    return deps
+
+
+def kind_of(deps: DependencyGraph, parameter: str, dim: int) -> set[str]:
+    """The kinds of the groups that hold a dim of a parameter."""
+    return {
+        group.kind
+        for group in deps.groups
+        for member in group.members
+        if (member.parameter, member.dim) == (parameter, dim) and group.layer == 0
+    }
+
+
+class Middle(nn.Module):
+    """up -> f -> down."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, width), nn.Linear(width, 6)
+
+    def forward(self, x):
+        return self.down(self.between(self.up(x)))
+
+    def between(self, hidden):
+        return hidden
+
+
+class Capped(Middle):
+    """min and max of two tensors, one of them a single learnt number (xIELU)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limit = nn.Parameter(torch.tensor(0.5))
+
+    def between(self, hidden):
+        return torch.max(torch.min(hidden, self.limit), -hidden)
+
+
+def test_min_and_max_of_two_tensors_are_pointwise():
+    deps = halved(Capped(), torch.randn(3, 5, 6), "chain")
+
+    assert kind_of(deps, "up.weight", 0) == {"chain"}
+
+
+class Remembered(Middle):
+    """A plain tensor attribute, neither parameter nor buffer, meets the hidden axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.rand(8)
+
+    def between(self, hidden):
+        return hidden * self.table
+
+
+def test_a_tensor_attribute_is_sliced_like_a_buffer():
+    deps = halved(Remembered(), torch.randn(3, 5, 6), "chain")
+
+    assert kind_of(deps, "table", 0) == {"chain"}
+
+
+class Interleaved(nn.Module):
+    """Even and odd places of a table are written in turn, and rotate queries and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.register_buffer("frequencies", torch.rand(4))
+        self.register_buffer("others", torch.rand(4))
+
+    def forward(self, x):
+        position = torch.ones(x.shape[1]).cumsum(0).unsqueeze(-1)
+        table = torch.zeros(x.shape[1], 8)
+        table[:, 0::2] = position * self.frequencies
+        table[:, 1::2] = position * self.others
+        q, k = (f(x).view(*x.shape[:2], 2, 8).transpose(1, 2) for f in (self.q, self.k))
+        return (q * table.cos()) @ (k * table.sin()).transpose(-1, -2)
+
+
+def test_writes_by_strides_that_cover_a_tensor_are_a_stack():
+    deps = halved(Interleaved(), torch.randn(3, 5, 6), "bilinear")
+
+    assert kind_of(deps, "frequencies", 0) == {"bilinear"}
+
+
+class EveryOther(Middle):
+    """Only the even places of the hidden axis are overwritten."""
+
+    def between(self, hidden):
+        written = hidden * 1.0
+        written[..., 0::2] = torch.relu(hidden[..., 1::2])
+        return written
+
+
+def test_writes_by_strides_that_leave_places_freeze_the_axis():
+    deps = halved(EveryOther(), torch.randn(3, 5, 6))
+
+    assert kind_of(deps, "up.weight", 0) == {"frozen"}
+    assert "written by strides" in deps.explain("up.weight")
+
+
+class Parts(Middle):
+    """The hidden axis is taken apart, each part gets another shift, and put together again."""
+
+    def between(self, hidden):
+        few, more = hidden.split([2, 6], -1)
+        return torch.cat([few + 1, torch.relu(more)], -1).relu()
+
+
+def test_each_piece_of_a_split_axis_keeps_a_unit():
+    deps = halved(Parts(), torch.randn(3, 5, 6))
+    (chain,) = [g for g in deps.groups if g.kind == "chain"]
+
+    utility = torch.tensor([0.2, 0.1, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    assert [p.tolist() for p in chain.pieces] == [[0, 1], [2, 3, 4, 5, 6, 7]]
+    assert select(chain, utility, 3) == (0, 6, 7)
+    assert select(chain, utility, 2) == (0, 7)
+    assert least(chain, 1) == 2
+
+
+@pytest.mark.parametrize("method", ["magnitude", "fasp", "best"])
+def test_pruning_deep_leaves_no_piece_empty(method):
+    torch.manual_seed(0)
+    model = Parts().eval()
+    model.up.weight.data[:2] *= 1e-4
+    model.up.bias.data[:2] = 0
+
+    config = fg.Config(sparsity=0.6, method=method)
+    pruned = fg.prune(model, torch.randn(3, 5, 6), [torch.randn(9, 5, 6)], config)
+
+    kept = pruned.plan.kept["up.0"]
+    assert {0, 1} & set(kept) and set(kept) - {0, 1}
+    assert pruned.report.verify_max_error <= EXACT
+
+
+class Sloped(nn.Module):
+    """Two attention layers add the same constant slope per head to their scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Linear(6, 36) for _ in range(2))
+        self.outs = nn.ModuleList(nn.Linear(12, 6) for _ in range(2))
+
+    def forward(self, x):
+        far = torch.arange(x.shape[1]) * torch.tensor([1, 2, 3]).reshape(3, 1, 1) / 8
+        for projection, out in zip(self.projections, self.outs, strict=True):
+            q, k, v = projection(x).view(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4)
+            weights = (q @ k.transpose(-1, -2) - far).softmax(-1)
+            x = x + out((weights @ v).transpose(1, 2).flatten(2))
+        return x
+
+
+def test_a_constant_that_two_layers_share_does_not_tie_their_heads():
+    deps = halved(Sloped(), torch.randn(2, 5, 6), "head")
+
+    assert len([g for g in deps.groups if g.kind == "head"]) == 2
+
+
+def test_aliases_of_constants_that_lose_nothing_are_gone_after_the_rewrite():
+    program = capture(Sloped().eval(), torch.randn(2, 5, 6))
+    deps = analysis(program.graph_module, program.inputs)
+    heads = next(g for g in deps.groups if g.kind == "head")
+
+    compact = rewrite(program.graph_module, removal(deps, {heads.name: half(heads)}))
+
+    names = [op_name(node) for node in compact.graph.nodes]
+    assert names.count("alias") == 0 and names.count("index_select") == 1
+
+
+class Branching(Middle):
+    """A branch on the numbers, as an op of its own; behind it another MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rise, self.fall = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x):
+        return self.fall(torch.relu(self.rise(super().forward(x))))
+
+    def between(self, hidden):
+        return torch.cond(hidden.sum() > 0, torch.relu, torch.tanh, (hidden,))
+
+
+class Scanning(Branching):
+    """A leaky sum over time, as an op of its own."""
+
+    def between(self, hidden):
+        def step(carry, now):
+            carry = 0.5 * carry + now
+            return carry, carry * 1.0
+
+        return scan(step, torch.zeros_like(hidden[:, 0]), hidden, dim=1)[1]
+
+
+@pytest.mark.parametrize(("program", "op"), [(Branching, "cond"), (Scanning, "scan")])
+def test_control_flow_ops_freeze_what_they_touch_and_no_more(program, op):
+    deps = halved(program(), torch.randn(3, 5, 6), "chain")
+
+    assert kind_of(deps, "up.weight", 0) == {"frozen"}
+    assert f"no axis rule for {op}" in deps.explain("up.weight")
+    assert kind_of(deps, "rise.weight", 0) == {"chain"}
