@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -21,6 +20,7 @@ from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
 from passes.errors import CaptureError
 from passes.kernels import widen
+from passes.lazy import replace
 from passes.removal import removal
 from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
@@ -158,9 +158,8 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 def _with_weights(module: GraphModule, weights: dict[str, Tensor]) -> GraphModule:
     dense = copy.deepcopy(module)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            attribute(dense, name).copy_(weight)
+    new = {id(attribute(dense, name)): weight for name, weight in weights.items()}
+    replace(dense, lambda _, held: new.get(id(held)))
     return dense
 
 
