@@ -29,22 +29,27 @@ _DEFERRED = {
 
 
 class Lazy(Tensor):
-    """A CPU tensor without storage. `read` is called for every op that needs the numbers."""
+    """A CPU tensor without storage. `read` is called for every op that needs the numbers. `mark`
+    says where they come from, so that two promises can be compared without reading; may be ''.
+    """
 
     read: Read
+    mark: str
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, shape: Iterable[int], dtype: torch.dtype, read: Read) -> Lazy:
+    def __new__(
+        cls, shape: Iterable[int], dtype: torch.dtype, read: Read, mark: str = ""
+    ) -> Lazy:
         made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")
-        made.read = read
+        made.read, made.mark = read, mark
         return made  # type: ignore[no-any-return]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _SAME:
-            return Lazy(args[0].shape, args[0].dtype, args[0].read)
+            return Lazy(args[0].shape, args[0].dtype, args[0].read, args[0].mark)
         if func is aten._to_copy.default and kwargs.keys() <= {"dtype", "memory_format"}:
             dtype = kwargs.get("dtype") or args[0].dtype
             return Lazy(args[0].shape, dtype, lambda: whole(args[0]).to(dtype))
@@ -59,7 +64,7 @@ class Lazy(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lazy:
         if id(self) not in memo:
-            held = Lazy(self.shape, self.dtype, self.read)
+            held = Lazy(self.shape, self.dtype, self.read, self.mark)
             memo[id(self)] = parameter(held, self) if isinstance(self, nn.Parameter) else held
         return memo[id(self)]  # type: ignore[no-any-return]
 
@@ -99,11 +104,6 @@ def parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:
 def is_lazy(model: nn.Module) -> bool:
     """Whether a parameter of the model is a promise."""
     return any(isinstance(held, Lazy) for held in model.parameters())
-
-
-def fulfil(model: nn.Module, read: Callable[[str], Read]) -> None:
-    """Every parameter becomes lazy, in place: `read(name)` gives its reader; ties stay ties."""
-    replace(model, lambda name, held: Lazy(held.shape, held.dtype, read(name)))
 
 
 def replace(model: nn.Module, change: Callable[[str, nn.Parameter], Tensor | None]) -> None:
