@@ -14,6 +14,7 @@ its Gram matrix and a solve.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from .prune import prune
 from .report import Report
 from .shards import Stored, folder_tensors
 from .skeleton import from_config
+
+MMAP_THRESHOLD, LARGE = -3, 1 << 20  # M_MMAP_THRESHOLD of malloc.h; bytes
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,22 @@ def prune_folder(
     finished group. `config.allocation` must be uniform: a sensitivity needs all weights at once.
     """
     model = open_folder(folder)
+    return_freed_memory()
     work = work_folder(output)
     pruned = prune(model, inputs, calibration, config, progress, work=work)
     written = save(pruned, output, tokenizer, max_shard_size)
     close(work)
     return Streamed(written, pruned.plan, pruned.report, pruned.deps)
+
+
+def return_freed_memory() -> None:
+    """Let the C library give large blocks back to the system when they are freed. glibc learns to
+    keep them from the first one freed; where there is no mallopt, memory is that of the peak.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
+    except (OSError, AttributeError):
+        return
 
 
 def work_folder(output: str | os.PathLike[str]) -> Path:
