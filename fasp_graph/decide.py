@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from passes.sensitivity import Sensed, factor, sense
 
 from .config import Config
 from .distributed import share, total, world
+from .journal import Journal, fingerprint, open_journal, watch
 from .layout import equalised
 from .spill import Spill
 
@@ -82,15 +84,18 @@ def decide(
     config: Config,
     progress: Progress | None = None,
     shared: Sequence[set[str]] = (),
+    work: Path | None = None,
 ) -> Decisions:
     """Plan and repair; BudgetError and CalibrationError say what is missing. `shared`: names of
-    groups that must keep equally many units.
+    groups that must keep equally many units. `work`: folder of the journal.
     """
     budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep)
     budget = equalised(budget, shared)
     nodes = nodes_by_name(captured.graph_module.graph.nodes)
     found = {group.name: views(group, deps, nodes) for group in groups}
-    batches = _share(_batches(calibration, config), config) if _needs_data(config) else []
+    every = _batches(calibration, config) if _needs_data(config) else []
+    key = fingerprint(captured.graph_module, every, config) if work else ""
+    batches = _share(every, config) if every else []
     job = _Job(
         captured,
         config,
@@ -112,7 +117,8 @@ def decide(
             per_unit=config.passes.allocation == "standardised",
         )
         decided.budget = equalised(decided.budget, shared)
-    _walk(job, groups, batches, decided, progress)
+    journal = open_journal(work, key, captured.graph_module) if work else None
+    _walk(job, groups, batches, decided, progress, journal)
     decided.forward_passes = _cost(config, len(batches))
     return decided
 
@@ -254,7 +260,12 @@ def _utility(job: _Job, group: Group, moments: dict[str, Moments], state: Walk) 
 
 
 def _walk(
-    job: _Job, groups: list[Group], batches: list[Args], decided: Decisions, progress: Any
+    job: _Job,
+    groups: list[Group],
+    batches: list[Args],
+    decided: Decisions,
+    progress: Any,
+    journal: Journal | None = None,
 ) -> None:
     """At the first consumer of each group: observe, choose, repair; go on with the new weight."""
     module, towards = job.captured.graph_module, job.config.passes.restore
@@ -278,6 +289,7 @@ def _walk(
             _choose(job, group, moments, state, decided)
             _repair(job, group, moments, state, dense, decided)
 
+    visit = watch(journal, visit, decided)
     report = (lambda done, total: progress("prune", done, total)) if progress else None
     decided.weights = walk(
         module, batches if pending else [], pending, visit, report, _room(job.config)

@@ -52,7 +52,8 @@ def total(value: Tensor) -> Tensor:
         raise FaspGraphError(
             f"rank {world()[0]} lost another process while statistics were summed: "
             f"{str(error).splitlines()[0][:200]} · nothing was written · help: look for the first "
-            "error of the other ranks, and run again"
+            "error of the other ranks, and run again; with the same work folder (or --output) the "
+            "run goes on from the last finished group"
         ) from error
     return value
 

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from passes.capture import tensors
 from passes.errors import FaspGraphError
+from passes.lazy import Lazy
+from passes.skeleton import skeleton
 
 from .card import model_card
 from .emission import Emission
@@ -35,13 +36,13 @@ from .jsontext import to_json
 from .layout import plain_config
 from .loading import load
 from .manifest import FORMAT, MANIFEST, digest, read_manifest, versions
+from .shards import INDEX, write_shard
 
 if TYPE_CHECKING:
     from .prune import Pruned
 
 __all__ = ["MANIFEST", "load", "push_to_hub", "save", "unique_state"]
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN = ("native", "attributes")  # ways that a class built from another configuration can repeat
 
 
@@ -127,13 +128,15 @@ def _write_weights(
     state: Mapping[str, Tensor], folder: Path, max_shard_size: int | str
 ) -> dict[str, str]:
     """Write the weights in the hub's form and return file name -> sha256."""
-    split = huggingface_hub.split_torch_state_dict_into_shards(
-        dict(state), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        dict(state),
+        get_storage_id=id,  # `unique_state` left every storage once
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
     )
     for name, keys in split.filename_to_tensors.items():
-        shard = {key: state[key] for key in keys}
-        safetensors.torch.save_file(shard, folder / name, metadata={"format": "pt"})
-        os.chmod(folder / name, 0o666 & ~_umask())
+        write_shard(folder / name, {key: state[key] for key in keys}, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(to_json(index, indent=1) + "\n", encoding="utf-8")
@@ -174,8 +177,8 @@ def _said(pruned: Pruned) -> Any:
     if said is None:
         return None
     with torch.random.fork_rng(devices=[]):
-        other = type(model)(said).to(next(model.parameters()).dtype).eval()
-    other.load_state_dict(model.state_dict())
+        other = skeleton(lambda: type(model)(said)).to(next(model.parameters()).dtype).eval()
+    other.load_state_dict(model.state_dict(), assign=True)
     args, training = pruned.inputs, model.training
     with torch.no_grad():
         same = zip(
@@ -198,7 +201,8 @@ def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+        held = id(tensor.read) if isinstance(tensor, Lazy) else tensor.data_ptr()
+        key = (held, tensor.dtype, tensor.device, tensor.shape, tensor.stride())
         if tensor.numel() and key in first:
             aliases[name] = first[key]
         else:
@@ -252,9 +256,3 @@ def _is_transformers(model: nn.Module) -> bool:
     known = getattr(transformers, type(model).__name__, None) is type(model)
     return known and isinstance(model, transformers.PreTrainedModel)
 
-
-def _umask() -> int:
-    """The process's umask: safetensors writes files that only their owner may read."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from passes.errors import CaptureError
+from passes.errors import CaptureError, ConfigError
+from passes.lazy import is_lazy
+
+from .config import Config
 
 
 def refuse_unmergeable(model: nn.Module) -> None:
@@ -25,6 +28,16 @@ def refuse_unmergeable(model: nn.Module) -> None:
                 f"{name} ({type(module).__name__}) holds an adapter that is not merged · help: "
                 "call merge_and_unload() and prune what it returns"
             )
+
+
+def refuse_unstreamable(model: nn.Module, config: Config) -> None:
+    """ConfigError if weights are read one by one and the method needs all of them at once."""
+    if is_lazy(model) and config.passes.allocation != "uniform":
+        raise ConfigError(
+            f"method={config.method} spreads the sparsity by allocation="
+            f"{config.passes.allocation}, which needs all weights in memory · help: "
+            "allocation='uniform', or method='fasp'"
+        )
 
 
 def _encoded(data: Tensor) -> bool:

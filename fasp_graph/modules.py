@@ -178,9 +178,7 @@ class _Search:
             if old.shape != new.shape:
                 axes = [self.left(theirs, d, n, None) for d, n in enumerate(old.shape)]
                 if [len(axis) for axis in axes] == list(new.shape):
-                    filled = new.new_zeros(old.shape)
-                    filled[torch.meshgrid(*map(torch.tensor, axes), indexing="ij")] = new
-                    new = filled
+                    new = _filled(new, axes, old.shape)
             found[name] = new
         return found
 
@@ -191,6 +189,15 @@ class _Search:
             if len(left) < size:
                 value = value.index_select(dim, torch.tensor(left, device=value.device))
         return value
+
+
+def _filled(new: Tensor, axes: list[list[int]], shape: torch.Size) -> Tensor:
+    """`new` at the places `axes` of zeros of `shape`."""
+    for dim, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+        if len(axis) < size:
+            zeros = new.new_zeros([*new.shape[:dim], size, *new.shape[dim + 1 :]])
+            new = zeros.index_copy(dim, torch.tensor(axis, device=new.device), new)
+    return new
 
 
 def skeleton(model: nn.Module) -> nn.Module:

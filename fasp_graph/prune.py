@@ -6,10 +6,12 @@ capture -> couple -> decide (observe, score, select, restore) -> rewrite -> veri
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
 from passes.errors import CaptureError
 from passes.kernels import widen
+from passes.lazy import replace
 from passes.removal import removal
 from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
@@ -30,7 +33,7 @@ from passes.verify import verify
 from .config import Config
 from .decide import Decisions, Progress, decide
 from .evaluate import flops
-from .inputs import refuse_unmergeable
+from .inputs import refuse_unmergeable, refuse_unstreamable
 from .layout import uniform_groups
 from .modules import Emission, emit_model
 from .report import Frozen, GroupReport, Report
@@ -98,13 +101,16 @@ def prune(
     config: Config | None = None,
     progress: Progress | None = None,
     program: Program | None = None,
+    work: str | os.PathLike[str] | None = None,
 ) -> Pruned:
     """Prune `model`; the model itself is not changed.
 
     `inputs`: example inputs (a tensor, a tuple or a dict). `calibration`: batches of the same
     form, or None for methods that need no data. `program`: what `read` made of this model and
     these inputs, where it is pruned several times. `progress(stage, done, total)` is called as the
-    work goes on; total is 0 where it is not known. Raises FaspGraphError: CaptureError,
+    work goes on; total is 0 where it is not known. `work`: a folder for what is finished; the
+    same call goes on from there after an interruption (fasp_graph/journal.py). Raises
+    FaspGraphError: CaptureError,
     BudgetError, CalibrationError, VerificationError...
     """
     config = config or Config()
@@ -114,6 +120,7 @@ def prune(
             "be analysed but not pruned · help: load the weights first"
         )
     refuse_unmergeable(model)
+    refuse_unstreamable(model, config)
     program = program or read(model, inputs, config.check, progress)
     captured, deps, seconds = program.captured, program.deps, dict(program.seconds)
     groups = [g for g in deps.groups if g.kind in config.kinds]
@@ -121,7 +128,8 @@ def prune(
     if config.layout == "uniform":
         groups, shared = uniform_groups(model, groups)
     with _stage("prune", seconds, progress):
-        decisions = decide(captured, deps, groups, calibration, config, progress, shared)
+        folder = None if work is None else Path(work)
+        decisions = decide(captured, deps, groups, calibration, config, progress, shared, folder)
     dense = _with_weights(captured.graph_module, decisions.weights)
     cut = removal(deps, decisions.kept)
     with _stage("rewrite", seconds, progress):
@@ -164,9 +172,12 @@ def _stage(stage: str, seconds: dict[str, float], progress: Progress | None) -> 
 
 def _with_weights(module: GraphModule, weights: dict[str, Tensor]) -> GraphModule:
     dense = copy.deepcopy(module)
+    new = {id(attribute(dense, name)): weight for name, weight in weights.items()}
+    replace(dense, lambda _, held: new.get(id(held)))
     with torch.no_grad():
-        for name, weight in weights.items():
-            attribute(dense, name).copy_(weight)
+        for name, buffer in dense.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
     return dense
 
 

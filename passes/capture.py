@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from .clean import clean
 from .errors import CaptureError
+from .lazy import is_lazy, replace
 from .normalize import normalize
 from .refuse import depends_on_data, explain, refuse
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
@@ -96,17 +97,21 @@ def capture(model: nn.Module, inputs: Any, dynamic: bool | None = None) -> Captu
 
 def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
     compared = has_numbers(model)
-    twin = _prepared(copy.deepcopy(model) if compared else fake_twin(model), args)
+    real = compared and not is_lazy(model)
+    twin = _prepared(copy.deepcopy(model) if real else fake_twin(model), args)
     with torch.no_grad(), _quiet():
         program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     free = _free_axes(module, args)
     module = normalize(clean(module))
+    if not real:
+        restore_buffers(module, model)
+    if compared and not real:
+        held = dict(model.named_parameters(remove_duplicate=False))
+        replace(module, lambda name, _: held.get(name))
     if compared:
         _compare(module, model, args, free)
-    else:
-        restore_buffers(module, model)
     return Captured(module, args, shapes if free else None, compared)
 
 

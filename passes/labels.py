@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from . import moves, recurrent, routing
 from .capture import Args
 from .errors import UnsupportedOp, where
+from .lazy import Lazy
 from .rules import Axes, Call, parse, table
 from .values import Arrays, Labels, Mark, Operand, Site, Source, Value
 from .visit import Visit, bind, op_name, tensor_arguments
@@ -91,7 +92,8 @@ class _Propagation:
 
     # ---------------------------------------------------------------- leaves
     def _fake(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor) and tensor.fake_mode is not self.fakes:
+        foreign = isinstance(tensor, FakeTensor) and tensor.fake_mode is not self.fakes
+        if foreign or isinstance(tensor, Lazy):
             with self.fakes:
                 return torch.empty_strided(
                     tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device

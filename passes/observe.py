@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .errors import CalibrationError, where
+from .lazy import whole
 from .visit import bind
 
 STRIPES = 8
@@ -129,11 +130,15 @@ class Walk:
     weights: dict[str, Tensor] = field(default_factory=dict)
     room: Room = field(default_factory=Room)
 
-    def weight(self, name: str) -> Tensor:
-        """The current weight of a parameter or buffer."""
+    def held(self, name: str) -> Tensor:
+        """The current weight of a parameter or buffer; its numbers may be a promise."""
         return (
             self.weights[name] if name in self.weights else operator.attrgetter(name)(self.module)
         )
+
+    def weight(self, name: str) -> Tensor:
+        """The numbers of the current weight: read here, gone with the last reference."""
+        return whole(self.held(name))  # type: ignore[no-any-return]
 
     def value(self, environment: dict[Node, Any], node: Node) -> Any:
         """A node's value in one batch."""
@@ -141,7 +146,7 @@ class Walk:
 
     def moments(self, view: View) -> Moments:
         """Sums over all batches at a consumer; CalibrationError if an activation is not finite."""
-        weight = self.weight(view.parameter)
+        weight = self.held(view.parameter)  # for its shape
         gram: Tensor | None = None
         total: Tensor | None = None
         tokens = 0
@@ -166,10 +171,15 @@ class Walk:
         return Moments(gram, total / tokens, tokens)
 
     def step(self, node: Node) -> None:
-        """Run one node on all batches."""
+        """Run one node on all batches; a weight is read once for all of them."""
+        read = {
+            arg: self.weight(str(arg.target)) for arg in node.all_input_nodes if arg.op == "get_attr"
+        }
         for environment in self.environments:
             args, kwargs = pytree.tree_map(
-                lambda a, e=environment: self.value(e, a) if isinstance(a, Node) else a,
+                lambda a, e=environment: (
+                    a if not isinstance(a, Node) else read[a] if a in read else e[a]
+                ),
                 (node.args, node.kwargs),
                 is_leaf=lambda a: isinstance(a, Node),
             )

@@ -51,31 +51,30 @@ def restore(
     drift: Drift | None = None,
 ) -> Restored:
     """Weights for the kept columns (`keep`: bool [in]). `drift`: for the methods in TOWARDS."""
-    w = weight.double()
-    cut = w * keep
     if moments is None:
         if method != "none":
             raise ValueError(f"restore {method} needs calibration data")
-        return Restored(cut.to(weight.dtype), bias, float("nan"), float("nan"))
+        return Restored(weight * keep, bias, float("nan"), float("nan"))
+    total, gone = _power(weight, moments), weight[:, ~keep].double()
     mean, pull = moments.mean.double(), TOWARDS.get(method, 0.0)
     centred = bias is not None and method not in ("none", "fasp")
     extra = None
     if drift is not None and pull:
         extra = drift.cross / drift.tokens - (torch.outer(drift.mean, mean) if centred else 0)
     fit = _refit(
-        w, moments, centred, keep, ridge if method not in ("none", "bias") else None, extra, pull
+        gone, moments, centred, keep, ridge if method not in ("none", "bias") else None, extra, pull
     )
-    new, b, shift, offset = cut, bias, w.new_zeros(()), w.new_zeros(())
-    new[:, keep] += fit.step
+    b, shift, offset = bias, gone.new_zeros(()), gone.new_zeros(())
+    new = weight * keep
+    new[:, keep] = (weight[:, keep].double() + fit.step).to(weight.dtype)
     if bias is not None and centred:
-        shift = w[:, ~keep] @ mean[~keep]  # what the bias must make up for without a repair
-        b = bias.double() + (w - new) @ mean
+        shift = gone @ mean[~keep]  # what the bias must make up for without a repair
+        b = bias.double() + shift - fit.step @ mean[keep]
         if drift is not None:
             offset = pull * drift.mean
             b = b + offset
-    total = _power(w, moments)
     return Restored(
-        new.to(weight.dtype),
+        new,
         None if b is None else b.to(weight.dtype),
         float((fit.before + shift.square().sum()).clamp_min(0) / total),
         float((fit.after + offset.square().sum()).clamp_min(0) / total),
@@ -92,7 +91,7 @@ class _Fit:
 
 
 def _refit(
-    w: Tensor,
+    gone: Tensor,
     moments: Moments,
     centred: bool,
     keep: Tensor,
@@ -101,19 +100,22 @@ def _refit(
     pull: float,
 ) -> _Fit:
     """argmin ||X (W - W*)^T||^2 + d ||step||^2 over columns in `keep`, for second moments S:
-    step = R (S_KK + dI)^-1 with R = W_P S_PK + pull * extra; ridge None: no step.
+    step = R (S_KK + dI)^-1 with R = W_P S_PK + pull * extra; ridge None: no step. `gone`: W_P.
 
     Since step S_KK = R - d step, the error is tr(W_P S_PP W_P^T) - 2 <step, W_P S_PK>
     + <step, R> - d ||step||^2, with no further product.
     """
     # without a mean to cancel, W_P S keeps the precision of S
     dtype = torch.float64 if centred else moments.gram.dtype
-    gone = w[:, ~keep]
-    away = (gone.to(dtype) @ moments.gram[~keep].to(dtype)).double().div_(moments.tokens)
+    away = gone.to(dtype) @ moments.gram[~keep].to(dtype)
+    inside, cross = (away[:, part].double().div_(moments.tokens) for part in (~keep, keep))
+    del away  # these are large: memory of a repair is a few Gram matrices
     mean = moments.mean.double()
     if centred:
-        away -= torch.outer(gone @ mean[~keep], mean)
-    before, cross = (away[:, ~keep] * gone).sum(), away[:, keep]
+        shift = gone @ mean[~keep]
+        inside -= torch.outer(shift, mean[~keep])
+        cross -= torch.outer(shift, mean[keep])
+    before = (inside * gone).sum()
     if ridge is None:
         return _Fit(torch.zeros_like(cross), before, before)
     right = cross if extra is None else cross + pull * extra[:, keep]
@@ -127,8 +129,11 @@ def _refit(
         step = torch.linalg.lstsq(system, right.T, driver="gelsd").solution.T
         right_met = step @ system
     else:
+        del system
         step, right_met = torch.cholesky_solve(right.T, factor).T, right
-    after = before + (step * (right_met - 2 * cross)).sum() - damping * step.square().sum()
+        del factor
+    after = before + (step * right_met).sum() - 2 * (step * cross).sum()
+    after -= damping * step.square().sum()
     return _Fit(step, before, after)
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -68,7 +69,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 def fake_twin(model: nn.Module) -> nn.Module:
     """A copy with fake CPU parameters and buffers, one per identity, so that ties stay."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     twin = shared_copy(model)
     made: dict[int, Any] = {}
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args, tensors
 from .errors import VerificationError, where
+from .lazy import Lazy, replace
 from .removal import Removal, is_constant, sliced
 from .rewrite import masked
 
@@ -127,6 +128,7 @@ def as_float64(module: GraphModule) -> GraphModule:
                 (node.args, node.kwargs),
             )
     module.recompile()
+    replace(module, lambda _, held: held.double() if isinstance(held, Lazy) else None)
     return module.double()
 
 

@@ -1,0 +1,181 @@
+"""journal: what a walk has decided so far, on disk, so that a later run goes on from there.
+
+    folder/key.json          sha256 of all that the result depends on
+    folder/00007.safetensors after the 8th stop of the walk: the repaired weights; as metadata the
+                             node, the kept units and the errors
+
+A stop is a node that consumes groups. A later run with the same key takes the weights of finished
+stops as they are, bit for bit, and only runs the model up to the first stop that is not there:
+forward passes are repeated, Gram matrices, choices and solves are not. Another key empties the
+folder. Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from passes.errors import FaspGraphError
+from passes.lazy import Lazy, is_lazy
+from passes.observe import Walk
+
+from .config import Config
+from .distributed import total, world
+from .manifest import versions
+from .shards import metadata, stored, write_shard
+
+if TYPE_CHECKING:
+    from .decide import Decisions
+
+Visit = Callable[[Walk, Node], None]
+KEY = "key.json"
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The stops of one walk in a folder. `lazily`: repaired weights are read back from the files
+    when they are needed, and not held. `finished`: node -> its file.
+    """
+
+    folder: Path
+    lazily: bool
+    finished: dict[str, Path] = field(default_factory=dict)
+
+    def recall(self, node: str, state: Walk, decided: Decisions) -> bool:
+        """Take over a finished stop; False if it is not there."""
+        path = self.finished.get(node)
+        if path is None:
+            return False
+        about = metadata(path)
+        decided.kept |= {name: tuple(units) for name, units in json.loads(about["kept"]).items()}
+        errors = json.loads(about["errors"])
+        decided.errors |= {name: (before, after) for name, (before, after) in errors.items()}
+        state.weights |= self._weights(path)
+        return True
+
+    def add(
+        self,
+        node: str,
+        kept: Mapping[str, Any],
+        errors: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Write a stop; the weights as the walk shall hold them."""
+        path = self.folder / f"{len(self.finished):05d}.safetensors"
+        if world()[0] == 0:
+            about = {"node": node, "kept": json.dumps(kept), "errors": json.dumps(errors)}
+            draft = path.with_suffix(".draft")
+            write_shard(draft, weights, about)
+            os.replace(draft, path)
+        self.finished[node] = path
+        if not self.lazily:
+            return dict(weights)
+        total(torch.zeros(1))  # no rank reads before rank 0 has written
+        return self._weights(path)
+
+    def _weights(self, path: Path) -> dict[str, Tensor]:
+        found = stored(path).items()
+        return {name: held.lazy() if self.lazily else held.read() for name, held in found}
+
+
+def watch(journal: Journal | None, visit: Visit, decided: Decisions) -> Visit:
+    """`visit`, but finished stops are recalled, and the others written down."""
+    if journal is None:
+        return visit
+
+    def visit_once(state: Walk, node: Node) -> None:
+        if journal.recall(node.name, state, decided):
+            return
+        weights, kept, errors = dict(state.weights), set(decided.kept), dict(decided.errors)
+        visit(state, node)
+        new = {n: w for n, w in state.weights.items() if weights.get(n) is not w}
+        state.weights |= journal.add(
+            node.name,
+            {name: units for name, units in decided.kept.items() if name not in kept},
+            {name: e for name, e in decided.errors.items() if errors.get(name) != e},
+            new,
+        )
+
+    return visit_once
+
+
+def open_journal(folder: Path, key: str, module: GraphModule) -> Journal:
+    """The journal of the run with this key. All ranks of a run agree on what is finished."""
+    if world()[0] == 0:
+        _begin(folder, key)
+    total(torch.zeros(1))  # the others wait for rank 0
+    if not (folder / KEY).is_file():
+        raise FaspGraphError(
+            f"rank {world()[0]} does not see {folder} · help: processes on several machines need "
+            "an output folder on a file system that all of them see"
+        )
+    paths = sorted(folder.glob("*.safetensors"))
+    count = len(paths)
+    seen = [count * float(r == world()[0]) for r in range(world()[1])]
+    agreed = int(total(torch.tensor(seen)).min())
+    finished = {metadata(path)["node"]: path for path in paths[:agreed]}
+    return Journal(folder, is_lazy(module), finished)
+
+
+def _begin(folder: Path, key: str) -> None:
+    """A folder with this key: as it is, or emptied if it was another run's."""
+    held = folder / KEY
+    try:
+        same = json.loads(held.read_text(encoding="utf-8")).get("key") == key
+    except (OSError, ValueError, AttributeError):
+        same = False
+    if not same:
+        close(folder)
+        folder.mkdir(parents=True)
+        held.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+    for draft in folder.glob("*.draft"):
+        draft.unlink()
+
+
+def close(folder: Path) -> None:
+    """Remove a journal, and nothing that is none."""
+    if not folder.exists():
+        return
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    if names and KEY not in names:
+        raise FaspGraphError(f"{folder} is no journal of fasp_graph · help: choose another folder")
+    shutil.rmtree(folder)
+
+
+def fingerprint(module: GraphModule, batches: Iterable[Any], config: Config) -> str:
+    """sha256 of all that decisions depend on: program, weights, data, options, versions, number
+    of processes. A lazy weight counts by its place (file, date, offset), not by its numbers.
+    """
+    told = [module.code, dataclasses.asdict(config), versions(), world()[1]]
+    found = hashlib.sha256(repr(told).encode())
+    held = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in held:
+        found.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+        _add(found, tensor)
+    for batch in batches:
+        for leaf in pytree.tree_leaves(batch):
+            _add(found, leaf)
+    return found.hexdigest()
+
+
+def _add(found: Any, value: Any) -> None:
+    if isinstance(value, Lazy) and value.mark:
+        found.update(value.mark.encode())
+    elif isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous().reshape(-1)
+        found.update(repr(tuple(value.shape)).encode())
+        found.update(plain.view(torch.uint8).numpy() if plain.numel() else b"")
+    else:
+        found.update(repr(value).encode())

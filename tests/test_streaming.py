@@ -1,0 +1,162 @@
+"""A folder is pruned weight by weight as in memory; a killed run goes on where it was."""
+
+import filecmp
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+import fasp_graph as fg
+from fasp_graph import decide
+from fasp_graph.journal import close
+from fasp_graph.shards import folder_tensors, write_shard
+from fasp_graph.streaming import open_folder, prune_folder, work_folder
+from passes.errors import ConfigError, FaspGraphError
+from passes.lazy import Lazy, whole
+
+SHARD = 20_000
+CONFIG = fg.Config(sparsity=0.4, method="fasp")
+INPUTS = {"input_ids": torch.arange(33).view(3, 11) % 50}
+KILLED = """
+import os, signal, sys
+from fasp_graph.streaming import prune_folder, work_folder
+from tests.test_streaming import CONFIG, INPUTS, SHARD, batches
+dense, output = sys.argv[1:]
+def progress(stage, done, total):
+    if len(list(work_folder(output).glob("*.safetensors"))) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+prune_folder(dense, INPUTS, batches(), CONFIG, output, None, SHARD, progress)
+"""
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(0, 50, (4, 16), generator=generator)} for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "vocab_size": 50}
+    config = OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    folder = tmp_path_factory.mktemp("dense")
+    OPTForCausalLM(config).save_pretrained(folder, max_shard_size=SHARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_memory(dense, tmp_path_factory):
+    model = OPTForCausalLM.from_pretrained(dense).eval()
+    pruned = fg.prune(model, INPUTS, batches(), CONFIG)
+    return fg.save(pruned, tmp_path_factory.mktemp("memory") / "out", max_shard_size=SHARD)
+
+
+def weights(folder):
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def test_killed_and_resumed_the_folder_is_that_of_memory(dense, in_memory, tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(dense), str(output)]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    left = sorted(work_folder(output).glob("*.safetensors"))
+    assert len(left) == 2 and not output.exists()
+    before = [path.stat().st_mtime_ns for path in left]
+
+    seen = []
+
+    def progress(stage, done, total):
+        seen.append([path.stat().st_mtime_ns for path in left if path.exists()])
+
+    prune_folder(dense, INPUTS, batches(), CONFIG, output, None, SHARD, progress)
+    assert seen[-1] == before  # taken over, not made again
+    assert len(weights(output)) > 2 and weights(output) == weights(in_memory)
+    for name in weights(output):
+        assert filecmp.cmp(output / name, in_memory / name, shallow=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    loaded, expected = fg.load(output), fg.load(in_memory)
+    assert torch.equal(loaded(**INPUTS).logits, expected(**INPUTS).logits)
+
+
+def test_what_cannot_be_streamed_is_refused(dense, tmp_path):
+    with pytest.raises(ConfigError, match="allocation=sensitivity"):
+        prune_folder(dense, INPUTS, batches(), fg.Config(method="best"), tmp_path / "out")
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    (partial / "config.json").write_bytes((dense / "config.json").read_bytes())
+    held = {name: found.lazy() for name, found in folder_tensors(dense).items()}
+    held.pop("model.decoder.layers.1.fc2.weight")
+    write_shard(partial / "model.safetensors", held, {})
+    with pytest.raises(FaspGraphError, match=r"layers.1.fc2.weight .* lacks it"):
+        open_folder(partial)
+    os.truncate(partial / "model.safetensors", 5000)
+    with pytest.raises(FaspGraphError, match="cut short"):
+        open_folder(partial)
+
+
+def model():
+    torch.manual_seed(0)
+    layers = nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)
+    return nn.Sequential(*layers).eval()
+
+
+def test_a_run_in_memory_resumes_with_the_same_numbers(tmp_path, monkeypatch):
+    data = [torch.randn(60, 12, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    work, repaired = tmp_path / "work", []
+    real = decide.restore
+
+    def counted(*args):
+        repaired.append(1)
+        if len(repaired) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(decide, "restore", counted)
+    with pytest.raises(KeyboardInterrupt):
+        fg.prune(model(), data[0], data, CONFIG, work=work)
+    resumed = fg.prune(model(), data[0], data, CONFIG, work=work)
+    assert len(repaired) == 3  # one before, one broken off, one after
+    again = fg.prune(model(), data[0], data, CONFIG, work=work)
+    assert len(repaired) == 3
+    whole_run = fg.prune(model(), data[0], data, CONFIG)
+    assert resumed.plan == again.plan == whole_run.plan
+    for name, tensor in whole_run.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor)
+    assert [g.error_after for g in resumed.report.groups] == [
+        g.error_after for g in whole_run.report.groups
+    ]
+    count = len(repaired)
+    fg.prune(model(), data[0], data[:1], CONFIG, work=work)  # other data: another run
+    assert len(repaired) == count + 2
+    close(work)
+    assert not work.exists()
+
+
+def test_a_folder_that_is_no_journal_stays(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(FaspGraphError, match="no journal"):
+        fg.prune(model(), torch.randn(3, 12), [torch.randn(60, 12)], CONFIG, work=tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_a_lazy_weight_reads_for_numbers_only():
+    reads = []
+
+    def read():
+        reads.append(1)
+        return torch.arange(12.0).view(3, 4)
+
+    promise = Lazy((3, 4), torch.float32, read)
+    moved = promise.double().index_select(1, torch.tensor([3, 0])).clone()
+    assert moved.shape == (3, 2) and moved.dtype == torch.float64 and not reads
+    assert torch.equal(whole(moved), read().double()[:, [3, 0]])
+    assert torch.equal(promise @ torch.ones(4), read().sum(1))
+    with pytest.raises(RuntimeError, match="lazy"):
+        promise.add_(1)
