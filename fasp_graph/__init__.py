@@ -14,6 +14,7 @@ from .evaluate import perplexity
 from .huggingface import load, push_to_hub, save
 from .onnx import export_onnx
 from .prune import Pruned, analyze, prune
+from .recover import recover
 
 __all__ = [
     "Config",
@@ -26,5 +27,6 @@ __all__ = [
     "perplexity",
     "prune",
     "push_to_hub",
+    "recover",
     "save",
 ]

@@ -1,4 +1,5 @@
-"""The command line: `fasp-graph inspect | prune | eval | bench | export | zoo`.
+"""The command line: `fasp-graph inspect | prune | recover | eval | bench | export |
+zoo`.
 
 MODEL is zoo:NAME, a folder, package.module:factory or a hub id (fasp_graph/data.py); DATA is text,
 images or a factory (fasp_graph/corpora.py). The flags of `prune` are the fields of Config
@@ -36,6 +37,7 @@ from .huggingface import MANIFEST, save
 from .jsontext import to_json
 from .measuring import bench_command, eval_command, export_command, zoo_command
 from .prune import Pruned, analyze, prune
+from .recovering import recover_command
 from .report_page import write_report
 from .terminal import (
     DATA_HELP,
@@ -242,6 +244,7 @@ def _demo(output: Path, json: bool) -> None:
 
 
 for _name, _command in (
+    ("recover", recover_command),
     ("eval", eval_command),
     ("bench", bench_command),
     ("export", export_command),

@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 
 from passes.allocate import allocate_by_error
 from passes.capture import Args, Captured, as_args
-from passes.consumers import bias_name, unit_columns, views
+from passes.consumers import offset_of, unit_columns, views
 from passes.couple import DependencyGraph, Group
 from passes.drift import Twin, drift, twin
 from passes.eliminate import Problem, eliminate
@@ -58,6 +58,7 @@ class Decisions:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
     forward_passes: float = 0.0
+    probed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def decide(
         decided.budget = equalised(decided.budget, shared)
     journal = open_journal(work, key, captured.graph_module) if work else None
     _walk(job, groups, batches, decided, progress, journal)
-    decided.forward_passes = _cost(config, len(batches))
+    decided.forward_passes = _cost(config, len(batches)) + decided.probed
     return decided
 
 
@@ -267,12 +268,15 @@ def _walk(
     progress: Any,
     journal: Journal | None = None,
 ) -> None:
-    """At the first consumer of each group: observe, choose, repair; go on with the new weight."""
+    """At the first consumer of each group: choose. At every consumer: repair with the inputs of
+    the model as pruned so far; go on with the new weight.
+    """
     module, towards = job.captured.graph_module, job.config.passes.restore
-    pending: dict[Node, list[Group]] = {}
+    pending: dict[Node, list[tuple[Group, View]]] = {}
     for group in groups:
         if job.views[group.name] and batches:
-            pending.setdefault(job.views[group.name][0].node, []).append(group)
+            for view in job.views[group.name]:
+                pending.setdefault(view.node, []).append((group, view))
         else:
             utility = _weight_utility(module, group, job.config.passes.score, job.generator)
             keep = decided.budget.keep[group.name]
@@ -280,14 +284,11 @@ def _walk(
     dense = twin(module, batches) if pending and towards in TOWARDS else None
 
     def visit(state: Walk, node: Node) -> None:
-        for group in pending[node]:
-            several = job.views[group.name]
-            if len(several) == 1:
-                moments = {node.name: state.moments(several[0])}
-            else:
-                moments = probe(state, node, several)
-            _choose(job, group, moments, state, decided)
-            _repair(job, group, moments, state, dense, decided)
+        moments = {view: state.moments(view) for _, view in pending[node]}
+        for group, view in pending[node]:
+            if group.name not in decided.kept:
+                _choose(job, group, moments[view], state, decided)
+            _repair(job, group, view, moments[view], state, dense, decided)
 
     visit = watch(journal, visit, decided)
     report = (lambda done, total: progress("prune", done, total)) if progress else None
@@ -296,10 +297,18 @@ def _walk(
     )
 
 
-def _choose(
-    job: _Job, group: Group, moments: dict[str, Moments], state: Walk, decided: Decisions
-) -> None:
-    keep = decided.budget.keep[group.name]
+def _choose(job: _Job, group: Group, here: Moments, state: Walk, decided: Decisions) -> None:
+    """The units that stay. Of several consumers those behind the first have not been run: they
+    are judged on the dense model where it was sensed, else by running ahead.
+    """
+    keep, several = decided.budget.keep[group.name], job.views[group.name]
+    if len(several) == 1:
+        moments = {several[0].node.name: here}
+    elif job.sensed:
+        moments = {view.node.name: job.sensed[view.node.name].moments for view in several}
+    else:
+        moments = probe(state, several[0].node, several)
+        decided.probed += _span(job.captured.graph_module, several)
     if job.config.passes.score != "obs":
         kept = select(group, _utility(job, group, moments, state), keep)
     else:
@@ -312,36 +321,44 @@ def _choose(
     decided.kept[group.name] = kept
 
 
+def _span(module: GraphModule, several: list[View]) -> float:
+    """The share of the graph's calls from the first to the last consumer."""
+    calls = [node for node in module.graph.nodes if node.op == "call_function"]
+    at = [calls.index(view.node) for view in several]
+    return (max(at) - min(at)) / len(calls)
+
+
 def _repair(
     job: _Job,
     group: Group,
-    moments: dict[str, Moments],
+    view: View,
+    found: Moments,
     state: Walk,
     dense: Twin | None,
     decided: Decisions,
 ) -> None:
-    """Refit the consumers. Towards the dense path only with one consumer: what lies behind the
-    first of several has not been run yet.
+    """Refit one consumer. A weight with several uses is fitted to the first: not towards the dense
+    path, which differs from use to use.
     """
     several, method = job.views[group.name], job.config.passes.restore
     stays = torch.zeros(group.size + 1, dtype=torch.bool)
     stays[[*decided.kept[group.name], group.size]] = True
-    before, after = 0.0, 0.0
-    for view in several:
-        gap = None
-        if dense is not None and len(several) == 1:
-            gap = drift(state, dense, view, method == "residual")
-        weight = state.weight(view.parameter).detach()
-        name = bias_name(view)
-        bias = state.weight(name).detach() if name else None
-        mask = stays.to(weight.device)[unit_columns(group, view, weight)]
-        found = moments[view.node.name]
-        result = restore(method, view.matrix(weight), bias, found, mask, job.config.ridge, gap)
-        state.weights[view.parameter] = view.weight(result.weight, weight)
-        if name and result.bias is not None:
-            state.weights[name] = result.bias
-        before, after = before + result.error_before, after + result.error_after
-    decided.errors[group.name] = (before / len(several), after / len(several))
+    gap = None
+    if dense is not None and sum(view.parameter == v.parameter for v in several) == 1:
+        gap = drift(state, dense, view, method == "residual")
+    weight = state.weight(view.parameter).detach()
+    offset = offset_of(view)
+    bias = offset.read(state.weight(offset.name).detach()) if offset else None
+    mask = stays.to(weight.device)[unit_columns(group, view, weight)]
+    result = restore(method, view.matrix(weight), bias, found, mask, job.config.ridge, gap)
+    state.weights[view.parameter] = view.weight(result.weight, weight)
+    if offset and result.bias is not None:
+        state.weights[offset.name] = offset.read(result.bias)
+    before, after = decided.errors.get(group.name, (0.0, 0.0))
+    decided.errors[group.name] = (
+        before + result.error_before / len(several),
+        after + result.error_after / len(several),
+    )
 
 
 def _weight_utility(

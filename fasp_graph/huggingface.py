@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ from .shards import INDEX, write_shard
 if TYPE_CHECKING:
     from .prune import Pruned
 
-__all__ = ["MANIFEST", "load", "push_to_hub", "save", "unique_state"]
+__all__ = ["MANIFEST", "load", "push_to_hub", "resave", "save", "unique_state"]
 
 PLAIN = ("native", "attributes")  # ways that a class built from another configuration can repeat
 
@@ -65,19 +66,48 @@ def save(
             "this model could only be made smaller as a graph, which a "
             "folder cannot hold · help: use export_onnx, or torch.export.save of graph_module"
         )
+    with _draft(folder) as draft:
+        _write(pruned, draft, tokenizer, max_shard_size, facts or {})
+    return Path(os.path.abspath(folder))
+
+
+def resave(
+    source: str | os.PathLike[str], model: nn.Module, folder: str | os.PathLike[str]
+) -> Path:
+    """Write the folder `source` again as `folder`, with the weights of `model`, which `load` made
+    of it and which was trained since. Returns the new folder's path.
+    """
+    root = Path(source)
+    manifest = read_manifest(root)
+    state, aliases = unique_state(model)
+    if aliases != manifest["aliases"]:
+        raise FaspGraphError(f"the model ties other weights than {root} · help: load it again")
+    weights, left = manifest["weights"], set(manifest["files"])
+    with _draft(folder) as draft:
+        for name in left - set(weights) - {MANIFEST, INDEX}:
+            shutil.copyfile(root / name, draft / name)
+        size = max((root / name).stat().st_size for name in weights)
+        manifest["weights"] = _write_weights(state, draft, 2 * size)
+        manifest["files"] = sorted({*(path.name for path in draft.iterdir()), MANIFEST})
+        (draft / MANIFEST).write_text(to_json(manifest, indent=1) + "\n", encoding="utf-8")
+    return Path(os.path.abspath(folder))
+
+
+@contextmanager
+def _draft(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder that becomes `folder` when all went well."""
     target = Path(os.path.abspath(folder))
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     draft.mkdir()
     try:
-        _write(pruned, draft, tokenizer, max_shard_size, facts or {})
+        yield draft
         for path in (*draft.rglob("*"), draft):
             _flush(path)
         _swap(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return target
 
 
 def push_to_hub(folder: str | os.PathLike[str], repo_id: str, private: bool = True) -> str:

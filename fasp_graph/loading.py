@@ -95,7 +95,7 @@ def _check_emission(model: nn.Module, emission: dict[str, Any], state: dict[str,
     held = dict([*model.named_parameters(), *model.named_buffers()])
     for name, shape in emission["shapes"].items():
         old = operator.attrgetter(name)(model).shape
-        stored = name if name not in emission["padded"] else _original(name)
+        stored = name if name not in emission["padded"] else original_name(name)
         fits = len(shape) == len(old) and all(0 < n <= m for n, m in zip(shape, old, strict=True))
         if not fits or (stored in state and list(state[stored].shape) != list(shape)):
             raise FaspGraphError(f"{MANIFEST}: shape {shape} of {name} is not that of the weights")
@@ -111,7 +111,7 @@ def _check_emission(model: nn.Module, emission: dict[str, Any], state: dict[str,
             raise FaspGraphError(f"{MANIFEST}: positions of {path} are out of range")
 
 
-def _original(name: str) -> str:
+def original_name(name: str) -> str:
     """The state-dict name under which a parametrised weight is stored."""
     path, _, leaf = name.rpartition(".")
     return ".".join(part for part in (path, "parametrizations", leaf, "original") if part)

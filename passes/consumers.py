@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -17,6 +19,7 @@ MATRIX = {
     **dict.fromkeys(("mm", "matmul"), "self"),
     "addmm": "mat1",
 }
+BATCH_NORMS = {"batch_norm", "_native_batch_norm_legit_no_training"}
 TURNS = {"t", "transpose", "permute", "numpy_T", "mT", "clone", "contiguous"}
 
 
@@ -69,9 +72,33 @@ def unit_columns(group: Group, view: View, weight: Tensor) -> Tensor:
     return unit.repeat_interleave(kernel).to(weight.device)
 
 
-def bias_name(view: View) -> str:
-    """The parameter that the consumer adds, '' if none."""
-    schema = [a.name for a in view.node.target._schema.arguments]  # type: ignore[union-attr]
-    bound = dict(zip(schema, view.node.args, strict=False)) | dict(view.node.kwargs)
-    bias = bound.get("self" if "addmm" in str(view.node.target) else "bias")
-    return str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else ""
+@dataclass(frozen=True)
+class Offset:
+    """What is added to a consumer's product, `sign` times the named parameter or buffer."""
+
+    name: str
+    sign: int
+
+    def read(self, value: Tensor) -> Tensor:
+        """The offset of the stored value, and the stored value of the offset."""
+        return value if self.sign > 0 else -value
+
+
+def offset_of(view: View) -> Offset | None:
+    """The consumer's bias; without one, the running mean that a batch norm in inference takes off
+    its output: (W x - mean) / std. None if neither.
+    """
+    bound = bind(view.node, view.node.args, view.node.kwargs)
+    bias = bound.get("self" if op_name(view.node) == "addmm" else "bias")
+    if isinstance(bias, Node):
+        return Offset(str(bias.target), 1) if bias.op == "get_attr" else None
+    users = list(view.node.users)
+    if len(users) != 1 or op_name(users[0]) not in BATCH_NORMS:
+        return None
+    bound = bind(users[0], users[0].args, users[0].kwargs)
+    mean = bound["running_mean"]
+    if bound.get("training") or not isinstance(mean, Node) or mean.op != "get_attr":
+        return None
+    holders = [n for n in view.node.graph.nodes if n.op == "get_attr" and n.target == mean.target]
+    alone = bound["input"] is view.node and sum(len(n.users) for n in holders) == 1
+    return Offset(str(mean.target), -1) if alone else None

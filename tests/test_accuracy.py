@@ -8,7 +8,7 @@ from fasp_graph import Config, analyze, prune
 from fasp_graph.config import METHODS
 from passes.allocate import allocate_by_error
 from passes.capture import as_args, capture
-from passes.consumers import unit_columns, views
+from passes.consumers import offset_of, unit_columns, views
 from passes.drift import Drift, drift, twin
 from passes.eliminate import Problem, eliminate
 from passes.errors import CalibrationError
@@ -234,6 +234,76 @@ def test_units_of_a_convolution_own_their_kernels():
     unit = unit_columns(groups[0], found[groups[0].name][0], model[2].weight)
 
     assert unit.tolist() == [channel for channel in range(4) for _ in range(9)]
+
+
+def test_a_batch_norm_is_the_bias_of_a_convolution_without_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3, bias=False), nn.BatchNorm2d(5)
+    ).eval()
+    nn.init.normal_(model[3].running_mean)
+    batches = [torch.randn(4, 3, 9, 9) for _ in range(4)]
+
+    pruned = prune(model, batches[0], batches, Config(sparsity=0.4, restore="affine"))
+
+    x = torch.cat(batches)
+    with torch.no_grad():
+        before, after = model(x).mean((0, 2, 3)), pruned.model(x).mean((0, 2, 3))
+    assert not torch.equal(model[3].running_mean, pruned.model[3].running_mean)
+    assert torch.allclose(before, after, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_norm_of_two_convolutions_is_no_bias(shared):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Conv2d(3, 8, 1)
+            self.a, self.b = (nn.Conv2d(8, 5, 1, bias=False) for _ in range(2))
+            self.norm, self.other = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+
+        def forward(self, x):
+            x = torch.relu(self.up(x))
+            return self.norm(self.a(x)) + (self.norm if shared else self.other)(self.b(x))
+
+    _, _, groups, found = sites(Twice().eval(), torch.randn(2, 3, 4, 4))
+
+    offsets = [offset_of(view) for view in found[groups[0].name]]
+    assert [o and o.name for o in offsets] == (
+        [None, None] if shared else ["norm.running_mean", "other.running_mean"]
+    )
+
+
+class Branch(nn.Module):
+    """The units of `a` are used twice: at once, and behind a block that is pruned too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.up = nn.Linear(6, 10), nn.Linear(10, 14)
+        self.down, self.out = nn.Linear(14, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return self.out(h + self.down(torch.relu(self.up(h))))
+
+
+def test_a_later_consumer_is_fitted_to_the_inputs_that_it_will_see():
+    torch.manual_seed(0)
+    model = Branch()
+    batches = [torch.randn(80, 6) for _ in range(4)]
+    seen = []
+    config = Config(0.4, allocation="uniform", restore="asymmetric", ridge=0.0)
+
+    pruned = prune(model, batches[0], batches, config)
+
+    pruned.model.out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.cat(batches)
+    with torch.no_grad():
+        gap = model(x) - pruned.model(x)
+    inputs = torch.cat([seen[0], torch.ones(len(x), 1)], 1)
+    assert seen[0].shape[1] < 10 and pruned.model.up.out_features < 14
+    assert gap.abs().max() > 1e-3
+    assert (gap.T @ inputs).abs().max() / len(x) < 1e-4
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -1,0 +1,67 @@
+"""The command that trains a pruned folder: recover."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from passes.errors import ConfigError
+
+from .data import calibration_batches, load_target
+from .evaluate import perplexity
+from .huggingface import MANIFEST, resave
+from .recover import recover
+from .terminal import DATA_HELP, Debug, Json, Length, Windows, show, stages
+
+
+def recover_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `prune` wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help=f"What to train on: {DATA_HELP}.")
+    ] = None,
+    evaluation: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Text to measure perplexity on.")
+    ] = None,
+    distill: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The dense model, to learn from.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens to train on; without it, the data once.", min=1)
+    ] = None,
+    lora: Annotated[int, typer.Option(help="Rank of LoRA; 0: train all weights.", min=0)] = 8,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
+    length: Length = 256,
+    windows: Windows = 512,
+    seed: int = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a pruned FOLDER for a short while, by LoRA, on text or towards the dense model."""
+    if not (folder / MANIFEST).is_file():
+        raise ConfigError(f"{folder} is no folder that prune wrote · help: prune --output first")
+    with stages("load") as progress:
+        target = load_target(str(folder), length=length, count=windows, evaluation=evaluation)
+        dense = load_target(distill) if distill else None
+        batches = calibration_batches(target, data, length, windows) if data else []
+        if dense is not None and not batches:
+            batches = dense.calibration
+        figures: dict[str, Any] = {}
+        if target.heldout is not None:
+            figures["perplexity_before"] = perplexity(target.model, target.heldout)
+        trained = recover(
+            target.model,
+            batches,
+            tokens,
+            lora,
+            dense.model if dense else None,
+            learning_rate=learning_rate,
+            seed=seed,
+            progress=progress,
+        )
+        if target.heldout is not None:
+            figures["perplexity_after"] = perplexity(trained, target.heldout)
+    figures["folder"] = str(resave(folder, trained, output))
+    show(figures, json)
