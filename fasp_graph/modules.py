@@ -82,7 +82,7 @@ def _choose(search: _Search) -> dict[str, Way] | None:
 def _ways_of(search: _Search, family: list[Group], chosen: dict[str, Way]) -> dict[str, Way] | None:
     """Ways for the groups of `family` on top of `chosen`: one for all, or each its own."""
     attributes = (("attributes", *names) for names in attribute_sets(search.weights.model, family))
-    for way in itertools.chain([NATIVE], attributes, [ADAPTER, INSIDE, PADDED]):
+    for way in itertools.chain([NATIVE], attributes, [INSIDE, ADAPTER, PADDED]):
         trial = {group.name: way for group in family}
         if search.agrees(chosen | trial):
             return trial
