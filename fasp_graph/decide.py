@@ -12,7 +12,7 @@ Cost in plain forward passes over the calibration batches, a backward pass count
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from passes.sensitivity import Sensed, factor, sense
 from .config import Config
 from .distributed import share, total, world
 from .journal import Journal, fingerprint, open_journal, watch
-from .layout import equalised
+from .layout import Said, settled
 from .spill import Spill
 
 Progress = Callable[[str, int, int], None]
@@ -84,14 +84,15 @@ def decide(
     calibration: Iterable[Any] | None,
     config: Config,
     progress: Progress | None = None,
-    shared: Sequence[set[str]] = (),
+    shared: list[Said] | None = None,
     work: Path | None = None,
 ) -> Decisions:
-    """Plan and repair; BudgetError and CalibrationError say what is missing. `shared`: names of
-    groups that must keep equally many units. `work`: folder of the journal.
+    """Plan and repair; BudgetError and CalibrationError say what is missing. `shared`: groups
+    that must keep equally many units. `work`: folder of the journal.
     """
+    shared = shared or []
     budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep)
-    budget = equalised(budget, shared)
+    budget = settled(deps, groups, budget, shared, config)
     nodes = nodes_by_name(captured.graph_module.graph.nodes)
     found = {group.name: views(group, deps, nodes) for group in groups}
     every = _batches(calibration, config) if _needs_data(config) else []
@@ -117,7 +118,7 @@ def decide(
             config.min_keep,
             per_unit=config.passes.allocation == "standardised",
         )
-        decided.budget = equalised(decided.budget, shared)
+        decided.budget = settled(deps, groups, decided.budget, shared, config)
     journal = open_journal(work, key, captured.graph_module) if work else None
     _walk(job, groups, batches, decided, progress, journal)
     decided.forward_passes = _cost(config, len(batches)) + decided.probed

@@ -15,7 +15,7 @@ A group's way is one of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-Axis = tuple[int, int, tuple[int, ...]]  # axis, its size before, kept positions
+from .adapters import Axis, Gather, Padding, Scatter, attach
 
 
 @dataclass(frozen=True)
@@ -82,56 +82,6 @@ def _axis(found: Any) -> Axis:
     return int(axis), int(size), tuple(int(index) for index in kept)
 
 
-class Scatter(nn.Module):
-    """Forward hook: an output of the kept width -> the old width, zeros where units are gone."""
-
-    def __init__(self, axis: int, size: int, kept: Iterable[int], device: Any) -> None:
-        super().__init__()
-        held = torch.tensor(tuple(kept), dtype=torch.long)
-        places = torch.full((size,), len(held))  # removed ones point at a zero that is appended
-        places[held] = torch.arange(len(held))
-        self.axis = axis
-        self.register_buffer("places", places.to(device), persistent=False)
-
-    def forward(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """[..., kept] -> [..., size]."""
-        zero = torch.zeros_like(output.narrow(self.axis, 0, 1))
-        return torch.cat([output, zero], self.axis).index_select(self.axis, self.places)
-
-
-class Gather(nn.Module):
-    """Forward pre-hook: an input of the old width -> its kept positions."""
-
-    def __init__(self, axis: int, kept: Iterable[int], device: Any) -> None:
-        super().__init__()
-        self.axis = axis
-        held = torch.tensor(tuple(kept), dtype=torch.long, device=device)
-        self.register_buffer("kept", held, persistent=False)
-
-    def forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """[..., size] -> [..., kept]."""
-        return (args[0].index_select(self.axis, self.kept), *args[1:])
-
-
-class Padding(nn.Module):
-    """Parametrisation: a compact tensor -> the old shape, zeros where units are gone."""
-
-    def __init__(self, axes: Iterable[Axis], device: Any) -> None:
-        super().__init__()
-        self.sizes = tuple((axis, size) for axis, size, _ in axes)
-        for number, (_, _, kept) in enumerate(axes):
-            held = torch.tensor(tuple(kept), dtype=torch.long, device=device)
-            self.register_buffer(f"kept_{number}", held, persistent=False)
-
-    def forward(self, compact: Tensor) -> Tensor:
-        """Kept sizes -> old sizes, one axis after the other."""
-        for number, (axis, size) in enumerate(self.sizes):
-            shape = [*compact.shape[:axis], size, *compact.shape[axis + 1 :]]
-            held = self.get_buffer(f"kept_{number}")
-            compact = compact.new_zeros(shape).index_copy(axis, held, compact)
-        return compact
-
-
 def apply_shapes(
     model: nn.Module,
     emission: Emission | Mapping[str, Any],
@@ -149,12 +99,10 @@ def apply_shapes(
             setattr(model.get_submodule(path), name, value)
     for path, (axis, size, kept) in recipe.scatter.items():
         module = model.get_submodule(path)
-        module._fasp_scatter = Scatter(axis, size, kept, _device(module))
-        module.register_forward_hook(module._fasp_scatter)
+        attach(module, Scatter(axis, size, kept, _device(module)))
     for path, (axis, _, kept) in recipe.gather.items():
         module = model.get_submodule(path)
-        module._fasp_gather = Gather(axis, kept, _device(module))
-        module.register_forward_pre_hook(module._fasp_gather)
+        attach(module, Gather(axis, kept, _device(module)))
     for name, axes in recipe.padded.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)

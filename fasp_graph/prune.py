@@ -34,7 +34,7 @@ from .config import Config
 from .decide import Decisions, Progress, decide
 from .evaluate import flops
 from .inputs import refuse_unmergeable, refuse_unstreamable
-from .layout import uniform_groups
+from .layout import Said, uniform_groups
 from .modules import Emission, emit_model
 from .report import Frozen, GroupReport, Report
 
@@ -124,7 +124,7 @@ def prune(
     program = program or read(model, inputs, config.check, progress)
     captured, deps, seconds = program.captured, program.deps, dict(program.seconds)
     groups = [g for g in deps.groups if g.kind in config.kinds]
-    shared: list[set[str]] = []
+    shared: list[Said] = []
     if config.layout == "uniform":
         groups, shared = uniform_groups(model, groups)
     with _stage("prune", seconds, progress):

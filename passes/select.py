@@ -69,9 +69,16 @@ def scope_size(deps: DependencyGraph) -> int:
 
 
 def allocate(
-    deps: DependencyGraph, groups: list[Group], sparsity: float, align: int = 1, min_keep: int = 1
+    deps: DependencyGraph,
+    groups: list[Group],
+    sparsity: float,
+    align: int = 1,
+    min_keep: int = 1,
+    fixed: Mapping[str, int] | None = None,
 ) -> Budget:
-    """Uniform counts that meet `sparsity`; BudgetError states the largest feasible one."""
+    """Uniform counts that meet `sparsity`; BudgetError states the largest feasible one. `fixed`:
+    counts that are given.
+    """
     if not groups:
         raise BudgetError("no group can be pruned · help: fasp-graph inspect lists the reasons")
     total = scope_size(deps)
@@ -79,7 +86,7 @@ def allocate(
         raise BudgetError(f"sparsity {sparsity} is not between 0 and 1")
 
     def at(ratio: float) -> tuple[dict[str, int], float]:
-        keep = {g.name: _count(g, ratio, align, min_keep) for g in groups}
+        keep = {g.name: _count(g, ratio, align, min_keep) for g in groups} | dict(fixed or {})
         return keep, removed_parameters(deps, groups, keep) / total
 
     _, largest = at(1.0)
