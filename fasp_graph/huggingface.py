@@ -15,9 +15,7 @@ transformers. A folder appears complete or not at all.
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +33,7 @@ from .jsontext import to_json
 from .layout import plain_config
 from .loading import load
 from .manifest import FORMAT, MANIFEST, digest, read_manifest, versions
+from .whole import umask, whole
 
 if TYPE_CHECKING:
     from .prune import Pruned
@@ -51,13 +50,15 @@ def save(
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
     facts: Mapping[str, Any] | None = None,
+    extra: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `pruned` as a folder and return its path.
 
     An existing target is refused unless it is an earlier folder of this kind; that one is replaced
     after the new one is complete. `tokenizer` is anything with `save_pretrained` (a processor
     too). `facts` are lines of the model card, such as {"calibration data": "WikiText-2",
-    "perplexity before": 45.8, "perplexity after": 52.1}.
+    "perplexity before": 45.8, "perplexity after": 52.1}. `extra` writes more files into the folder
+    before it appears.
     """
     if "graph" in pruned.emission.ways.values():
         raise FaspGraphError(
@@ -66,16 +67,8 @@ def save(
         )
     target = Path(os.path.abspath(folder))
     _refuse_foreign(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    draft.mkdir()
-    try:
-        _write(pruned, draft, tokenizer, max_shard_size, facts or {})
-        for path in (*draft.rglob("*"), draft):
-            _flush(path)
-        _swap(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with whole(target.resolve()) as draft:
+        _write(pruned, draft, tokenizer, max_shard_size, facts or {}, extra)
     return target
 
 
@@ -95,6 +88,7 @@ def _write(
     tokenizer: Any,
     max_shard_size: int | str,
     facts: Mapping[str, Any],
+    extra: Callable[[Path], None] | None,
 ) -> None:
     model = pruned.model
     state, aliases = unique_state(model)
@@ -107,6 +101,8 @@ def _write(
     report = pruned.report.to_dict()
     card = model_card(type(model).__name__, report, facts, plain, pruned.emission)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    if extra is not None:
+        extra(folder)
     manifest = {
         "format": FORMAT,
         "class": type(model).__name__ if _is_transformers(model) else None,
@@ -116,7 +112,7 @@ def _write(
         "aliases": aliases,
         "emission": (Emission(ways=pruned.emission.ways) if plain else pruned.emission).to_dict(),
         "plan": pruned.plan.to_dict(),
-        "report": report,
+        "report": {key: held for key, held in report.items() if key != "seconds"},
         "versions": versions(),
         "files": sorted({*(path.name for path in folder.iterdir()), MANIFEST}),
     }
@@ -133,7 +129,7 @@ def _write_weights(
     for name, keys in split.filename_to_tensors.items():
         shard = {key: state[key] for key in keys}
         safetensors.torch.save_file(shard, folder / name, metadata={"format": "pt"})
-        os.chmod(folder / name, 0o666 & ~_umask())
+        os.chmod(folder / name, 0o666 & ~umask())
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(to_json(index, indent=1) + "\n", encoding="utf-8")
@@ -221,40 +217,8 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def _swap(draft: Path, target: Path) -> None:
-    """`draft` becomes `target`; an old target goes only after that, and comes back if it fails."""
-    old = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(draft, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _is_transformers(model: nn.Module) -> bool:
     import transformers
 
     known = getattr(transformers, type(model).__name__, None) is type(model)
     return known and isinstance(model, transformers.PreTrainedModel)
-
-
-def _umask() -> int:
-    """The process's umask: safetensors writes files that only their owner may read."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
