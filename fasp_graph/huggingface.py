@@ -15,7 +15,8 @@ transformers. A folder appears complete or not at all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +66,18 @@ def save(
             "this model could only be made smaller as a graph, which a "
             "folder cannot hold · help: use export_onnx, or torch.export.save of graph_module"
         )
+    with _draft(folder) as draft:
+        _write(pruned, draft, tokenizer, max_shard_size, facts or {}, extra)
+    return Path(os.path.abspath(folder))
+
+
+@contextmanager
+def _draft(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder that becomes `folder` when all went well."""
     target = Path(os.path.abspath(folder))
     _refuse_foreign(target)
     with whole(target.resolve()) as draft:
-        _write(pruned, draft, tokenizer, max_shard_size, facts or {}, extra)
-    return target
+        yield draft
 
 
 def push_to_hub(folder: str | os.PathLike[str], repo_id: str, private: bool = True) -> str:
