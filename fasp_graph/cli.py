@@ -33,7 +33,7 @@ from .dryrun import dry_run
 from .evaluate import latency, perplexity
 from .flags import config_from, given_flags, with_config_flags
 from .graphfiles import FORMATS, text, write
-from .huggingface import MANIFEST, save
+from .huggingface import save
 from .jsontext import to_json
 from .measuring import bench_command, eval_command, export_command, zoo_command
 from .prune import Pruned, analyze, prune
@@ -53,8 +53,6 @@ from .terminal import (
     writable,
 )
 from .view import to_html
-
-PAGES = ("report.html", "report.json", "graph.html")
 
 app = typer.Typer(
     help="Prune any PyTorch model: find coupled layers, cut, repair, verify.",
@@ -218,13 +216,11 @@ def _figures(target: Target, pruned: Pruned) -> dict[str, Any]:
 
 
 def _write(target: Target, pruned: Pruned, output: Path, figures: dict[str, Any]) -> Path:
-    if (output / MANIFEST).is_file():  # written here before: save refuses what is not its own
-        for name in PAGES:
-            (output / name).unlink(missing_ok=True)
-    folder = Path(save(pruned, output, tokenizer=target.tokenizer))
-    write_report(folder, target.name, pruned.report.to_dict(), figures)
-    to_html(pruned.deps, folder / "graph.html", pruned.plan, pruned.report)
-    return folder
+    def pages(folder: Path) -> None:
+        write_report(folder, target.name, pruned.report.to_dict(), figures)
+        to_html(pruned.deps, folder / "graph.html", pruned.plan, pruned.report)
+
+    return Path(save(pruned, output, tokenizer=target.tokenizer, extra=pages))
 
 
 def _demo(output: Path, json: bool) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +78,9 @@ class Config:
     check: bool = False
 
     def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(Config).items():
+            if not _fits(getattr(self, name), hint):
+                raise ConfigError(f"{name}={getattr(self, name)!r} has the wrong type: not {hint}")
         _one_of("method", self.method, tuple(METHODS))
         _one_of("score", self.score, (None, *SCORES))
         _one_of("restore", self.restore, (None, *RESTORES))
@@ -97,6 +104,19 @@ class Config:
             self.restore or preset.restore,
             self.allocation or preset.allocation,
         )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is what a field's annotation says; numbers are finite, and no booleans."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        return isinstance(value, (tuple, list, set)) and all(_fits(v, kind) for v in value)
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

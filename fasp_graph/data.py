@@ -8,7 +8,6 @@ owner/name                a model of the Hugging Face hub
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from passes.verify import fresh_inputs
 
 from .corpora import factory, image_batches, image_files, is_factory, text_of
 from .huggingface import MANIFEST, load
+from .jsontext import read_object
 
 EXAMPLE = (
     3,
@@ -195,7 +195,7 @@ def _transformers(text: str) -> Target:
 def _pixels(folder: Path) -> tuple[Any, Any]:
     """Mean and deviation per channel, as preprocessor_config.json says; else 0.5."""
     path = folder / "preprocessor_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_object(path) if path.is_file() else {}
     return tuple(found.get("image_mean") or (0.5,)), tuple(found.get("image_std") or (0.5,))
 
 

@@ -132,8 +132,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # TOML's and the text's errors are ValueErrors
         raise ConfigError(f"{path} is not TOML: {error}") from error
     names = [held.name for held in fields(Config)]
     options = {key.replace("-", "_"): value for key, value in found.items()}

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +37,7 @@ from .layout import plain_config
 from .loading import load
 from .manifest import FORMAT, MANIFEST, digest, read_manifest, versions
 from .shards import INDEX, write_shard
+from .whole import whole
 
 if TYPE_CHECKING:
     from .prune import Pruned
@@ -53,13 +53,15 @@ def save(
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
     facts: Mapping[str, Any] | None = None,
+    extra: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `pruned` as a folder and return its path.
 
     An existing target is refused unless it is an earlier folder of this kind; that one is replaced
     after the new one is complete. `tokenizer` is anything with `save_pretrained` (a processor
     too). `facts` are lines of the model card, such as {"calibration data": "WikiText-2",
-    "perplexity before": 45.8, "perplexity after": 52.1}.
+    "perplexity before": 45.8, "perplexity after": 52.1}. `extra` writes more files into the folder
+    before it appears.
     """
     if "graph" in pruned.emission.ways.values():
         raise FaspGraphError(
@@ -67,7 +69,7 @@ def save(
             "folder cannot hold · help: use export_onnx, or torch.export.save of graph_module"
         )
     with _draft(folder) as draft:
-        _write(pruned, draft, tokenizer, max_shard_size, facts or {})
+        _write(pruned, draft, tokenizer, max_shard_size, facts or {}, extra)
     return Path(os.path.abspath(folder))
 
 
@@ -98,16 +100,8 @@ def _draft(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder that becomes `folder` when all went well."""
     target = Path(os.path.abspath(folder))
     _refuse_foreign(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    draft.mkdir()
-    try:
+    with whole(target.resolve()) as draft:
         yield draft
-        for path in (*draft.rglob("*"), draft):
-            _flush(path)
-        _swap(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def push_to_hub(folder: str | os.PathLike[str], repo_id: str, private: bool = True) -> str:
@@ -126,6 +120,7 @@ def _write(
     tokenizer: Any,
     max_shard_size: int | str,
     facts: Mapping[str, Any],
+    extra: Callable[[Path], None] | None,
 ) -> None:
     model = pruned.model
     state, aliases = unique_state(model)
@@ -138,6 +133,8 @@ def _write(
     report = pruned.report.to_dict()
     card = model_card(type(model).__name__, report, facts, plain, pruned.emission)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    if extra is not None:
+        extra(folder)
     manifest = {
         "format": FORMAT,
         "class": type(model).__name__ if _is_transformers(model) else None,
@@ -147,7 +144,7 @@ def _write(
         "aliases": aliases,
         "emission": (Emission(ways=pruned.emission.ways) if plain else pruned.emission).to_dict(),
         "plan": pruned.plan.to_dict(),
-        "report": report,
+        "report": {key: held for key, held in report.items() if key != "seconds"},
         "versions": versions(),
         "files": sorted({*(path.name for path in folder.iterdir()), MANIFEST}),
     }
@@ -255,34 +252,8 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def _swap(draft: Path, target: Path) -> None:
-    """`draft` becomes `target`; an old target goes only after that, and comes back if it fails."""
-    old = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(draft, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _is_transformers(model: nn.Module) -> bool:
     import transformers
 
     known = getattr(transformers, type(model).__name__, None) is type(model)
     return known and isinstance(model, transformers.PreTrainedModel)
-

@@ -1,4 +1,4 @@
-"""JSON text that any reader takes.
+"""JSON text that any reader takes, and JSON from files that nobody vouches for.
 
 Numbers that are not finite become null, tuples lists, values of other types text.
 """
@@ -8,7 +8,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from passes.errors import FaspGraphError
+
+LARGEST = 1 << 28  # bytes of a file: every kept unit of a 400B model, several times
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that nobody vouches for; FaspGraphError if there is none."""
+    try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise FaspGraphError(f"{path} has {size:,} bytes; at most {LARGEST:,} are read")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FaspGraphError(f"{path} is not JSON: {str(error)[:200]}") from error
+    except OSError as error:
+        raise FaspGraphError(f"cannot read {path}: {error.strerror or error}") from error
+    if not isinstance(found, dict):
+        raise FaspGraphError(f"{path} holds a JSON {type(found).__name__}, not an object")
+    return found
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import operator
 import os
 from pathlib import Path
@@ -18,9 +17,14 @@ from torch import Tensor, nn
 from passes.errors import FaspGraphError
 
 from .emission import apply_shapes
+from .jsontext import read_object
 from .manifest import MANIFEST, checked_weights, read_manifest
 
 _ATTENTION = ("eager", "sdpa")
+_MISFITS = (
+    *(RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError),
+    ArithmeticError,
+)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -45,7 +49,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         _tie(built, manifest["aliases"])
     except FaspGraphError:
         raise
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+    except _MISFITS as error:
         raise FaspGraphError(
             f"the weights in {root} do not fit {type(built).__name__}: {str(error)[:500]}"
         ) from error
@@ -73,19 +77,27 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
     found: Any = known
     if not (root / "config.json").is_file() or found.config_class is None:
         raise FaspGraphError(f"{root} holds no config.json for {name}")
-    config = _config(root, found.config_class)
-    if manifest.get("attention") in _ATTENTION:
-        config._attn_implementation = manifest["attention"]
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        model: nn.Module = found(config)
-    if (root / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(root)
+    try:
+        config = _config(root, found.config_class)
+        if manifest.get("attention") in _ATTENTION:
+            config._attn_implementation = manifest["attention"]
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            model: nn.Module = found(config)
+        if (root / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(root)
+    except FaspGraphError:
+        raise
+    except Exception as error:  # each class checks its configuration in its own way, or not at all
+        raise FaspGraphError(
+            f"the configuration in {root} makes no {name}: {type(error).__name__}: "
+            f"{str(error)[:300]}"
+        ) from error
     return model
 
 
 def _config(root: Path, kind: Any) -> Any:
     """The dense configuration: config.json itself, or what it holds for a folder of ours."""
-    held = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    held = read_object(root / "config.json")
     dense = held.get("dense") if held.get("model_type") == "fasp_graph" else None
     return kind.from_dict(dense) if isinstance(dense, dict) else kind.from_pretrained(root)
 

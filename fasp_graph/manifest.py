@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import re
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from passes.errors import FaspGraphError
+
+from .jsontext import read_object
 
 FORMAT = 1
 MANIFEST = "fasp_graph.json"
@@ -24,11 +25,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
         raise FaspGraphError(f"{root} holds no {MANIFEST} · help: give a folder written by save")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FaspGraphError(f"{path} is not JSON: {error}") from error
-    version = manifest.get("format") if isinstance(manifest, dict) else None
+    manifest = read_object(path)
+    version = manifest.get("format")
     if version != FORMAT:
         raise FaspGraphError(
             f"{path} has format {version!r}; this version reads {FORMAT} · help: update fasp-graph"
@@ -36,7 +34,10 @@ def read_manifest(root: Path) -> dict[str, Any]:
     for key, kind in _WANTED.items():
         if not isinstance(manifest.get(key), kind):
             raise FaspGraphError(f"{path} is damaged: {key!r} is missing or of the wrong type")
-    return dict(manifest)
+    for name in manifest["files"]:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise FaspGraphError(f"{path} lists {name!r}, which is not a plain file name")
+    return manifest
 
 
 def checked_weights(root: Path, weights: Mapping[str, Any]) -> list[Path]:

@@ -88,7 +88,7 @@ def test_a_failed_save_leaves_the_earlier_folder(pruned, folder):
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(fg.FaspGraphError, match="disk full"):
         fg.save(pruned, folder, tokenizer=Broken())
 
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
