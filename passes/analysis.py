@@ -8,10 +8,13 @@ from .capture import Args
 from .couple import couple, has_blocks
 from .groups import DependencyGraph
 from .labels import propagate
+from .values import CLOSED, OpenAxes
 
 
-def analysis(module: GraphModule, inputs: Args, check: bool = False) -> DependencyGraph:
+def analysis(
+    module: GraphModule, inputs: Args, check: bool = False, open_axes: OpenAxes = CLOSED
+) -> DependencyGraph:
     """The groups of a captured program at example inputs; weights are not read."""
-    labels = propagate(module, inputs, check)
-    blocks = propagate(module, inputs, check, outer=True) if has_blocks(labels) else None
+    labels = propagate(module, inputs, check, False, open_axes)
+    blocks = propagate(module, inputs, check, True, open_axes) if has_blocks(labels) else None
     return couple(labels, dict(module.named_parameters()), blocks)

@@ -71,11 +71,14 @@ def as_args(inputs: Any) -> Args:
     return pytree.tree_map(fresh, args)
 
 
-def capture(model: nn.Module, inputs: Any, dynamic: bool | None = None) -> Captured:
+def capture(
+    model: nn.Module, inputs: Any, dynamic: bool | None = None, shapes: Any = None
+) -> Captured:
     """Capture `model` at `inputs`; CaptureError names the cause. The model is not changed.
 
     `dynamic`: whether to ask for dynamic axes; by default where parameters have numbers, so that
-    another size can be tried (static capture takes half the time).
+    another size can be tried (static capture takes half the time). `shapes`: the dynamic axes to
+    ask for, in the form of torch.export; by default all that may be.
     """
     args = as_args(inputs)
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args)):
@@ -85,9 +88,10 @@ def capture(model: nn.Module, inputs: Any, dynamic: bool | None = None) -> Captu
     refuse(model, args)
     errors: list[Exception] = []
     dynamic = has_numbers(model) if dynamic is None else dynamic
-    for shapes in _attempts(model, args) if dynamic else (None,):
+    attempts = _attempts(model, args) if dynamic else (None,)
+    for asked in attempts if shapes is None else (shapes,):
         try:
-            return _export(model, args, shapes)
+            return _export(model, args, asked)
         except Exception as failure:  # torch.export raises errors of many unrelated types
             errors.append(failure)
             if depends_on_data(failure):

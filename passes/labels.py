@@ -13,7 +13,9 @@ second, `outer=True`, labels the blocks: where a dim splits, what is inside a bl
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,7 +29,18 @@ from .capture import Args
 from .errors import UnsupportedOp, where
 from .lazy import Lazy
 from .rules import Axes, Call, parse, table
-from .values import Arrays, Labels, Mark, Operand, Site, Source, Value
+from .values import (
+    BLOCKS,
+    CLOSED,
+    Arrays,
+    Labels,
+    Mark,
+    OpenAxes,
+    Operand,
+    Site,
+    Source,
+    Value,
+)
 from .visit import Visit, bind, op_name, tensor_arguments
 
 __all__ = ["Labels", "Mark", "Operand", "Site", "Source", "Value", "propagate"]
@@ -60,17 +73,24 @@ SHAPELESS = {"sym_size", "sym_numel", "sym_stride", "item", "_local_scalar_dense
 
 
 def propagate(
-    module: GraphModule, inputs: Args, check: bool = False, outer: bool = False
+    module: GraphModule,
+    inputs: Args,
+    check: bool = False,
+    outer: bool = False,
+    open_axes: OpenAxes = CLOSED,
 ) -> Labels:
     """Run `module` on labels at the sizes of `inputs`. With `check`, every op is checked: no dim
     without a label, no label lost (UnsupportedOp names the node).
     """
-    return _Propagation(module, inputs, check, outer).run()
+    return _Propagation(module, inputs, check, outer, open_axes).run()
 
 
 class _Propagation:
-    def __init__(self, module: GraphModule, inputs: Args, check: bool, outer: bool) -> None:
+    def __init__(
+        self, module: GraphModule, inputs: Args, check: bool, outer: bool, open_axes: OpenAxes
+    ) -> None:
         self.module, self.check, self.outer = module, check, outer
+        self.open_axes = open_axes
         self.inputs = pytree.tree_leaves(inputs)
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self.rules = table()
@@ -78,10 +98,10 @@ class _Propagation:
         self.seen: dict[int, Value] = {}
 
     def run(self) -> Labels:
-        given = iter(self.inputs)
+        given = iter(enumerate(self.inputs))
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
-                self.labels.values[node] = self._input(node, next(given, None))
+                self.labels.values[node] = self._input(node, *next(given, (-1, None)))
             elif node.op == "get_attr":
                 self.labels.values[node] = self._attribute(node)
             elif node.op == "call_function":
@@ -100,11 +120,27 @@ class _Propagation:
                 )
         return tensor if isinstance(tensor, FakeTensor) else self.fakes.from_tensor(tensor)
 
-    def _input(self, node: Node, value: Any) -> Any:
+    def _input(self, node: Node, position: int, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         arrays = self.labels.all_fixed(value.shape, f"an axis of the input {node.name}")
-        return Value(self._fake(value), arrays)
+        free = [d for d in self.open_axes.inputs.get(position, ()) if value.shape[d] > 1]
+        return Value(self._fake(value), arrays | self._open(node, value.shape, free))
+
+    def _open(self, node: Node, shape: Iterable[int], free: list[int]) -> Arrays:
+        """Labels of axes that may shrink, as if a reshape had split one axis into them."""
+        if not free:
+            return {}
+        sizes = [size if dim in free else 1 for dim, size in enumerate(shape)]
+        fresh = self.labels.fresh("free", node.name, free[-1], math.prod(sizes)).view(sizes)
+        home = free[0] if self.outer else free[-1]
+        blocks = self.labels.fixed(f"{BLOCKS} · {where(node)}", len(sizes))
+        found = {dim: blocks for dim in free}
+        if self.outer and len(free) > 1:
+            self.labels.mark("blocked", [fresh], "a block", node)
+            for dim in free[1:]:
+                fresh = self.labels.collapse(fresh, dim)
+        return found | {home: fresh}
 
     def _attribute(self, node: Node) -> Any:
         tensor: Any = operator.attrgetter(str(node.target))(self.module)
@@ -121,9 +157,11 @@ class _Propagation:
         return self.seen[id(tensor)]
 
     def _output(self, node: Node) -> None:
-        for value in pytree.tree_leaves(pytree.tree_map(self._value, node.args, is_leaf=_is_node)):
+        values = pytree.tree_map(self._value, node.args, is_leaf=_is_node)
+        for position, value in enumerate(pytree.tree_leaves(values, is_leaf=_is_value)):
             if isinstance(value, Value):
-                arrays = value.arrays.values()
+                free = self.open_axes.outputs.get(position, ())
+                arrays = [array for dim, array in value.arrays.items() if dim not in free]
                 self.labels.mark("frozen", arrays, "reaches the model's output", node)
 
     # ---------------------------------------------------------------- calls

@@ -23,6 +23,19 @@ BLOCKS = "whole blocks of a finer axis"
 
 
 @dataclass(frozen=True)
+class OpenAxes:
+    """Axes of inputs and outputs that may shrink, by the position of the tensor: whoever calls the
+    program hands a result back to it (a cache), so that both sides shrink together.
+    """
+
+    inputs: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    outputs: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+CLOSED = OpenAxes()
+
+
+@dataclass(frozen=True)
 class Source:
     """A run of labels: `size` indices of dim `dim` of `name`, from label `start` on."""
 
