@@ -86,7 +86,9 @@ def warm_up() -> None:
     """Products and a solve, so that the libraries have their own buffers."""
     for dtype in (torch.float32, torch.float64):
         matrix = torch.randn(512, 512, dtype=dtype)
-        torch.cholesky_solve(matrix, torch.linalg.cholesky(matrix @ matrix.T + torch.eye(512) * 512))
+        torch.cholesky_solve(
+            matrix, torch.linalg.cholesky(matrix @ matrix.T + torch.eye(512) * 512)
+        )
 
 
 def data_segment() -> int:

@@ -140,7 +140,7 @@ def cached_decoder(twin: Twin) -> CachedDecoder:
         *([places] if takes else []),
     )
     free = {0: Dim.AUTO, 1: Dim.AUTO}
-    grows = [{d: Dim.AUTO for d in grown} for grown, _ in roles]
+    grows = [dict.fromkeys(grown, Dim.AUTO) for grown, _ in roles]
     shapes = (free, free, grows, *([free] if takes else []))
     opened = [still for _, still in roles]
     axes = OpenAxes(

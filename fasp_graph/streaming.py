@@ -147,4 +147,3 @@ def _find(held: dict[str, Stored], names: list[str], prefix: str) -> Stored | No
             if said in held:
                 return held[said]
     return None
-

@@ -38,9 +38,8 @@ class Lazy(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(
-        cls, shape: Iterable[int], dtype: torch.dtype, read: Read, mark: str = ""
-    ) -> Lazy:
+    def __new__(cls, shape: Iterable[int], dtype: torch.dtype, read: Read, mark: str = "") -> Lazy:
+        """A promise: `read` yields the numbers, `mark` names them for a fingerprint."""
         made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")
         made.read, made.mark = read, mark
         return made  # type: ignore[no-any-return]

@@ -173,7 +173,9 @@ class Walk:
     def step(self, node: Node) -> None:
         """Run one node on all batches; a weight is read once for all of them."""
         read = {
-            arg: self.weight(str(arg.target)) for arg in node.all_input_nodes if arg.op == "get_attr"
+            arg: self.weight(str(arg.target))
+            for arg in node.all_input_nodes
+            if arg.op == "get_attr"
         }
         for environment in self.environments:
             args, kwargs = pytree.tree_map(
