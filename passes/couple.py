@@ -146,8 +146,7 @@ class _Builder:
         tags = _block_tags(self.layer, wanted & (self.notes.frozen < 0))
         taken = pieces(self.layer.labels, component, group_of, place, len(members))
         return [
-            self._group(held, owned[g], summed[g], tags, taken[g])
-            for g, held in enumerate(members)
+            self._group(held, owned[g], summed[g], tags, taken[g]) for g, held in enumerate(members)
         ]
 
     def _members(

@@ -59,9 +59,7 @@ def apart(found: list[np.ndarray], block_of: np.ndarray) -> int:
     return int(counts.max(initial=1))
 
 
-def with_every_piece(
-    group: Group, kept: Sequence[int], worth: Sequence[float]
-) -> tuple[int, ...]:
+def with_every_piece(group: Group, kept: Sequence[int], worth: Sequence[float]) -> tuple[int, ...]:
     """`kept` with a unit of each piece; every block keeps as many as before. `worth` [size]."""
     stays = set(kept)
     for piece in group.pieces:
