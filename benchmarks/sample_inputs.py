@@ -38,7 +38,8 @@ def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     main = getattr(model, "main_input_name", None)
     seen = 0
     for names in _selections(signature, needed, main, model.config):
-        makers = [list(_forms(name, model.config)) for name in names]
+        grid = any(name.endswith("grid_thw") for name in names)
+        makers = [list(_forms(name, model.config, grid)) for name in names]
         if not all(makers):
             continue
         for values in itertools.islice(itertools.product(*makers), 6):
@@ -95,9 +96,12 @@ def _int(value: Any, default: int) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value else default
 
 
-def _forms(name: str, config: Any) -> Iterator[Tensor]:
+def _forms(name: str, config: Any, grid: bool) -> Iterator[Tensor]:
+    """The forms of one argument; with a `grid` of patches, pixels come as rows of patches."""
     torch.manual_seed(0)
-    if name in FORMS:
+    if grid and name in ("pixel_values", "hidden_states"):
+        yield from _patches(config)
+    elif name in FORMS:
         yield from FORMS[name](config)
     elif name.endswith("attention_mask"):
         yield torch.ones(BATCH, LENGTH, dtype=torch.long)
@@ -114,7 +118,9 @@ def _forms(name: str, config: Any) -> Iterator[Tensor]:
 
 
 def _tokens(config: Any) -> Iterator[Tensor]:
-    for batch, length in ((BATCH, LENGTH), (2, 16), (2, 64), (2, 128)):
+    books = _int(find(config, "num_codebooks"), 1)
+    sizes = [(BATCH * books, LENGTH)] if books > 1 else []  # of one sample in adjacent rows
+    for batch, length in ((BATCH, LENGTH), *sizes, (2, 16), (2, 64), (2, 128)):
         top = min(90, _int(find(config, "vocab_size"), 110) - 1)
         yield torch.randint(min(3, top - 1), top, (batch, length))
 
@@ -223,12 +229,17 @@ def _grid(config: Any) -> Iterator[Tensor]:
     yield torch.tensor([GRID] * BATCH)
 
 
+def _ones(config: Any) -> Iterator[Tensor]:
+    yield torch.ones(BATCH, dtype=torch.long)
+
+
 GRID = (1, 4, 8)  # frames, rows, columns of patches of one image
 
 FORMS = {
     "flattened_patches": _patches,
     "image_grid_thw": _grid,
     "grid_thw": _grid,
+    "merge_sizes": _ones,
     "input_ids": _tokens,
     "decoder_input_ids": _decoder,
     "pixel_values": _pixels,

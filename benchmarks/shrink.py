@@ -226,12 +226,15 @@ class _Shrink:
         counts = [v for n, v in tree.items() if _is_layers(n) and isinstance(v, int) and v > 2]
         named = tree.get("num_hidden_layers")
         total = named if isinstance(named, int) and named > 2 else max(counts, default=0)
-        first: dict[Any, int] = {}
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}  # those that share what an earlier one made
         for value in tree.values():
             if isinstance(value, list) and len(value) == total:
                 for position, kind in enumerate(value):
                     first.setdefault(str(kind), position)
-        chosen = sorted(set(first.values()))[: 2 * self.policy.layers + 2] if len(first) < 8 else []
+                    last[str(kind)] = position
+        found = {*first.values(), *(last.values() if _shares(tree) else ())}
+        chosen = sorted(found)[: 2 * self.policy.layers + 2] if len(first) < 8 else []
         for position in range(total):
             if len(chosen) >= self.policy.layers:
                 break
@@ -251,9 +254,9 @@ class _Shrink:
             return ABSENT[name]
         if isinstance(value, bool) or not isinstance(value, int):
             return value
+        if _shares({name: value}):
+            return min(value, max(1, len(chosen) // 2))
         if _is_layers(name):
-            if "shared" in name:
-                return min(value, 1)
             return len(chosen) if value == total and chosen else min(value, self.policy.layers)
         return self._number(name, value, heads)
 
@@ -354,6 +357,14 @@ def _is_head_width(name: str) -> bool:
     if name in HEAD_WIDTH or name.endswith(("head_dim", "d_head", "headdim", "head_size")):
         return True
     return "dim_head" in name
+
+
+def _shares(tree: dict[str, Any]) -> bool:
+    """Whether the last layers use what earlier ones of their kind made."""
+    return any(
+        {"shared", "layers"} <= set(str(name).split("_")) and isinstance(value, int) and value > 0
+        for name, value in tree.items()
+    )
 
 
 def _is_layers(name: str) -> bool:

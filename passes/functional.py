@@ -1,7 +1,7 @@
 """functional: in-place ops on fresh temporaries become the functional ops they abbreviate.
 
     x = relu(y); x.add_(z)            x = relu(y); x1 = add(x, z)        later uses of x read x1
-    x = zeros(..); x[:, 1:].copy_(z)  x1 = slice_scatter(x, z, ...)
+    x = zeros(..); x[:, 1:].copy_(z)  x1 = slice_scatter(x, z, ...)         and so on, outwards
 
 Safe only if nobody else can see the write: x comes from an op that returns new memory, and no
 view of x that was taken before is read after. Anything else stays in place; the analysis then
@@ -156,29 +156,46 @@ def _replace(graph: Graph, node: Node, target: Node, order: dict[Node, int]) -> 
 
 
 def _partial(target: Node) -> bool:
-    """A slice or select of a fresh temporary, itself read by no one else."""
-    if target.target not in (aten.slice.Tensor, aten.select.int):
-        return False
-    return isinstance(target.args[0], Node) and _fresh(target.args[0])
+    """A slice or select of a fresh temporary, or of a slice of one, read by no one else."""
+    views = _views(target)
+    root = views[-1].args[0] if views else None
+    return isinstance(root, Node) and _fresh(root)
+
+
+def _views(target: Node) -> list[Node]:
+    """The slices and selects from `target` back to the tensor that they are parts of."""
+    views: list[Node] = []
+    at: Any = target
+    while isinstance(at, Node) and at.target in (aten.slice.Tensor, aten.select.int):
+        views.append(at)
+        at = at.args[0]
+    return views
 
 
 def _replace_scatter(graph: Graph, node: Node, target: Node, order: dict[Node, int]) -> None:
-    base = target.args[0]
+    views = _views(target)
+    base = views[-1].args[0]
     assert isinstance(base, Node)
-    if any(order[user] > order[node] for user in target.users if user is not node):
+    if any(order[user] > order[node] for view in views for user in view.users if user is not node):
         return
-    if not _only_view(base, target, node, order):
+    wider = zip([*views[1:], base], views, strict=True)
+    if not all(_only_view(whole, view, node, order) for whole, view in wider):
         return
-    scatter = aten.slice_scatter if target.target is aten.slice.Tensor else aten.select_scatter
     with graph.inserting_before(node):
-        part = _new_value(graph, node, target)
-        if part is None:
+        part = made = _new_value(graph, node, target)
+        if part is None or made is None:
             return
-        made = graph.call_function(scatter.default, (base, part, *target.args[1:]))
-    made.meta = dict(base.meta)
-    order[part] = order[made] = order[node]
+        order[part] = order[node]
+        for view in views:
+            whole = view.args[0]
+            one = view.target is aten.select.int
+            scatter = aten.select_scatter if one else aten.slice_scatter
+            made = graph.call_function(scatter.default, (whole, made, *view.args[1:]))
+            made.meta = dict(whole.meta)  # type: ignore[union-attr]
+            order[made] = order[node]
+    last = made
     base.replace_all_uses_with(
-        made, delete_user_cb=lambda user: user is not made and order[user] > order[node]
+        last, delete_user_cb=lambda user: user is not last and order[user] > order[node]
     )
     node.replace_all_uses_with(part)
     graph.erase_node(node)

@@ -231,3 +231,35 @@ def test_control_flow_ops_freeze_what_they_touch_and_no_more(program, op):
     assert kind_of(deps, "up.weight", 0) == {"frozen"}
     assert f"no axis rule for {op}" in deps.explain("up.weight")
     assert kind_of(deps, "rise.weight", 0) == {"chain"}
+
+
+class Window(Middle):
+    """Places 2 to 4 of the hidden axis are overwritten, at tokens 1 and 2 only."""
+
+    def between(self, hidden):
+        written = hidden * 1.0
+        written[:, 1:3, 2:5] = torch.relu(hidden[:, 2:4, 2:5])
+        return written
+
+
+def test_writes_through_slices_of_slices_become_scatters():
+    deps = halved(Window(), torch.randn(3, 5, 6), "chain")
+
+    assert kind_of(deps, "up.weight", 0) == {"chain"}
+
+
+class Overseen(Middle):
+    """A view that was taken before the write is read after it."""
+
+    def between(self, hidden):
+        written = hidden * 1.0
+        rows = written[:, 1:3]
+        rows[:, :, 2:5] = torch.relu(hidden[:, 2:4, 2:5])
+        return written + rows.sum(1, keepdim=True)
+
+
+def test_writes_that_a_view_sees_stay_and_freeze():
+    deps = halved(Overseen(), torch.randn(3, 5, 6))
+
+    assert kind_of(deps, "up.weight", 0) == {"frozen"}
+    assert "writes through a view" in deps.explain("up.weight")
