@@ -15,6 +15,7 @@ from .huggingface import load, push_to_hub, save
 from .onnx import export_onnx
 from .prune import Pruned, analyze, prune
 from .recover import recover
+from .streaming import prune_folder
 
 __all__ = [
     "Config",
@@ -26,6 +27,7 @@ __all__ = [
     "load",
     "perplexity",
     "prune",
+    "prune_folder",
     "push_to_hub",
     "recover",
     "save",

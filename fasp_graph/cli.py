@@ -24,6 +24,7 @@ from rich.table import Table
 from passes.capture import as_args
 from passes.errors import ConfigError, FaspGraphError
 from passes.groups import DependencyGraph
+from passes.lazy import is_lazy
 
 from .config import Config
 from .data import Target, load_target
@@ -34,6 +35,7 @@ from .evaluate import latency, perplexity
 from .flags import config_from, given_flags, with_config_flags
 from .graphfiles import FORMATS, text, write
 from .huggingface import save
+from .journal import close, work_folder
 from .jsontext import to_json
 from .measuring import bench_command, eval_command, export_command, zoo_command
 from .prune import Pruned, analyze, prune
@@ -142,6 +144,12 @@ def prune_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes and counts of uniform allocation.")
     ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="MODEL is a folder too large for memory.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on where an interrupted run with this --output was.")
+    ] = True,
     json: Json = False,
     debug: Debug = False,
     **flags: Any,
@@ -153,19 +161,21 @@ def prune_command(
         return
     options = config_from(config, flags)
     with stages("load model and data"):
-        target = load_target(model, calibration, length, windows, evaluation)
+        target = load_target(model, calibration, length, windows, evaluation, stream)
     if dry_run:
         _show_dry_run(target, options, json)
         return
     with stages("capture") as progress:
         data = target.calibration or None
-        pruned = prune(target.model, target.inputs, data, options, progress)
+        work = work_folder(output) if output is not None and (resume or stream) else None
+        pruned = prune(target.model, target.inputs, data, options, progress, work=work)
         progress("measure")
         figures = _figures(target, pruned)
     if world()[0]:  # all ranks hold the same result; rank 0 speaks and writes
         return
     if output is not None:
         figures["folder"] = str(_write(target, pruned, output, figures))
+        close(work_folder(output))
     if json:
         print(to_json({**figures, **pruned.report.to_dict()}, indent=1))
         return
@@ -207,7 +217,7 @@ def _figures(target: Target, pruned: Pruned) -> dict[str, Any]:
         "before": lambda: target.model(*args, **kwargs),
         "after": lambda: pruned.model(*args, **kwargs),
     }
-    times = latency(calls, repeats=5, warmup=1)
+    times = {} if is_lazy(target.model) else latency(calls, repeats=5, warmup=1)
     found: dict[str, Any] = {f"latency_ms_{k}": t["median"] * 1e3 for k, t in times.items()}
     if target.heldout is not None:
         found["perplexity_before"] = perplexity(target.model, target.heldout)

@@ -24,6 +24,7 @@ from passes.verify import fresh_inputs
 from .corpora import factory, image_batches, image_files, is_factory, text_of
 from .huggingface import MANIFEST, load
 from .jsontext import read_object
+from .lazyfolder import open_folder, return_freed_memory
 
 EXAMPLE = (
     3,
@@ -49,12 +50,20 @@ class Target:
 
 
 def load_target(
-    text: str, calibration: Any = None, length: int = 256, count: int = 64, evaluation: Any = None
+    text: str,
+    calibration: Any = None,
+    length: int = 256,
+    count: int = 64,
+    evaluation: Any = None,
+    stream: bool = False,
 ) -> Target:
     """The target that `text` names, with calibration and evaluation data of fasp_graph/corpora.py;
-    `length`, `count`: tokens per window and windows (or images) at most.
+    `length`, `count`: tokens per window and windows (or images) at most. `stream`: a folder whose
+    weights are read one by one (fasp_graph/streaming.py).
     """
-    if text.startswith("zoo:"):
+    if stream:
+        target = _streamed(text)
+    elif text.startswith("zoo:"):
         target = _zoo(text.removeprefix("zoo:"))
     elif Path(text).is_dir():
         target = _transformers(text)
@@ -177,13 +186,27 @@ def _factory(text: str) -> Target:
     return Target(text, result[0].eval(), result[1], calibration)
 
 
+def _streamed(text: str) -> Target:
+    if not Path(text).is_dir():
+        raise FaspGraphError(
+            f"--stream reads a folder, and {text} is none · help: download the model first "
+            "(hf download OWNER/NAME --local-dir FOLDER)"
+        )
+    model = open_folder(text)
+    return_freed_memory()
+    return _with_tokenizer(text, model, True)
+
+
 def _transformers(text: str) -> Target:
     """A folder or a hub id, by the Auto classes; never with code from the repository."""
-    import transformers
-
     local = Path(text).is_dir()
     pruned = local and (Path(text) / MANIFEST).is_file()
-    model = load(text) if pruned else _auto_model(text, local)
+    return _with_tokenizer(text, load(text) if pruned else _auto_model(text, local), local)
+
+
+def _with_tokenizer(text: str, model: nn.Module, local: bool) -> Target:
+    import transformers
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(text, local_files_only=local)
     except Exception:  # a model without a tokenizer; each tokenizer class fails in its own way

@@ -41,6 +41,7 @@ from .config import Config
 from .distributed import share, total, world
 from .journal import Journal, fingerprint, open_journal, watch
 from .layout import Said, settled
+from .microbatch import microbatches
 from .spill import Spill
 
 Progress = Callable[[str, int, int], None]
@@ -97,7 +98,7 @@ def decide(
     found = {group.name: views(group, deps, nodes) for group in groups}
     every = _batches(calibration, config) if _needs_data(config) else []
     key = fingerprint(captured.graph_module, every, config) if work else ""
-    batches = _share(every, config) if every else []
+    batches = microbatches(captured, _share(every, config) if every else [], config.max_memory)
     job = _Job(
         captured,
         config,
@@ -291,10 +292,10 @@ def _walk(
                 _choose(job, group, moments[view], state, decided)
             _repair(job, group, view, moments[view], state, dense, decided)
 
-    visit = watch(journal, visit, decided)
     report = (lambda done, total: progress("prune", done, total)) if progress else None
+    watched = watch(journal, visit, decided)
     decided.weights = walk(
-        module, batches if pending else [], pending, visit, report, _room(job.config)
+        module, batches if pending else [], pending, watched, report, _room(job.config)
     )
 
 

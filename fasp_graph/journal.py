@@ -90,6 +90,12 @@ class Journal:
         return {name: held.lazy() if self.lazily else held.read() for name, held in found}
 
 
+def work_folder(output: str | os.PathLike[str]) -> Path:
+    """Where the journal of a run lies that writes `output`: hidden, beside it."""
+    target = Path(os.path.abspath(output))
+    return target.parent / f".{target.name}.work"
+
+
 def watch(journal: Journal | None, visit: Visit, decided: Decisions) -> Visit:
     """`visit`, but finished stops are recalled, and the others written down."""
     if journal is None:

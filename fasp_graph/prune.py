@@ -110,8 +110,7 @@ def prune(
     these inputs, where it is pruned several times. `progress(stage, done, total)` is called as the
     work goes on; total is 0 where it is not known. `work`: a folder for what is finished; the
     same call goes on from there after an interruption (fasp_graph/journal.py). Raises
-    FaspGraphError: CaptureError,
-    BudgetError, CalibrationError, VerificationError...
+    FaspGraphError: CaptureError, BudgetError, CalibrationError, VerificationError...
     """
     config = config or Config()
     if not has_numbers(model):

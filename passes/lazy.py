@@ -39,7 +39,7 @@ class Lazy(Tensor):
 
     @staticmethod
     def __new__(cls, shape: Iterable[int], dtype: torch.dtype, read: Read, mark: str = "") -> Lazy:
-        """A promise: `read` yields the numbers, `mark` names them for a fingerprint."""
+        """A promise of `shape` and `dtype`."""
         made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")
         made.read, made.mark = read, mark
         return made  # type: ignore[no-any-return]

@@ -5,7 +5,9 @@ from torch import nn
 
 import passes.observe
 from fasp_graph import Config, prune
+from fasp_graph.microbatch import microbatches, working_set
 from fasp_graph.spill import Spill
+from passes.capture import capture
 
 
 def model():
@@ -18,13 +20,42 @@ def batches():
     return [torch.randn(128, 64, generator=generator) for _ in range(4)]
 
 
-def test_spilling_changes_nothing():
-    config = {"sparsity": 0.4, "method": "fasp"}
-    whole = prune(model(), batches()[0], batches(), Config(**config))
-    spilled = prune(model(), batches()[0], batches(), Config(**config, max_memory=1))
+def test_spilling_changes_nothing(monkeypatch):
+    move = Spill._move
+    config, data = {"sparsity": 0.4, "method": "fasp"}, batches() * 2
+    whole = prune(model(), data[0], data, Config(**config))
+    written = []
+    monkeypatch.setattr(Spill, "_move", lambda self, at: (written.append(at), move(self, at)))
+    spilled = prune(model(), data[0], data, Config(**config, max_memory=600_000))
+    assert written
     assert whole.plan == spilled.plan
     for left, right in zip(whole.model.parameters(), spilled.model.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+def test_batches_are_cut_to_the_budget():
+    captured = capture(model(), batches()[0])
+    assert working_set(captured.graph_module, ((batches()[0],), {})) == 2 * 128 * 256 * 4
+    given = [((batch,), {}) for batch in batches()]
+    cut = microbatches(captured, given, 2 * 256 * 4 * 2 * 40)  # 40 rows of GELU's in- and output
+    assert [len(args[0]) for args, _ in cut] == [32] * 16
+    assert torch.equal(torch.cat([args[0] for args, _ in cut]), torch.cat(batches()))
+    config = {"sparsity": 0.4, "method": "fasp"}
+    whole = prune(model(), batches()[0], batches(), Config(**config))
+    pieces = prune(model(), batches()[0], batches(), Config(**config, max_memory=200_000))
+    assert whole.plan == pieces.plan
+    for left, right in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
+        assert torch.allclose(left, right, rtol=0, atol=1e-5)
+
+
+def test_rows_that_meet_are_not_parted():
+    class Centred(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    captured = capture(Centred().eval(), batches()[0])
+    given = [((batches()[0],), {})]
+    assert microbatches(captured, given, 1) == given
 
 
 def test_live_values_stay_within_the_budget(tmp_path):
