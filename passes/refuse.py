@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ _DATA_DEPENDENT = ("data-dependent", "GuardOnDataDependent", "DataDependentOutpu
 
 
 def refuse(model: nn.Module, args: Any) -> None:
-    """CaptureError for parameters that are no plain floating-point tensors on one device."""
+    """CaptureError for parameters that are no plain floating-point tensors on one device, and for
+    names that would end a string in the code that torch.fx generates.
+    """
+    for name, _ in model.named_modules():
+        if re.search(r"[\"\\\x00-\x1f]", name):
+            raise CaptureError(
+                f"the module name {name!r} holds a quote, a backslash or a control character, "
+                "which torch.fx writes into code as it is · help: rename the module"
+            )
     for name, parameter in model.named_parameters():
         reason = _objection(parameter)
         if reason:
