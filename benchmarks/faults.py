@@ -255,6 +255,8 @@ def kills(found: Bench, count: int, seed: int = 0, fresh: int = 0) -> dict[str, 
     for number in range(count):
         kind = "fresh" if number < fresh else KINDS[number % len(KINDS)]
         counts[f"{kind} {kill(found, kind, draw)}"] += 1
+        if count > 20:
+            print(f"\r{number + 1} of {count} kills", end="", file=sys.stderr, flush=True)
     return dict(sorted(counts.items()))
 
 

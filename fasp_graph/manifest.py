@@ -35,7 +35,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         if not isinstance(manifest.get(key), kind):
             raise FaspGraphError(f"{path} is damaged: {key!r} is missing or of the wrong type")
     for name in manifest["files"]:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not re.fullmatch(r"(?!\.\.?$)[^/\\\x00]+", name):
             raise FaspGraphError(f"{path} lists {name!r}, which is not a plain file name")
     return manifest
 

@@ -235,12 +235,18 @@ def _compare(module: GraphModule, model: nn.Module, args: Args, free: dict[int, 
     reference = shared_copy(model).eval()
     for factor in (1, 2) if free else (1,):
         sizes = _enlarged(args, factor, free)
+        given = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, sizes)
         try:
             expected = _run(_without_cache(reference, sizes), sizes)
         except Exception:
             if factor == 1:
                 raise
             return  # the model itself refuses that size (a table of positions ends, say)
+        if not all(map(_equal, tensors(given), tensors(sizes))):
+            raise CaptureError(
+                "the model writes into its inputs, which a graph does not repeat · help: clone "
+                "them at the start of forward"
+            )
         actual = _run(module, sizes)
         for left, right in zip(expected, actual, strict=True):
             if not _equal(left, right):

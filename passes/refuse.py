@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,20 @@ _DATA_DEPENDENT = ("data-dependent", "GuardOnDataDependent", "DataDependentOutpu
 
 
 def refuse(model: nn.Module, args: Any) -> None:
-    """CaptureError for parameters that are no plain floating-point tensors on one device."""
+    """CaptureError for parameters that are no plain floating-point tensors on one device, and for
+    names that would end a string in the code that torch.fx generates.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise CaptureError(
+                f"module {name or type(model).__name__} is wrapped by FSDP, which flattens weights "
+                "· help: capture the model before it is wrapped"
+            )
+        if re.search(r"[\"\\\x00-\x1f]", name):
+            raise CaptureError(
+                f"the module name {name!r} holds a quote, a backslash or a control character, "
+                "which torch.fx writes into code as it is · help: rename the module"
+            )
     for name, parameter in model.named_parameters():
         reason = _objection(parameter)
         if reason:
@@ -46,8 +60,6 @@ def _objection(parameter: Tensor) -> str:
     kind = type(parameter).__name__
     if kind == "DTensor" or type(getattr(parameter, "data", None)).__name__ == "DTensor":
         return "is a DTensor (sharded) · help: gather the full weights before capture"
-    if kind == "FlatParameter":
-        return "is flattened by FSDP · help: capture the model before wrapping it"
     if parameter.is_complex():
         return "is complex: no rule covers complex weights · help: store real and imaginary parts"
     if not parameter.is_floating_point() or parameter.element_size() < 2:

@@ -163,7 +163,7 @@ def first_divergence(
         if not left.is_floating_point():
             continue
         left = left if left.shape == right.shape else sliced(left, cut.cuts(node.name))
-        if left.shape != right.shape or float((left - right).abs().max()) > tolerance * 10:
+        if left.shape != right.shape or float((left - right).detach().abs().max()) > tolerance * 10:
             shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
             return f"first diverging {where(node)}: shapes {shapes}"
     return "no single node diverges"

@@ -6,10 +6,12 @@ function while a subject is analysed and rewritten; it counts only where it chan
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from programs import build, sample
@@ -20,6 +22,7 @@ from trial import chosen, zeroed
 from passes import edits, labels, moves, removal, rewrite
 from passes.analysis import analysis
 from passes.capture import Args, capture
+from passes.errors import FaspGraphError, VerificationError
 from passes.groups import DependencyGraph
 from passes.removal import Removal
 from passes.values import Labels
@@ -209,3 +212,53 @@ def same(left: Subject, right: Subject) -> bool:
         return False
     a, b = left.compact.state_dict(), right.compact.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------- all of them, tried
+@dataclass(frozen=True)
+class Tried:
+    """How many were caught, how many change nothing that counts, and which were missed."""
+
+    caught: int
+    harmless: int
+    missed: list[str]
+
+
+def results_tried(name: str) -> Tried:
+    """Every mutant of a subject's compact graph."""
+    found, makers = subject(name), (of_weights, of_nodes, of_scales)
+    tried, missed = sum(len(list(make(found.compact))) for make in makers), []
+    for number in range(tried):
+        broken = copy.deepcopy(found.compact)
+        what, change = [pair for make in makers for pair in make(broken)][number]
+        with torch.no_grad():
+            change()
+        try:
+            verified(replace(found, compact=broken))
+            missed.append(f"{name}: {what}")
+        except VerificationError:
+            pass
+    return Tried(tried - len(missed), 0, missed)
+
+
+def engine_tried(name: str) -> Tried:
+    """Every mutant of the engine; one that verify accepts must be seen to be harmless by a judge
+    that is not verify.
+    """
+    right, model = subject(name), build(SUBJECTS[name])
+    caught, spared, missed = 0, 0, []
+    for what, (holder, attribute, other) in of_engine():
+        try:
+            with patch.object(holder, attribute, other):
+                broken = compiled(right.module, right.inputs)
+            if same(broken, right):
+                continue
+            verified(broken)
+        except (FaspGraphError, RuntimeError, ValueError, LookupError):
+            caught += 1
+            continue
+        if harmless(right, broken, model):
+            spared += 1
+        else:
+            missed.append(f"{name}: {what}")
+    return Tried(caught, spared, missed)

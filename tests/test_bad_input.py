@@ -3,12 +3,17 @@ given is never changed.
 """
 
 import copy
+import socket
+import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.utils import parametrizations, parametrize
 
 import fasp_graph as fg
 from passes.capture import tensors
@@ -63,6 +68,70 @@ def counts(m, x):
     return whole(m, x) + m.count
 
 
+def writes_into_its_input(m, x):
+    x.mul_(2)
+    return whole(m, x)
+
+
+def hooked(change):
+    """A user's hook, that looks on or that changes what the layer gives."""
+    model, seen = mlp(), []
+    model[0].register_forward_hook(
+        lambda module, args, out: out * 2 if change else seen.append(out.shape)
+    )
+    return model
+
+
+def laid_out(change):
+    """The first weight in another layout of memory."""
+    model = mlp()
+    model[0].weight = nn.Parameter(change(model[0].weight.detach()))
+    return model
+
+
+class Doubled(nn.Module):
+    """A user's parametrisation."""
+
+    def forward(self, weight):
+        return weight * 2
+
+
+def parametrised():
+    model = mlp(nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+    parametrize.register_parametrization(model[2], "weight", Doubled())
+    return model
+
+
+def sharded(wrap):
+    """A model as torch.distributed shards it, over one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        return run(wrap(mlp()))
+    finally:
+        dist.destroy_process_group()
+
+
+def flattened(model):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+def on_two_devices():
+    """The second layer lies on a device that this machine need not have."""
+    away = nn.Linear(5, 2, bias=False)
+    fake = FakeTensor(FakeTensorMode(), torch.empty(2, 5, device="meta"), torch.device("cuda:0"))
+    away.weight = nn.Parameter(fake)
+    return fg.analyze(nn.Sequential(mlp(), away), X)
+
+
+def quantised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear})
+
+
 def with_parameter(parameter):
     model = mlp()
     model.extra = nn.Parameter(parameter, requires_grad=False)
@@ -104,7 +173,12 @@ REFUSED = {
     "lazy layer": (lambda: run(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 5))), "lazy"),
     "weight_norm": (lambda: run(normed(parametrizations.weight_norm)), "no group can be pruned"),
     "spectral_norm": (lambda: run(normed(parametrizations.spectral_norm)), "no group can be"),
-    "another device": (
+    "a DTensor": (lambda: sharded(lambda m: fully_shard(m)), "DTensor"),
+    "flattened by FSDP": (lambda: sharded(flattened), "wrapped by FSDP"),
+    "two devices": (on_two_devices, "spread over cpu, cuda"),
+    "an input that is written to": (lambda: run(Calls(writes_into_its_input)), "writes into its"),
+    "quantised layers": (lambda: run(quantised()), "."),
+    "the meta device": (
         lambda: run(nn.Sequential(mlp(), nn.Linear(5, 2, device="meta"))),
         "without numbers",
     ),
@@ -131,6 +205,13 @@ TAKEN = {
     "a layer called twice": lambda: Calls(lambda m, x: m.b(m.a(torch.relu(m.b(m.a(x)))))),
     "a weight used turned": lambda: Calls(lambda m, x: nn.functional.linear(m.a(x), m.a.weight.T)),
     "a dataclass": lambda: Calls(lambda m, x: Answer(whole(m, x))),
+    "a hook that looks on": lambda: hooked(False),
+    "a hook that changes numbers": lambda: hooked(True),
+    "a buffer that counts": lambda: Calls(counts),
+    "a weight that is no row-major block": lambda: laid_out(lambda w: w.T.contiguous().T),
+    "a weight that is expanded": lambda: laid_out(lambda w: w[:, :1].expand_as(w)),
+    "a weight that is a window": lambda: laid_out(lambda w: torch.cat([w, w], 1)[:, 2:9]),
+    "a parametrisation": parametrised,
     "nested dicts": lambda: Calls(lambda m, x: {"a": {"b": [whole(m, x)]}}),
 }
 
