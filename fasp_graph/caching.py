@@ -38,8 +38,9 @@ Roles = tuple[tuple[int, ...], tuple[int, ...]]
 @dataclass(frozen=True)
 class CachedDecoder:
     """`inputs`: (input_ids, attention_mask, past[, position_ids]). `cache_numbers`: elements per
-    token of one sequence, all layers; `dense_cache_numbers`: of the model before pruning. `growing`: the axes
-    of batch and length of each tensor of the cache.
+    token of one sequence, all layers; `dense_cache_numbers`: of the model before pruning.
+    `growing`: the axes of batch and length of each tensor of the cache. `uncut`: weights that keep
+    their old size, since the cache cannot follow.
     """
 
     graph_module: GraphModule
@@ -48,6 +49,12 @@ class CachedDecoder:
     cache_numbers: int
     dense_cache_numbers: int
     growing: tuple[tuple[int, int], ...]
+    uncut: tuple[str, ...] = ()
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of an element of the cache."""
+        return int(self.inputs[2][0].element_size())
 
     @property
     def input_names(self) -> list[str]:
@@ -190,7 +197,7 @@ def cached_decoder(twin: Twin, reference: nn.Module) -> CachedDecoder:
         *([places] if takes else []),
     )
     free = {0: Dim.AUTO, 1: Dim.AUTO}
-    grows = [{d: Dim.AUTO for d in grown} for grown, _ in roles]
+    grows = [dict.fromkeys(grown, Dim.AUTO) for grown, _ in roles]
     shapes = (free, free, grows, *([free] if takes else []))
     opened = [still for _, still in roles]
     axes = OpenAxes(
@@ -198,14 +205,15 @@ def cached_decoder(twin: Twin, reference: nn.Module) -> CachedDecoder:
         {1 + k: still for k, still in enumerate(opened)},
     )
     captured = shrunk(twin, _Cached(model), args, shapes, axes)
-    small = captured.inputs[0][2]
+    small = captured.inputs[2]
     decoder = CachedDecoder(
         captured.graph_module,
-        captured.inputs[0],
+        captured.inputs,
         shapes,
-        _numbers(small, roles),
-        _numbers(past, roles),
+        numbers(small, [still for _, still in roles]),
+        numbers(past, [still for _, still in roles]),
         tuple((grown[0], grown[1]) for grown, _ in roles),
+        captured.uncut,
     )
     _verify(decoder, reference)
     return decoder
@@ -248,9 +256,9 @@ def _axes(shape: torch.Size, other: torch.Size) -> Roles:
     return grown, tuple(d for d in range(len(shape)) if d not in grown)
 
 
-def _numbers(past: Sequence[Tensor], roles: Sequence[Roles]) -> int:
-    """Elements per token of one sequence."""
+def numbers(past: Sequence[Tensor], still: Sequence[tuple[int, ...]]) -> int:
+    """Elements per token of one sequence; `still`: the axes that do not grow."""
     return sum(
-        math.prod(tensor.shape[d] for d in still)
-        for tensor, (_, still) in zip(past, roles, strict=True)
+        math.prod(tensor.shape[dim] for dim in dims)
+        for tensor, dims in zip(past, still, strict=True)
     )

@@ -27,9 +27,9 @@ from passes.kernels import narrow
 
 from .drafts import draft
 from .jsontext import to_json
-from .onnx_cases import other_sizes
 from .onnx_reduce import reduce
 from .program import program_of, quiet
+from .sizes import other_sizes
 
 if TYPE_CHECKING:
     from .prune import Pruned

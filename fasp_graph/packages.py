@@ -24,8 +24,8 @@ from passes.errors import FaspGraphError, VerificationError
 from passes.verify import difference
 
 from .drafts import draft
-from .onnx_cases import other_sizes
 from .program import program_of, quiet
+from .sizes import other_sizes
 
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -66,7 +66,10 @@ def _compare(
     module: GraphModule, loaded: Callable[..., Any], inputs: Args, program: ExportedProgram
 ) -> None:
     for args in (inputs, *other_sizes(module, inputs, _shapes(program))):
-        expected, actual = tensors(module(*args[0], **args[1])), tensors(loaded(*args[0], **args[1]))
+        expected, actual = (
+            tensors(module(*args[0], **args[1])),
+            tensors(loaded(*args[0], **args[1])),
+        )
         for number, (left, right) in enumerate(zip(expected, actual, strict=True)):
             error = difference(left, right)
             allowed = 2e-2 if left.dtype in (torch.float16, torch.bfloat16) else 5e-4
@@ -80,7 +83,9 @@ def _compare(
 def _shapes(program: ExportedProgram) -> list[list[Any]]:
     """Shapes of the inputs, dynamic axes by name."""
     given = set(program.graph_signature.user_inputs)
-    values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in given]
+    values = [
+        n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in given
+    ]
     return [
         [size if isinstance(size, int) else str(size) for size in value.shape]
         for value in pytree.tree_leaves(values)

@@ -13,25 +13,26 @@ EncoderDecoderCache; what the plan removed narrows the cache as in fasp_graph/ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from passes.capture import Args, Captured
+from passes.capture import Args
 from passes.errors import FaspGraphError, VerificationError
 from passes.values import OpenAxes
 from passes.verify import difference
 
-from .caching import filled, flat
-from .dense import Twin, shrunk
+from .caching import filled, flat, numbers
+from .dense import Shrunk, Twin, shrunk
 from .drafts import draft_folder
 from .onnx import Form, export_graph
 
+T = TypeVar("T")
 BATCH, LENGTH, PAST = 3, 7, 5
 FREE = {0: Dim.AUTO, 1: Dim.AUTO}
 SEQUENCE = {0: "batch_size", 1: "sequence_length"}
@@ -43,11 +44,35 @@ class Part:
     """One file. `axes`: the names of dynamic axes of each input."""
 
     name: str
-    captured: Captured
+    captured: Shrunk
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     shapes: Any
     axes: Mapping[str, Mapping[int, str]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The three parts. `cache_numbers`: elements that a token of the decoder takes in the cache,
+    all layers; `dense_cache_numbers`: before pruning.
+    """
+
+    encoder: Part
+    first: Part
+    later: Part
+    cache_numbers: int
+    dense_cache_numbers: int
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of an element of the cache."""
+        return int(self.later.captured.inputs[1][0].element_size())
+
+    @property
+    def uncut(self) -> tuple[str, ...]:
+        """Weights that keep their old size, since the cache cannot follow."""
+        parts = (self.encoder, self.first, self.later)
+        return tuple(dict.fromkeys(name for part in parts for name in part.captured.uncut))
 
 
 class _Encoder(nn.Module):
@@ -91,7 +116,7 @@ class _Next(nn.Module):
         self, ids: Tensor, past: list[Tensor], mask: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """logits, and per layer the decoder's key and value."""
-        own = filled([tensor for k, tensor in enumerate(past) if k % 4 < 2])
+        own = filled(_own(past))
         others = filled([tensor for k, tensor in enumerate(past) if k % 4 >= 2])
         hidden = past[2].new_zeros(past[2].shape[0], past[2].shape[2], self.width)
         return _decode(self.model, ids, hidden, own, others, mask), flat(own)
@@ -118,29 +143,27 @@ def _pairs(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
-def export_parts(
-    twin: Twin,
-    reference: nn.Module,
-    inputs: Args,
-    folder: Path,
-    metadata: Mapping[str, str],
-    form: Form,
-) -> Path:
-    """Write the three files; VerificationError if together they give other logits than
+def parts_of(twin: Twin, reference: nn.Module, inputs: Args) -> Parts:
+    """Capture the three parts; VerificationError if together they give other logits than
     `reference`.
     """
     value = _main_input(twin.model, inputs)
     encoder = _encoder(twin, value)
-    first, later = _decoders(twin, value, encoder.captured)
-    _verify((encoder, first, later), reference, value)
+    parts = _decoders(twin, value, encoder)
+    _verify(parts, reference, value)
+    return parts
+
+
+def export_parts(parts: Parts, folder: Path, metadata: Mapping[str, str], form: Form) -> Path:
+    """Write the three files."""
     with draft_folder(folder) as made:
-        for part in (encoder, first, later):
+        for part in (parts.encoder, parts.first, parts.later):
             named = replace(
                 form, input_names=part.inputs, output_names=part.outputs, axes=part.axes
             )
-            held = part.captured
             path = made / f"{part.name}.onnx"
-            export_graph(held.graph_module, held.inputs, part.shapes, path, metadata, named)
+            given: Args = (part.captured.inputs, {})
+            export_graph(part.captured.graph_module, given, part.shapes, path, metadata, named)
     return folder
 
 
@@ -166,14 +189,14 @@ def _encoder(twin: Twin, value: Tensor) -> Part:
     captured = shrunk(twin, _Encoder(twin.model, model.main_input_name), args, shapes)
     names = (model.main_input_name, "attention_mask")[: len(args)]
     axes = {0: "batch_size", 1: "encoder_sequence_length"} if text else {0: "batch_size"}
-    every = {name: axes for name in names}
+    every = dict.fromkeys(names, axes)
     return Part("encoder_model", captured, names, ("last_hidden_state",), shapes, every)
 
 
-def _decoders(twin: Twin, value: Tensor, encoder: Captured) -> tuple[Part, Part]:
+def _decoders(twin: Twin, value: Tensor, encoder: Part) -> Parts:
     text = _is_text(value)
     with torch.no_grad():
-        hidden: Tensor = encoder.graph_module(*encoder.inputs[0])
+        hidden: Tensor = encoder.captured.graph_module(*encoder.captured.inputs)
     width = hidden.shape[-1]
     hidden = torch.randn(BATCH, hidden.shape[1], width, dtype=hidden.dtype)
     mask = [torch.ones(hidden.shape[:2], dtype=torch.long)] if text else []
@@ -186,10 +209,21 @@ def _decoders(twin: Twin, value: Tensor, encoder: Captured) -> tuple[Part, Part]
     lengths = [_differing(a, b) for a, b in zip(past, other, strict=True)]
     grown = [(0, *found) for found in lengths]
     still = [tuple(d for d in range(past[0].dim()) if d not in dims) for dims in grown]
-    return (
+    past = [tensor.clone() for tensor in past]
+    later = _next(twin, width, past, mask, grown, still)
+    own = _own(still)
+    return Parts(
+        encoder,
         _first(twin, hidden, mask, still),
-        _next(twin, width, [tensor.clone() for tensor in past], mask, grown, still),
+        later,
+        numbers(_own(later.captured.inputs[1]), own),
+        numbers(_own(past), own),
     )
+
+
+def _own(cached: Sequence[T]) -> list[T]:
+    """What belongs to keys and values of the decoder's tokens; the others are the encoder's."""
+    return [item for k, item in enumerate(cached) if k % 4 < 2]
 
 
 def _differing(left: Tensor, right: Tensor) -> tuple[int, ...]:
@@ -202,9 +236,7 @@ def _tokens(model: Any, batch: int, length: int) -> Tensor:
     return torch.randint(0, size, (batch, length), generator=generator)
 
 
-def _first(
-    twin: Twin, hidden: Tensor, mask: list[Tensor], still: list[tuple[int, ...]]
-) -> Part:
+def _first(twin: Twin, hidden: Tensor, mask: list[Tensor], still: list[tuple[int, ...]]) -> Part:
     args = (_tokens(twin.model, BATCH, LENGTH), hidden, *mask)
     free = FREE if mask else {0: Dim.AUTO}
     shapes = (FREE, free, *([FREE] if mask else []))
@@ -226,8 +258,8 @@ def _next(
     still: list[tuple[int, ...]],
 ) -> Part:
     args = (_tokens(twin.model, BATCH, LENGTH), past, *mask)
-    shapes = (FREE, [{d: Dim.AUTO for d in dims} for dims in grown], *([FREE] if mask else []))
-    own = [dims for k, dims in enumerate(still) if k % 4 < 2]
+    shapes = (FREE, [dict.fromkeys(dims, Dim.AUTO) for dims in grown], *([FREE] if mask else []))
+    own = _own(still)
     opened = OpenAxes(
         {1 + k: dims for k, dims in enumerate(still)}, {1 + k: dims for k, dims in enumerate(own)}
     )
@@ -238,10 +270,8 @@ def _next(
     for k, (name, dims) in enumerate(zip(held, grown, strict=True)):
         length = "past_sequence_length" if k % 4 < 2 else "encoder_sequence_length"
         axes[name] = dict(zip(dims, ("batch_size", length), strict=False))
-    present = [name for k, name in enumerate(cache_names("present", len(past))) if k % 4 < 2]
-    return Part(
-        "decoder_with_past_model", captured, names, ("logits", *present), shapes, axes
-    )
+    present = _own(cache_names("present", len(past)))
+    return Part("decoder_with_past_model", captured, names, ("logits", *present), shapes, axes)
 
 
 def cache_names(prefix: str, count: int) -> list[str]:
@@ -254,9 +284,10 @@ def _named(free: Mapping[int, Any]) -> dict[int, str]:
     return {dim: name for dim, name in STATES.items() if dim in free}
 
 
-def _verify(parts: tuple[Part, Part, Part], reference: nn.Module, value: Tensor) -> None:
+def _verify(parts: Parts, reference: nn.Module, value: Tensor) -> None:
     """Some tokens and then some more give the logits of all at once."""
-    encoder, first, later = (part.captured.graph_module for part in parts)
+    every = (parts.encoder, parts.first, parts.later)
+    encoder, first, later = (part.captured.graph_module for part in every)
     model: Any = reference
     ids = _tokens(model, len(value), LENGTH)
     mask = [torch.ones_like(value)] if _is_text(value) else []

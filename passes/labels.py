@@ -133,7 +133,7 @@ class _Propagation:
         fresh = self.labels.fresh("free", node.name, free[-1], math.prod(sizes)).view(sizes)
         home = free[0] if self.outer else free[-1]
         blocks = self.labels.fixed(f"{BLOCKS} · {where(node)}", len(sizes))
-        found = {dim: blocks for dim in free}
+        found = dict.fromkeys(free, blocks)
         if self.outer and len(free) > 1:
             self.labels.mark("blocked", [fresh], "a block", node)
             for dim in free[1:]:
