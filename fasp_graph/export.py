@@ -99,6 +99,13 @@ class Source:
         return dense_twin(self.model, self.deps, self.plan["kept"])
 
     @property
+    def knows_dense(self) -> bool:
+        """Whether the sizes before pruning are known; a class that was built at the pruned ones
+        does not tell.
+        """
+        return self.plan is None or self.deps is not None
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The plan, where there is one."""
         return {} if self.plan is None else {"fasp_graph.plan": to_json(self.plan)}
@@ -153,7 +160,7 @@ def export_source(source: Source, path: Path, format: str, options: Options) -> 
         )
     write = save_pt2 if format == "pt2" else save_aoti
     write(source.graph_module, source.inputs, source.dynamic_shapes, path)
-    return _exported(format, options, path)
+    return _exported(source, path, format, options)
 
 
 def _onnx(source: Source, path: Path, options: Options) -> Exported:
@@ -161,14 +168,14 @@ def _onnx(source: Source, path: Path, options: Options) -> Exported:
     if not options.cache:
         plain = narrow(source.graph_module)
         export_graph(plain, source.inputs, source.dynamic_shapes, path, source.metadata, form)
-        return _exported("onnx", options, path)
+        return _exported(source, path, "onnx", options)
     if not getattr(getattr(source.model, "config", None), "is_encoder_decoder", False):
         return _decoder(source, path, form, options)
     if options.tokens is not None:
         raise ConfigError("an encoder-decoder in parts has no perplexity on tokens")
     parts = parts_of(source.twin(), source.model, source.inputs)
     export_parts(parts, path, source.metadata, form)
-    return _exported("onnx", options, path, parts)
+    return _exported(source, path, "onnx", options, parts)
 
 
 def _decoder(source: Source, path: Path, form: Form, options: Options) -> Exported:
@@ -182,11 +189,15 @@ def _decoder(source: Source, path: Path, form: Form, options: Options) -> Export
     )
     inputs: Args = (decoder.inputs, {})
     export_graph(decoder.graph_module, inputs, decoder.dynamic_shapes, path, source.metadata, named)
-    return _exported("onnx", options, path, decoder)
+    return _exported(source, path, "onnx", options, decoder)
 
 
 def _exported(
-    format: str, options: Options, path: Path, cache: CachedDecoder | Parts | None = None
+    source: Source,
+    path: Path,
+    format: str,
+    options: Options,
+    cache: CachedDecoder | Parts | None = None,
 ) -> Exported:
     beside = path.with_name(f"{path.name}.data")
     files = sorted(path.iterdir()) if path.is_dir() else [path, *[beside] * beside.is_file()]
@@ -203,9 +214,6 @@ def _exported(
     if cache is None:
         return found
     width = 2 if options.dtype == "float16" else cache.element_size
-    return replace(
-        found,
-        cache_bytes=cache.cache_numbers * width,
-        dense_cache_bytes=cache.dense_cache_numbers * width,
-        uncut=cache.uncut,
-    )
+    dense = cache.dense_cache_numbers * width if source.knows_dense else None
+    compact = cache.cache_numbers * width
+    return replace(found, cache_bytes=compact, dense_cache_bytes=dense, uncut=cache.uncut)

@@ -1,6 +1,12 @@
 """Greedy text from flat programs: step(feed) -> outputs, by the names of the exported files."""
 
 import numpy as np
+import torch
+
+
+def windows():
+    """Tokens [4, 9] of the small random decoders."""
+    return torch.randint(3, 101, (4, 9), generator=torch.Generator().manual_seed(0))
 
 
 def positions(mask):

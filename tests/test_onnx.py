@@ -78,7 +78,7 @@ def test_paths_that_cannot_be_written(pruned, tmp_path):
         fg.export_onnx(pruned, tmp_path)
 
 
-# ------------------------------------------------------------------------------------ smaller numbers
+# ------------------------------------------------------------------------------- smaller numbers
 @pytest.mark.parametrize(
     ("dtype", "slack", "apart"), [("float16", 0.01, True), ("int8", 0.05, False)]
 )
