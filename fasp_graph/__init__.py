@@ -3,6 +3,7 @@
 deps = analyze(model, inputs)                             # which layers go together, and why
 pruned = prune(model, inputs, calibration, Config(sparsity=0.3))
 save(pruned, folder); load(folder); export_onnx(pruned, path)
+export(pruned, path, format)                              # onnx with a cache, float16...; pt2
 """
 
 from passes.couple import DependencyGraph
@@ -11,6 +12,7 @@ from passes.errors import FaspGraphError
 from . import auto as auto  # transformers' Auto classes then load folders of this kind
 from .config import Config
 from .evaluate import perplexity
+from .export import Exported, export
 from .huggingface import load, push_to_hub, save
 from .onnx import export_onnx
 from .prune import Pruned, analyze, prune
@@ -20,9 +22,11 @@ from .streaming import prune_folder
 __all__ = [
     "Config",
     "DependencyGraph",
+    "Exported",
     "FaspGraphError",
     "Pruned",
     "analyze",
+    "export",
     "export_onnx",
     "load",
     "perplexity",

@@ -23,37 +23,85 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from passes.errors import FaspGraphError
+from passes.capture import Args
+from passes.errors import FaspGraphError, VerificationError
 from passes.values import OpenAxes
+from passes.verify import difference
 
 from .dense import Twin, shrunk
 
 BATCH, LENGTH, PAST = 3, 7, 5  # of the example; distinct, so that axes cannot be confused
+Roles = tuple[tuple[int, ...], tuple[int, ...]]
+"""axes of a cached tensor that grow (batch, length), and those that do not"""
 
 
 @dataclass(frozen=True)
 class CachedDecoder:
-    """`inputs`: (input_ids, attention_mask, past[, position_ids]). `cache_bytes`: per token, all
-    layers, of one sequence; `dense_cache_bytes`: of the model before pruning.
+    """`inputs`: (input_ids, attention_mask, past[, position_ids]). `cache_numbers`: elements per
+    token of one sequence, all layers; `dense_cache_numbers`: of the model before pruning.
+    `growing`: the axes of batch and length of each tensor of the cache. `uncut`: weights that keep
+    their old size, since the cache cannot follow.
     """
 
     graph_module: GraphModule
     inputs: tuple[Any, ...]
     dynamic_shapes: Any
-    cache_bytes: int
-    dense_cache_bytes: int
+    cache_numbers: int
+    dense_cache_numbers: int
+    growing: tuple[tuple[int, int], ...]
+    uncut: tuple[str, ...] = ()
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of an element of the cache."""
+        return int(self.inputs[2][0].element_size())
 
     @property
     def input_names(self) -> list[str]:
         """Optimum's names, in the order of the inputs."""
-        past = cache_names("past_key_values", len(self.inputs[2]))
+        past = cache_names("past_key_values", len(self.growing))
         places = ["position_ids"] * (len(self.inputs) - 3)
         return ["input_ids", "attention_mask", *past, *places]
 
     @property
     def output_names(self) -> list[str]:
         """Optimum's names, in the order of the outputs."""
-        return ["logits", *cache_names("present", len(self.inputs[2]))]
+        return ["logits", *cache_names("present", len(self.growing))]
+
+    @property
+    def axes(self) -> dict[str, dict[int, str]]:
+        """Names of the dynamic axes of the inputs."""
+        ids = {0: "batch_size", 1: "sequence_length"}
+        past = cache_names("past_key_values", len(self.growing))
+        grown = {
+            name: {batch: "batch_size", length: "past_sequence_length"}
+            for name, (batch, length) in zip(past, self.growing, strict=True)
+        }
+        mask = {0: "batch_size", 1: "past_sequence_length + sequence_length"}
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": ids, **grown}
+
+    def arguments(self, ids: Tensor, past: Sequence[Tensor] | None = None) -> tuple[Any, ...]:
+        """Inputs for tokens [B, T] after a cache of unpadded tokens; None: an empty cache."""
+        past = self.cache(len(ids), 0) if past is None else list(past)
+        start = past[0].shape[self.growing[0][1]]
+        places = torch.arange(start, start + ids.shape[1]).repeat(len(ids), 1)
+        mask = torch.ones(len(ids), start + ids.shape[1], dtype=torch.long)
+        return (ids, mask, past, *([places] if len(self.inputs) > 3 else []))
+
+    def cache(self, batch: int, length: int) -> list[Tensor]:
+        """A cache of random numbers."""
+        generator, found = torch.Generator().manual_seed(0), []
+        for tensor, (rows, places) in zip(self.inputs[2], self.growing, strict=True):
+            sizes = list(tensor.shape)
+            sizes[rows], sizes[places] = batch, length
+            found.append(torch.randn(sizes, generator=generator).to(tensor.dtype))
+        return found
+
+    def cases(self) -> list[Args]:
+        """Inputs to compare at: the example, a prompt, a later token."""
+        ids = self.inputs[0]
+        later = self.arguments(ids[:2, :1], self.cache(2, 2 * PAST))
+        return [(self.inputs, {}), (self.arguments(ids[:1, : LENGTH - 2]), {}), (later, {})]
 
 
 def cache_names(prefix: str, count: int) -> list[str]:
@@ -120,8 +168,12 @@ def keeps_cache(model: nn.Module) -> bool:
     return alone and "past_key_values" in forward and "input_ids" in forward
 
 
-def cached_decoder(twin: Twin) -> CachedDecoder:
-    """Capture a decoder with its cache; FaspGraphError where it keeps none of that form."""
+def cached_decoder(twin: Twin, reference: nn.Module) -> CachedDecoder:
+    """Capture a decoder with its cache; FaspGraphError where it keeps none of that form.
+
+    `reference` computes what the compact model does: VerificationError if a prompt and then some
+    tokens give other logits than all at once.
+    """
     model = twin.model
     if not keeps_cache(model):
         raise FaspGraphError(
@@ -131,6 +183,11 @@ def cached_decoder(twin: Twin) -> CachedDecoder:
     past = _fresh_cache(model, BATCH, PAST)
     other = _fresh_cache(model, BATCH + 1, PAST + 1)
     roles = [_axes(a.shape, b.shape) for a, b in zip(past, other, strict=True)]
+    if any(len(grown) != 2 for grown, _ in roles):
+        raise FaspGraphError(
+            f"the cache of {type(model).__name__} does not grow along a batch and a length axis · "
+            "help: export it without a cache"
+        )
     places = torch.arange(PAST, PAST + LENGTH).repeat(BATCH, 1)
     takes = "position_ids" in inspect.signature(model.forward).parameters
     args = (
@@ -148,14 +205,35 @@ def cached_decoder(twin: Twin) -> CachedDecoder:
         {1 + k: still for k, still in enumerate(opened)},
     )
     captured = shrunk(twin, _Cached(model), args, shapes, axes)
-    small = captured.inputs[0][2]
-    return CachedDecoder(
+    small = captured.inputs[2]
+    decoder = CachedDecoder(
         captured.graph_module,
-        captured.inputs[0],
+        captured.inputs,
         shapes,
-        _bytes(small, roles),
-        _bytes(past, roles),
+        numbers(small, [still for _, still in roles]),
+        numbers(past, [still for _, still in roles]),
+        tuple((grown[0], grown[1]) for grown, _ in roles),
+        captured.uncut,
     )
+    _verify(decoder, reference)
+    return decoder
+
+
+def _verify(decoder: CachedDecoder, reference: nn.Module) -> None:
+    ids = decoder.inputs[0][:2]
+    training = reference.training
+    with torch.no_grad():
+        expected = reference.eval()(input_ids=ids).logits
+        first, past = decoder.graph_module(*decoder.arguments(ids[:, :-3]))
+        last, _ = decoder.graph_module(*decoder.arguments(ids[:, -3:], past))
+    reference.train(training)
+    error = difference(expected, torch.cat([first, last], 1))
+    allowed = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 2e-2
+    if not error <= allowed:
+        raise VerificationError(
+            f"with its cache the model gives other logits: off by {error:.1e} (allowed "
+            f"{allowed:.0e}); nothing was written · help: export it without a cache"
+        )
 
 
 def _fresh_cache(model: nn.Module, batch: int, length: int) -> list[Tensor]:
@@ -172,18 +250,15 @@ def _tokens(model: Any, batch: int, length: int) -> Tensor:
     return torch.randint(0, size, (batch, length), generator=generator)
 
 
-Roles = tuple[tuple[int, ...], tuple[int, ...]]
-
-
 def _axes(shape: torch.Size, other: torch.Size) -> Roles:
-    """The axes that grow with batch and length, and those that do not."""
+    """Compared at two batches and two lengths; the batch axis comes first in every cache."""
     grown = tuple(d for d, (n, m) in enumerate(zip(shape, other, strict=True)) if n != m)
     return grown, tuple(d for d in range(len(shape)) if d not in grown)
 
 
-def _bytes(past: Sequence[Tensor], roles: Sequence[Roles]) -> int:
-    """Bytes per token of one sequence."""
+def numbers(past: Sequence[Tensor], still: Sequence[tuple[int, ...]]) -> int:
+    """Elements per token of one sequence; `still`: the axes that do not grow."""
     return sum(
-        math.prod(tensor.shape[d] for d in still) * tensor.element_size()
-        for tensor, (_, still) in zip(past, roles, strict=True)
+        math.prod(tensor.shape[dim] for dim in dims)
+        for tensor, dims in zip(past, still, strict=True)
     )

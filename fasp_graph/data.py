@@ -261,7 +261,9 @@ def _example(model: nn.Module) -> Any:
     main = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     if main == "input_ids" and hasattr(config, "vocab_size"):
-        return {"input_ids": torch.randint(0, config.vocab_size, EXAMPLE, generator=generator)}
+        ids = torch.randint(0, config.vocab_size, EXAMPLE, generator=generator)
+        paired = getattr(config, "is_encoder_decoder", False)
+        return {"input_ids": ids, **({"decoder_input_ids": ids.flip(1)} if paired else {})}
     size = getattr(config, "image_size", None)
     if main == "pixel_values" and size is not None:
         height, width = size if isinstance(size, (tuple, list)) else (size, size)

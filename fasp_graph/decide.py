@@ -114,7 +114,9 @@ def decide(
     decided = Decisions(budget)
     if config.passes.allocation == "influence":
         factors = leans(_cosines(job, groups))
-        budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep, lean=factors)
+        budget = allocate(
+            deps, groups, config.sparsity, config.align, config.min_keep, lean=factors
+        )
         decided.budget = settled(deps, groups, budget, shared, config)
     elif config.passes.allocation != "uniform":
         decided.curves = _curves(job, groups, progress)

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from passes.analysis import analysis
-from passes.capture import Args, Captured, capture
+from passes.capture import Args, capture
 from passes.errors import FaspGraphError
 from passes.groups import DependencyGraph, Group
 from passes.removal import Removal, removal, sliced
@@ -43,12 +43,7 @@ class Twin:
 
 def dense_twin(model: nn.Module, deps: DependencyGraph, kept: Mapping[str, Any]) -> Twin:
     """The twin of a compact transformers model; `deps` and `kept` say how it was pruned."""
-    found: Any = model
-    if not hasattr(found, "config"):
-        raise FaspGraphError(f"{type(model).__name__} has no config to build its dense form from")
-    with torch.random.fork_rng(devices=[]):
-        twin = type(found)(copy.deepcopy(found.config)).eval()
-    twin.to(next(model.parameters()).dtype)
+    twin = dense_shell(model)
     shapes = _cut_axes(twin, deps, kept)
     with torch.no_grad():
         for name, tensor in _tensors(twin).items():
@@ -58,13 +53,37 @@ def dense_twin(model: nn.Module, deps: DependencyGraph, kept: Mapping[str, Any])
     return Twin(twin, _gone(twin, deps, kept))
 
 
+def dense_shell(model: nn.Module) -> nn.Module:
+    """The class of a transformers model at the sizes of its configuration, with random weights."""
+    found: Any = model
+    if not hasattr(found, "config"):
+        raise FaspGraphError(
+            f"{type(model).__name__} has no config to build its dense form from · help: export it "
+            "without a cache"
+        )
+    with torch.random.fork_rng(devices=[]):
+        shell: nn.Module = type(found)(copy.deepcopy(found.config))
+    return shell.to(next(model.parameters()).dtype).eval()
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A captured program without what the plan removed; `uncut`: weights that this form of the
+    model could not cut. They hold zeros.
+    """
+
+    graph_module: GraphModule
+    inputs: tuple[Any, ...]
+    uncut: tuple[str, ...]
+
+
 def shrunk(
     twin: Twin,
     wrapper: nn.Module,
     inputs: tuple[Any, ...],
     shapes: Any,
     open_axes: OpenAxes = CLOSED,
-) -> Captured:
+) -> Shrunk:
     """`wrapper` (holding the twin as its `model`) captured, without what the plan removed."""
     captured = capture(wrapper, inputs, shapes=shapes)
     module, given = captured.graph_module, captured.inputs
@@ -73,7 +92,18 @@ def shrunk(
         cut = removal(deps, _kept(deps, twin))
         given = _cut_inputs(module, given, cut)
         module = rewrite(module, cut)
-    return Captured(without_unused(module), given, captured.dynamic_shapes)
+    module = without_unused(module)
+    return Shrunk(module, given[0], _uncut(module, twin))
+
+
+def _uncut(module: GraphModule, twin: Twin) -> tuple[str, ...]:
+    held, found = _tensors(twin.model), dict[str, None]()
+    for name, tensor in module.named_parameters():
+        dense = held.get(name.removeprefix("model."))
+        for _, number, dim in twin.gone:
+            if number == id(dense) and dense is not None and tensor.shape[dim] == dense.shape[dim]:
+                found[name.removeprefix("model.")] = None
+    return tuple(found)
 
 
 def _cut_inputs(module: GraphModule, inputs: Args, cut: Removal) -> Args:

@@ -11,14 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 import models_zoo
-from passes.capture import as_args, capture
+from passes.capture import as_args
 
 from .bench import bench
 from .data import load_target
 from .evaluate import flops, latency, size_of
+from .export import FORMATS as EXPORTS
+from .export import Options, export_source, source_of
 from .jsontext import to_json
 from .measures import tasks
-from .onnx import export_graph
+from .onnx import EXTERNAL_DATA_BYTES
+from .onnx_reduce import DTYPES
 from .quality import Quality
 from .terminal import DATA_HELP, Debug, Json, Length, Model, Windows, show, stages, wide_console
 
@@ -120,15 +123,34 @@ def bench_command(
 
 def export_command(
     model: Model,
-    output: Annotated[Path, typer.Argument(metavar="FILE.onnx")],
+    output: Annotated[
+        Path, typer.Argument(metavar="PATH", help="FILE.onnx, FILE.pt2; a folder for parts.")
+    ],
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(EXPORTS)}.")] = "onnx",
+    cache: Annotated[
+        bool, typer.Option(help="onnx: past_key_values, or the parts of an encoder-decoder.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help=f"onnx: one of {', '.join(DTYPES)}.")] = "float32",
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="onnx: text for the file's perplexity."),
+    ] = None,
+    length: Length = 256,
+    windows: Windows = 64,
+    external_data_bytes: Annotated[
+        int, typer.Option(help="onnx: weights of more bytes lie in PATH.data.", min=0)
+    ] = EXTERNAL_DATA_BYTES,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model, pruned or not, as ONNX, checked in ONNX Runtime."""
-    target = load_target(model)
-    captured = capture(target.model, target.inputs)
-    path = export_graph(captured.graph_module, captured.inputs, captured.dynamic_shapes, output)
-    show({"onnx": str(path), "bytes": path.stat().st_size}, json)
+    """Write a model, pruned or not, as ONNX or .pt2; run and compared before it appears."""
+    with stages("load model and data") as progress:
+        target = load_target(model, length=length, count=windows, evaluation=data)
+        tokens = None if data is None or target.heldout is None else target.heldout[:windows]
+        options = Options(cache, dtype, tokens, external_data_bytes)
+        progress("capture, write, compare")
+        found = export_source(source_of(target), output, format, options)
+    show(found.to_dict(), json)
 
 
 def zoo_command(json: Json = False, debug: Debug = False) -> None:

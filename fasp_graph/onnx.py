@@ -7,14 +7,10 @@ of another batch and sequence size. Only a file that passed all of it appears at
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
-import shutil
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +18,6 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor
-from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -30,20 +25,43 @@ from passes.capture import Args, tensors
 from passes.errors import FaspGraphError, VerificationError
 from passes.kernels import narrow
 
+from .drafts import draft
 from .jsontext import to_json
+from .onnx_reduce import reduce
+from .other_sizes import other_sizes
+from .program import program_of, quiet
 
 if TYPE_CHECKING:
     from .prune import Pruned
 
 OPSET = 18
 EXTERNAL_DATA_BYTES = 1_800_000_000  # protobuf holds at most 2 GB
-_CHATTY = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._dynamo", "torch.fx")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a graph is written.
+
+    input_names, output_names   of the tensors, in order; None: the exporter's
+    axes                        input -> axis -> name of its size; None: the exporter's
+    cases                       inputs to compare at; None: the example and another size
+    dtype                   float32 (the graph's own), float16 or int8 (dynamic, weights only)
+    external_data_bytes         weights of more bytes than this lie in a file of their own beside
+    """
+
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    cases: Sequence[Args] | None = None
+    dtype: str = "float32"
+    external_data_bytes: int = EXTERNAL_DATA_BYTES
 
 
 def export_onnx(pruned: Pruned, path: str | os.PathLike[str]) -> Path:
     """Write the compact graph as ONNX and return its path; dynamic wherever the capture is.
 
     Raises VerificationError, and writes nothing, if ONNX Runtime computes other numbers.
+    `fasp_graph.export` has the options: with a cache, in parts, float16, int8.
     """
     metadata = {"fasp_graph.plan": to_json(pruned.plan.to_dict())}
     plain = narrow(pruned.graph_module)  # ONNX Runtime has no use for the padding, and pays for it
@@ -56,40 +74,59 @@ def export_graph(
     dynamic_shapes: Any,
     path: Path,
     metadata: Mapping[str, str] | None = None,
+    form: Form = Form(),
 ) -> Path:
     """Write any captured graph as ONNX: the work of `export_onnx`."""
-    if not path.parent.is_dir():
-        raise FaspGraphError(f"the folder {path.parent} does not exist · help: create it first")
-    if path.is_dir():
-        raise FaspGraphError(f"{path} is a folder · help: give the path of a file")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        draft = temporary / path.name
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                _capture(module, inputs, dynamic_shapes),
-                dynamo=True,
-                opset_version=OPSET,
-                verbose=False,
-            )
-        if program is None:
-            raise FaspGraphError("torch.onnx.export returned no program")
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    external = size > form.external_data_bytes
+    with draft(path, "ONNX") as made:
+        program = _program(module, inputs, dynamic_shapes, form)
         program.model.metadata_props.update(metadata or {})
-        size = sum(p.numel() * p.element_size() for p in module.parameters())
-        program.save(draft, external_data=size > EXTERNAL_DATA_BYTES)
-        onnx.checker.check_model(str(draft))
-        _compare(module, inputs, draft)
-        for file in sorted(temporary.iterdir(), key=lambda file: file == draft):
-            os.replace(file, path.parent / file.name)
-    except FaspGraphError:
-        raise
-    except Exception as error:
-        raise FaspGraphError(
-            f"the graph cannot be written as ONNX: {str(error).strip()[:600]}"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        program.save(made, external_data=external)
+        onnx.checker.check_model(str(made))
+        _compare(module, inputs, made, form)
+        if form.dtype != "float32":
+            reduce(made, form.dtype, external)
+            onnx.checker.check_model(str(made))
+            _compare(module, inputs, made, form)
     return path
+
+
+def _program(module: GraphModule, inputs: Args, dynamic_shapes: Any, form: Form) -> Any:
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            program_of(module, inputs, dynamic_shapes),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=form.input_names,
+            output_names=form.output_names,
+        )
+    if program is None:
+        raise FaspGraphError("torch.onnx.export returned no program")
+    _name_axes(program.model, form.axes)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces: half of a small file, and this machine's paths
+    return program
+
+
+def _name_axes(model: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Give the sizes of the inputs' axes their names, everywhere in the graph."""
+    import onnx_ir as ir
+
+    named = {
+        str(value.shape[dim]): name
+        for value in model.graph.inputs
+        for dim, name in axes.get(value.name, {}).items()
+    }
+    results = [value for node in model.graph for value in node.outputs]
+    for value in (*model.graph.inputs, *results) if named else ():
+        if value.shape is None:
+            continue
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                text = re.sub(r"\w+", lambda m: named.get(m[0], m[0]), str(size.value))
+                value.shape[dim] = ir.SymbolicDim(text)
 
 
 def onnx_session(path: str | os.PathLike[str]) -> onnxruntime.InferenceSession:
@@ -102,42 +139,30 @@ def onnx_session(path: str | os.PathLike[str]) -> onnxruntime.InferenceSession:
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Args) -> list[Tensor]:
-    """Outputs of a session on (args, kwargs) of the graph module that it was made of."""
+    """Outputs of a session on (args, kwargs) of the graph module that it was made of; floating
+    point goes in as the session takes it.
+    """
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    names = [entry.name for entry in session.get_inputs()]
-    if len(names) != len(leaves):
+    entries = session.get_inputs()
+    if len(entries) != len(leaves):
         raise VerificationError(
-            f"the ONNX model takes {len(names)} inputs, the graph {len(leaves)}"
+            f"the ONNX model takes {len(entries)} inputs, the graph {len(leaves)}"
         )
-    feed = {name: leaf.cpu().numpy() for name, leaf in zip(names, leaves, strict=True)}
+    feed = {}
+    for entry, leaf in zip(entries, leaves, strict=True):
+        value = leaf.half() if entry.type == "tensor(float16)" else leaf
+        feed[entry.name] = value.cpu().numpy()
     return [torch.from_numpy(array) for array in session.run(None, feed)]
 
 
-def _capture(module: GraphModule, inputs: Args, dynamic_shapes: Any) -> ExportedProgram:
-    shapes = _automatic(inputs) if dynamic_shapes is None else dynamic_shapes
-    try:
-        return torch.export.export(
-            module, inputs[0], inputs[1], dynamic_shapes=shapes, strict=False
-        )
-    except Exception:
-        return torch.export.export(module, inputs[0], inputs[1], strict=False)
-
-
-def _automatic(inputs: Args) -> Any:
-    """Dim.AUTO on every axis > 1, in the form that torch.export takes: by position or by name."""
-    args, kwargs = pytree.tree_map(
-        lambda v: (
-            {d: Dim.AUTO for d, n in enumerate(v.shape) if n > 1} if isinstance(v, Tensor) else None
-        ),
-        inputs,
-    )
-    return dict(kwargs) if kwargs and not args else tuple(args) if not kwargs else None
-
-
-def _compare(module: GraphModule, inputs: Args, path: Path) -> None:
+def _compare(module: GraphModule, inputs: Args, path: Path, form: Form) -> None:
     """ONNX Runtime equals the graph module at the example size and at another, if it is dynamic."""
     session = onnx_session(path)
-    for case in (inputs, *_other_sizes(module, inputs, session)):
+    cases: Sequence[Args] | Iterator[Args] | None = form.cases
+    if cases is None:
+        shapes = [entry.shape for entry in session.get_inputs()]
+        cases = (inputs, *other_sizes(module, inputs, shapes))
+    for case in cases:
         with torch.no_grad():
             expected = tensors(module(*case[0], **case[1]))
         actual = run_session(session, case)
@@ -146,16 +171,21 @@ def _compare(module: GraphModule, inputs: Args, path: Path) -> None:
                 f"ONNX Runtime returns {len(actual)} outputs, the graph {len(expected)}"
             )
         for k, (left, right) in enumerate(zip(expected, actual, strict=True)):
-            _same(left.cpu(), right, k)
+            _same(left.cpu(), right, k, form.dtype)
 
 
-def _same(left: Tensor, right: Tensor, output: int) -> None:
+def _same(left: Tensor, right: Tensor, output: int, dtype: str = "float32") -> None:
     if left.shape != right.shape:
         raise VerificationError(
             f"output {output}: ONNX Runtime gives shape {tuple(right.shape)}, the graph "
             f"{tuple(left.shape)}"
         )
-    tolerance = 2e-2 if left.dtype in (torch.float16, torch.bfloat16) else 5e-4
+    if dtype == "int8":
+        if not bool(torch.isfinite(right).all()):
+            raise VerificationError(f"output {output} is not finite in int8")
+        return  # what rounding to 8 bits costs is measured, by perplexity
+    half = torch.float16 in (left.dtype, right.dtype) or left.dtype == torch.bfloat16
+    tolerance = 2e-2 if half else 5e-4
     left, right = left.double(), right.double()
     scale = max(1.0, float(left.abs().max())) if left.numel() else 1.0
     if not torch.allclose(left, right, rtol=0, atol=tolerance * scale, equal_nan=True):
@@ -165,61 +195,3 @@ def _same(left: Tensor, right: Tensor, output: int) -> None:
             f"{tolerance:.0e}); "
             "nothing was written"
         )
-
-
-def _other_sizes(
-    module: GraphModule, inputs: Args, session: onnxruntime.InferenceSession
-) -> Iterator[Args]:
-    """Inputs with every dynamic axis doubled, or halved where the model takes no more."""
-    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    shapes = [entry.shape for entry in session.get_inputs()]
-    free = [[isinstance(size, str) for size in shape] for shape in shapes]
-    names = [size for shape in shapes for size in shape if isinstance(size, str)]
-    if not names or not all(name.isidentifier() for name in names):
-        return
-    for numerator, denominator in ((2, 1), (1, 2)):
-        fresh = iter(
-            [
-                _resized(leaf, axes, numerator, denominator)
-                for leaf, axes in zip(leaves, free, strict=True)
-            ]
-        )
-        case = pytree.tree_map(
-            lambda v, fresh=fresh: next(fresh) if isinstance(v, Tensor) else v, inputs
-        )
-        try:
-            with torch.no_grad():
-                module(*case[0], **case[1])
-        except (RuntimeError, IndexError):
-            continue  # a table of positions ends here, say
-        yield case
-        return
-
-
-def _resized(value: Tensor, axes: list[bool], numerator: int, denominator: int) -> Tensor:
-    """`value` repeated or cut to the new sizes; numbers are new, 0/1 masks stay."""
-    for dim, free in enumerate(axes):
-        if free:
-            size = max(2, value.shape[dim] * numerator // denominator)
-            value = value.index_select(dim, torch.arange(size) % value.shape[dim])
-    if value.is_floating_point():
-        return torch.randn(value.shape, dtype=value.dtype)
-    if value.numel() and value.max() > 1:
-        return value.roll(1, -1).contiguous()
-    return value.contiguous()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's prints, warnings and log lines are dropped; errors still raise."""
-    levels = {name: logging.getLogger(name).level for name in _CHATTY}
-    sink = io.StringIO()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(sink))
-        stack.enter_context(contextlib.redirect_stderr(sink))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-            stack.callback(logging.getLogger(name).setLevel, level)
-        yield

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 
+import decoding
 import pytest
 import torch
 from rich.console import Console
@@ -54,9 +55,23 @@ def test_prune_eval_and_export_a_folder(run, tmp_path):
     assert code == 0, error
     assert json.loads(out)["parameters"] == report["params_after"] < report["params_before"]
 
-    code, out, error = run("export", folder, tmp_path / "small.onnx", "--json")
+    code, out, error = run(
+        *("export", folder, tmp_path / "small.onnx", "--cache", "--dtype", "float16", "--json"),
+        *("--external-data-bytes", 1000, "--data", "decoding:windows", "--windows", 2),
+    )
     assert code == 0, error
-    assert json.loads(out)["bytes"] == (tmp_path / "small.onnx").stat().st_size
+    found = json.loads(out)
+    held = [tmp_path / name for name in ("small.onnx", "small.onnx.data")]
+    assert found["bytes"] == sum(path.stat().st_size for path in held)
+    assert found["cache_bytes"] < found["dense_cache_bytes"]
+    tokens = decoding.windows()[:2]
+    assert found["perplexity"] == pytest.approx(fg.perplexity(fg.load(folder), tokens), rel=0.01)
+
+    code, out, error = run("export", folder, tmp_path / "small.pt2", "--format", "pt2", "--json")
+    assert code == 0, error
+    program = torch.export.load(tmp_path / "small.pt2").module()
+    logits = program(input_ids=tokens)["logits"]
+    torch.testing.assert_close(logits, fg.load(folder)(tokens).logits)
 
 
 @pytest.mark.parametrize("form", ["json", "dot", "graphml", "mermaid", "svg"])

@@ -2,14 +2,20 @@
 
 import json
 
+import families
+import numpy as np
 import onnx
 import pytest
 import torch
+from decoding import greedy
 
 import fasp_graph as fg
 import models_zoo
+from fasp_graph import caching
 from fasp_graph import onnx as emitter
-from passes.errors import VerificationError
+from fasp_graph.dense import dense_twin
+from passes.errors import ConfigError, VerificationError
+from passes.values import CLOSED
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +76,152 @@ def test_paths_that_cannot_be_written(pruned, tmp_path):
         fg.export_onnx(pruned, tmp_path / "nowhere" / "small.onnx")
     with pytest.raises(fg.FaspGraphError, match="is a folder"):
         fg.export_onnx(pruned, tmp_path)
+
+
+# ------------------------------------------------------------------------------- smaller numbers
+@pytest.mark.parametrize(
+    ("dtype", "slack", "apart"), [("float16", 0.01, True), ("int8", 0.05, False)]
+)
+def test_smaller_numbers_and_their_perplexity(pruned, tmp_path, dtype, slack, apart):
+    torch.manual_seed(0)
+    tokens = torch.randint(3, 101, (4, 12))
+
+    found = fg.export(
+        *(pruned, tmp_path / "small.onnx"),
+        **{"dtype": dtype, "tokens": tokens},
+        **({"external_data_bytes": 1000} if apart else {}),
+    )
+
+    expected = fg.perplexity(pruned.model, tokens)
+    assert found.perplexity == pytest.approx(expected, rel=slack)
+    assert found.files == (("small.onnx", "small.onnx.data") if apart else ("small.onnx",))
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(found.files)
+    model = onnx.load(tmp_path / "small.onnx")
+    held = sum(len(weight.raw_data) for weight in model.graph.initializer)
+    assert held < 0.7 * pruned.report.bytes_after
+    assert [entry.key for entry in model.metadata_props] == ["fasp_graph.plan"]
+    assert not any(node.metadata_props for node in model.graph.node)
+    kinds = {node.op_type for node in model.graph.node}
+    assert ("MatMulInteger" in kinds) == (dtype == "int8")
+
+
+def test_options_that_mean_nothing(pruned, tmp_path):
+    with pytest.raises(ConfigError, match="no dtype 'float8'"):
+        fg.export(pruned, tmp_path / "small.onnx", dtype="float8")
+    with pytest.raises(ConfigError, match="no format 'tflite'"):
+        fg.export(pruned, tmp_path / "small.onnx", "tflite")
+    with pytest.raises(ConfigError, match="belong to onnx"):
+        fg.export(pruned, tmp_path / "small.pt2", "pt2", cache=True)
+
+
+# ------------------------------------------------------------------------------------ with a cache
+def decoder_of(name):
+    model, batch = families.build(name), families.FAMILIES[name].batch
+    config = fg.Config(method="magnitude", sparsity=0.3)
+    return fg.prune(model, batch(3, 11), None, config)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return decoder_of("llama")
+
+
+def prompt():
+    """Two prompts of 6 and 4 tokens, padded on the left."""
+    torch.manual_seed(1)
+    ids, mask = torch.randint(3, families.VOCABULARY, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[1, :2] = 0
+    ids[1, :2] = 2
+    return ids, mask
+
+
+def text_of(model, ids, mask):
+    options = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False}
+    return model.generate(ids, attention_mask=mask, eos_token_id=None, **options)
+
+
+def test_a_decoder_with_its_cache_in_onnx_runtime(llama, tmp_path):
+    found = fg.export(llama, tmp_path / "model.onnx", cache=True)
+
+    session = emitter.onnx_session(tmp_path / "model.onnx")
+    shapes = {entry.name: entry.shape for entry in session.get_inputs()}
+    cached = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    past = [f"past_key_values.{name}" for name in cached]
+    assert list(shapes) == ["input_ids", "attention_mask", *past, "position_ids"]
+    names = [entry.name for entry in session.get_outputs()]
+    assert names == ["logits", *[f"present.{name}" for name in cached]]
+    grown = ["batch_size", 2, "past_sequence_length"]
+    kept = [shapes[name][3] for name in past]
+    assert [shapes[name][:3] for name in past] == [grown] * 4
+    assert kept[::2] == [8, 8] and max(kept[1::2]) < 8
+    assert (found.cache_bytes, found.dense_cache_bytes) == (4 * 2 * sum(kept), 4 * 2 * 32)
+    assert found.uncut == ()
+    ids, mask = prompt()
+    made = greedy(session, ids.numpy(), mask.numpy(), 7)
+    assert made.tolist() == text_of(llama.model, ids, mask).tolist()
+
+
+class Stepper:
+    """A captured decoder in the place of an ONNX session."""
+
+    def __init__(self, decoder):
+        self.decoder = decoder
+
+    def get_inputs(self):
+        leaves = torch.utils._pytree.tree_leaves(self.decoder.inputs)
+        return [Entry(*pair) for pair in zip(self.decoder.input_names, leaves, strict=True)]
+
+    def get_outputs(self):
+        return [Entry(name, torch.empty(0)) for name in self.decoder.output_names]
+
+    def run(self, _, feed):
+        given = [torch.from_numpy(np.ascontiguousarray(feed[n])) for n in self.decoder.input_names]
+        count = len(self.decoder.growing)
+        past, places = given[2 : 2 + count], given[2 + count :]
+        with torch.no_grad():
+            logits, present = self.decoder.graph_module(*given[:2], past, *places)
+        return [logits.numpy(), *[tensor.numpy() for tensor in present]]
+
+
+class Entry:
+    type = "tensor(float)"
+
+    def __init__(self, name, tensor):
+        self.name = name
+        free = (0, 2) if name.startswith("past") else ()
+        self.shape = ["free" if d in free else n for d, n in enumerate(tensor.shape)]
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "phi3", "gpt-neox"])
+def test_a_captured_decoder_writes_the_same_text(name):
+    result = decoder_of(name)
+
+    decoder = caching.cached_decoder(
+        dense_twin(result.model, result.deps, result.plan.kept), result.model
+    )
+
+    assert decoder.cache_numbers < decoder.dense_cache_numbers
+    ids, mask = prompt()
+    made = greedy(Stepper(decoder), ids.numpy(), mask.numpy(), 7)
+    assert made.tolist() == text_of(result.model, ids, mask).tolist()
+
+
+def test_a_cache_that_cannot_shrink_is_reported(llama, monkeypatch):
+    monkeypatch.setattr(caching, "OpenAxes", lambda *axes: CLOSED)
+    twin = dense_twin(llama.model, llama.deps, llama.plan.kept)
+
+    decoder = caching.cached_decoder(twin, llama.model)
+
+    assert decoder.cache_numbers == decoder.dense_cache_numbers
+    assert "model.layers.0.self_attn.v_proj.weight" in decoder.uncut
+    with pytest.raises(VerificationError, match="with its cache"), torch.no_grad():
+        next(twin.model.parameters()).add_(1.0)
+        caching.cached_decoder(twin, llama.model)
+
+
+def test_what_has_no_cache_is_refused(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.ReLU(), torch.nn.Linear(9, 4))
+    result = fg.prune(model, torch.randn(3, 6), None, fg.Config(method="magnitude", sparsity=0.3))
+
+    with pytest.raises(fg.FaspGraphError, match="without a cache"):
+        fg.export(result, tmp_path / "model.onnx", cache=True)

@@ -1,0 +1,56 @@
+"""drafts: files appear at their path complete and checked, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from passes.errors import FaspGraphError
+
+
+@contextmanager
+def draft(path: Path, kind: str) -> Iterator[Path]:
+    """A path in a temporary folder beside `path`. What lies in the folder when the block ends is
+    moved beside `path`, the file of its name last; an exception leaves nothing behind, and becomes
+    a FaspGraphError that says `kind`.
+    """
+    if not path.parent.is_dir():
+        raise FaspGraphError(f"the folder {path.parent} does not exist · help: create it first")
+    if path.is_dir():
+        raise FaspGraphError(f"{path} is a folder · help: give the path of a file")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        made = temporary / path.name
+        yield made
+        for file in sorted(temporary.iterdir(), key=lambda file: file == made):
+            os.replace(file, path.parent / file.name)
+    except FaspGraphError:
+        raise
+    except Exception as error:  # exporters raise errors of many unrelated types
+        raise FaspGraphError(
+            f"the graph cannot be written as {kind}: {str(error).strip()[:600]}"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def draft_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends without an
+    exception. `path` must not exist, or be an empty folder.
+    """
+    if not path.parent.is_dir():
+        raise FaspGraphError(f"the folder {path.parent} does not exist · help: create it first")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FaspGraphError(f"{path} exists · help: name a new folder for the parts")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
