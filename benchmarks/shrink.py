@@ -355,7 +355,7 @@ def _is_heads(name: str) -> bool:
         bool({"heads", "head", "ngroups"} & set(words))
         and not _is_head_width(name)
         and (bool({"num", "n", "heads", "kv"} & set(words)))
-        or name in ("num_key_value_heads", "num_query_groups", "mamba_n_groups")
+        or name in ("num_key_value_heads", "num_query_groups", "mamba_n_groups", "n_groups")
     )
 
 
