@@ -44,31 +44,31 @@ def half(group: Group) -> tuple[int, ...]:
     return with_every_piece(group, kept, torch.rand(group.size, generator=generator).tolist())
 
 
-def cover(model_type: str) -> dict[str, Any]:
-    """The row of one type."""
+def cover(model_type: str, dynamic: bool | None = None) -> dict[str, Any]:
+    """The row of one type; seconds are those of the CPU. `dynamic`: see passes.capture."""
     row: dict[str, Any] = {"type": model_type, "stage": "build", "seconds": {}}
     try:
-        _stages(model_type, row)
+        _stages(model_type, row, dynamic)
     except Exception as error:
         row["reason"] = reason(error)
         row["error"] = type(error).__name__
     return row
 
 
-def _stages(model_type: str, row: dict[str, Any]) -> None:
-    started = time.monotonic()
+def _stages(model_type: str, row: dict[str, Any], dynamic: bool | None) -> None:
+    started = time.process_time()
 
     def done(stage: str, following: str) -> None:
         nonlocal started
-        row["seconds"][stage] = round(time.monotonic() - started, 2)
-        started, row["stage"] = time.monotonic(), following
+        row["seconds"][stage] = round(time.process_time() - started, 2)
+        started, row["stage"] = time.process_time(), following
 
     built = build(model_type)
     row["class"] = type(built.model).__name__
     row["inputs"] = {name: list(value.shape) for name, value in built.inputs.items()}
     row["parameters"] = sum(p.numel() for p in built.model.parameters())
     done("build", "capture")
-    program = capture(built.model, built.inputs)
+    program = capture(built.model, built.inputs, dynamic)
     row["nodes"] = len(program.graph_module.graph.nodes)
     done("capture", "analyse")
     deps = _analysed(program, row)

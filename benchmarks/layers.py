@@ -72,7 +72,7 @@ def _reason(deps: DependencyGraph, consumes: bool, units: set[int]) -> str:
     if consumes or any(g.kind == "chain" for g in groups):
         return ""
     held = [f"{g.kind}, {re.sub(' · .*', '', g.reason)}" for g in groups]
-    return held[0] if held else "no labels of a weight"
+    return held[0] if held else "a dim of one position"
 
 
 def _inner(node: Node, deps: DependencyGraph) -> set[int]:

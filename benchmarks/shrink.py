@@ -108,7 +108,13 @@ def _rebuilt(config: Any, shrink: _Shrink) -> Any:
         plain["out_indices"] = shrink.stages(
             list(stages), len(config.stage_names) - 1, _own(config)
         )
-    return type(config)(**plain)
+    return type(config)(**{k: v for k, v in plain.items() if not _is_derived(type(config), k)})
+
+
+def _is_derived(cls: type, name: str) -> bool:
+    """A property that cannot be set."""
+    held = getattr(cls, name, None)
+    return isinstance(held, property) and held.fset is None
 
 
 def _own_library(config: Any) -> Any:
@@ -349,7 +355,7 @@ def _is_heads(name: str) -> bool:
         bool({"heads", "head", "ngroups"} & set(words))
         and not _is_head_width(name)
         and (bool({"num", "n", "heads", "kv"} & set(words)))
-        or name in ("num_key_value_heads", "num_query_groups", "mamba_n_groups")
+        or name in ("num_key_value_heads", "num_query_groups", "mamba_n_groups", "n_groups")
     )
 
 

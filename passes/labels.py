@@ -1,9 +1,10 @@
 """Label propagation: run the captured graph on labels instead of numbers.
 
     movement   the same aten op is executed on the label arrays (passes/moves.py)
-    pointwise  labels that meet in one element, on the same dim, unite
+    places     join, pad, index, write at places (passes/places.py); by data: passes/routing.py
+    pointwise  labels that meet in one element, on the same dim, unite (passes/pointwise.py)
     rules      passes/rules: carried axes unite, summed axes unite and end in a Site, mixed and
-               fixed axes are marked
+               fixed axes are marked (passes/axes.py)
     otherwise  everything that the op touches is marked frozen, with the op and the user's line as
                the reason
 
@@ -24,11 +25,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from . import moves, recurrent, routing
+from . import moves, places, recurrent, routing
+from .axes import apply_rule
 from .capture import Args
 from .errors import UnsupportedOp, where
 from .lazy import Lazy
-from .rules import Axes, Call, parse, table
+from .pointwise import is_pointwise, meet_pointwise
+from .rules import table
 from .values import (
     BLOCKS,
     CLOSED,
@@ -41,33 +44,10 @@ from .values import (
     Source,
     Value,
 )
-from .visit import Visit, bind, op_name, tensor_arguments
+from .visit import Visit, bind, op_name
 
 __all__ = ["Labels", "Mark", "Operand", "Site", "Source", "Value", "propagate"]
 
-# Pointwise ops that torch does not tag.
-CARRY = {
-    *("clone", "contiguous", "to", "_to_copy", "dropout", "type_as", "detach", "alias", "tril"),
-    *("triu", "masked_fill", "where", "clamp", "gelu", "silu", "relu", "hardtanh", "hardswish"),
-    *("softplus", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
-    *("relu6", "selu", "celu", "hardsigmoid", "leaky_relu", "elu", "mish", "logsigmoid", "conj"),
-    *("fill", "copy", "copy_", "fill_", "zero_", "nan_to_num", "float_power", "lift_fresh_copy"),
-    *("_conj", "resolve_conj", "resolve_neg", "real", "imag", "isfinite", "isnan", "isinf"),
-    *("square", "rsqrt", "bernoulli", "log_sigmoid", "log_sigmoid_forward", "floor_divide"),
-    *(
-        "__and__",
-        "__or__",
-        "__xor__",
-        "complex",
-        "polar",
-        "angle",
-        "sgn",
-        "softsign",
-        "native_dropout",
-    ),
-}
-LINEAR = {"add", "sub", "neg", "rsub", "to", "_to_copy", "contiguous", "clone", "type_as", "alias"}
-SCALING = {"mul", "div"}
 CREATION = {"new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"}
 SHAPELESS = {"sym_size", "sym_numel", "sym_stride", "item", "_local_scalar_dense"}
 
@@ -208,19 +188,19 @@ class _Propagation:
             return self._frozen_write(visit)
         if name in moves.MOVEMENT and _movable(name, values):
             return moves.move(visit)
-        for handlers in (moves.HANDLERS, routing.HANDLERS, recurrent.HANDLERS):
+        for handlers in (places.HANDLERS, routing.HANDLERS, recurrent.HANDLERS):
             if name in handlers:
                 return handlers[name](visit)
         if "conv" in name and (visit.given.get("groups") or 1) > 1:
-            return moves.grouped_convolution(visit)
+            return places.grouped_convolution(visit)
         routing.settle(visit)
         compared = routing.where_equal(visit)
         if compared is not None:
             return [compared]
         if name in self.rules:
-            return self._rule(visit, self.rules[name])
-        if _pointwise(visit.node):
-            return [_meet_pointwise(visit, out) for out in visit.outs]
+            return apply_rule(visit, self.rules[name])
+        if is_pointwise(visit.node):
+            return [meet_pointwise(visit, out) for out in visit.outs]
         return self._unknown(visit)
 
     def _constant(self, node: Node, args: Any) -> Any:
@@ -287,173 +267,6 @@ class _Propagation:
         for value in visit.values():
             visit.freeze(list(value.arrays.values()), what)
         return visit.all_fixed(what)
-
-    # ---------------------------------------------------------------- rules
-    def _rule(self, visit: Visit, rule: Any) -> list[Arrays]:
-        shaped = {k: _shaped(v) for k, v in visit.given.items()}
-        axes = parse(rule if isinstance(rule, str) else rule(Call(shaped)))
-        names = tensor_arguments(visit.node)
-        operands: list[Any] = []
-        for name in names:
-            held = visit.bound[name]
-            operands += list(held) if isinstance(held, (list, tuple)) else [held]
-        return apply(visit, axes, operands[: len(axes.operands)])
-
-
-def _shaped(item: Any) -> Any:
-    if isinstance(item, (list, tuple)) and any(isinstance(v, Value) for v in item):
-        return [_shaped(v) for v in item]
-    return item.shape if isinstance(item, Value) else item
-
-
-def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
-    """Carried axes unite, summed axes unite and make a Site, the others are marked."""
-    labels = visit.labels
-    values = [labels.values[n] if isinstance(n, Node) else None for n in operands]
-    values = _repeat_grouped(visit, values)
-    lists = [
-        _expand(names, len(v.shape)) if v is not None else ()
-        for names, v in zip(axes.operands, values, strict=False)
-    ]
-    order = list(dict.fromkeys(name for names in lists for name in names))
-    outputs = [_expand_out(names, order) for names in axes.outputs]
-    outputs += outputs[-1:] * (len(visit.outs) - len(outputs))
-    carried = {name for names in outputs for name in names}
-    merged: dict[str, Tensor] = {}
-    for axis in order:
-        sides = []
-        for n, v, names in zip(operands, values, lists, strict=False):
-            if v is None or axis not in names:
-                continue
-            dim = names.index(axis)
-            if dim in v.arrays:
-                sides.append(Operand(n, dim, _canonical(v.arrays[dim], names, order), not v.weight))
-        if not sides:
-            continue
-        merged[axis] = labels.meet([side.labels for side in sides])
-        kind = axes.kind(axis, axis in carried)
-        if kind == "sum" and not labels.is_fixed(merged[axis]):
-            labels.sites.append(Site(visit.node, tuple(sides)))
-        elif kind in ("mixed", "fixed"):
-            mark = "mixed" if kind == "mixed" else "frozen"
-            reason = visit.reason(f"{kind} by {visit.name}")
-            labels.mark(mark, [merged[axis]], reason, visit.node)
-        if axis in carried and visit.name in ("batch_norm", "instance_norm"):
-            labels.mark("bent", [merged[axis]], "a scale per channel")
-    return [
-        _result(visit, merged, order, names, out)
-        for names, out in zip(outputs, visit.outs, strict=False)
-    ]
-
-
-def _repeat_grouped(visit: Visit, values: list[Any]) -> list[Any]:
-    """Attention with enable_gqa: query head h reads KV head h // (heads / KV heads)."""
-    if not visit.given.get("enable_gqa"):
-        return values
-    heads = values[0].shape[-3]
-    result = list(values)
-    for k in (1, 2):
-        value = values[k]
-        dim = len(value.shape) - 3
-        times = heads // value.shape[dim]
-        arrays = {
-            d: a.repeat_interleave(times, dim) if a.shape[dim] > 1 else a
-            for d, a in value.arrays.items()
-        }
-        result[k] = Value(value.fake, arrays, value.const)
-    return result
-
-
-def _result(
-    visit: Visit, merged: dict[str, Tensor], order: list[str], names: tuple[str, ...], out: Any
-) -> Arrays:
-    if not isinstance(out, Tensor):
-        return {}
-    found: Arrays = {}
-    for dim, size in enumerate(out.shape):
-        axis = names[dim] if dim < len(names) else ""
-        if size == 1:
-            continue
-        if axis in merged:
-            found[dim] = _restrict(visit.labels, merged[axis], order, names)
-        else:
-            reason = visit.reason(f"a position of {visit.name}")
-            found[dim] = visit.labels.fixed(reason, out.dim())
-    return found
-
-
-def _expand(names: tuple[str, ...], rank: int) -> tuple[str, ...]:
-    if "..." not in names:
-        return names
-    at = names.index("...")
-    free = rank - len(names) + 1
-    return (*names[:at], *(f".{free - k}" for k in range(free)), *names[at + 1 :])
-
-
-def _expand_out(names: tuple[str, ...], order: list[str]) -> tuple[str, ...]:
-    if "..." not in names:
-        return names
-    at = names.index("...")
-    dots = sorted((name for name in order if name[0] == "."), key=lambda n: -int(n[1:]))
-    return (*names[:at], *dots, *names[at + 1 :])
-
-
-def _canonical(array: Tensor, names: tuple[str, ...], order: list[str]) -> Tensor:
-    present = [name for name in order if name in names]
-    array = array.permute([names.index(name) for name in present])
-    index = tuple(slice(None) if name in names else None for name in order)
-    return array[index]
-
-
-def _restrict(labels: Labels, array: Tensor, order: list[str], names: tuple[str, ...]) -> Tensor:
-    for dim, name in enumerate(order):
-        if name not in names:
-            array = labels.collapse(array, dim)
-    present = [name for name in names if name in order]
-    array = array.permute(
-        [order.index(n) for n in present] + [k for k, n in enumerate(order) if n not in names]
-    )
-    array = array.reshape(array.shape[: len(present)])
-    return array[tuple(slice(None) if name in order else None for name in names)]
-
-
-# -------------------------------------------------------------------- pointwise
-def _meet_pointwise(visit: Visit, out: Any) -> Arrays:
-    if not isinstance(out, Tensor):
-        return {}
-    values, rank = list(visit.values()), out.dim()
-    result: Arrays = {}
-    for dim, size in enumerate(out.shape):
-        held = [
-            a.reshape([1] * (rank - len(v.shape)) + list(a.shape))
-            for v in values
-            if (a := v.arrays.get(dim - rank + len(v.shape))) is not None
-        ]
-        if held:
-            result[dim] = visit.labels.meet(held)
-            if _bends(visit, len(held)):
-                visit.labels.mark("bent", [result[dim]], visit.name)
-        elif size > 1:
-            result[dim] = visit.fixed(f"a position of {visit.name}")
-    return result
-
-
-def _bends(visit: Visit, operands: int) -> bool:
-    """Whether only permutations may pass: a non-linearity, or a factor per channel."""
-    name = visit.name.rstrip("_")
-    return name not in LINEAR and not (name in SCALING and operands == 1)
-
-
-def _pointwise(node: Node) -> bool:
-    name = op_name(node)
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()) or name in CARRY:
-        return True
-    if not name.endswith("_"):
-        return False
-    base = name.rstrip("_")
-    packet = getattr(torch.ops.aten, base, None)
-    overload = getattr(packet, getattr(node.target, "_overloadname", ""), None)
-    return base in CARRY or (overload is not None and torch.Tag.pointwise in overload.tags)
 
 
 def _movable(name: str, values: list[Value]) -> bool:

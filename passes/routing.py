@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import moves
+from . import moves, places
 from .values import Arrays, Mark, Value, along
 from .visit import Visit
 
@@ -111,7 +111,7 @@ def look_up(visit: Visit) -> list[Arrays]:
     for dim, pick in enumerate(visit.given["indices"]):
         if isinstance(pick, Value) and _meets(visit, value, dim, pick):
             pointed[dim] = pick
-    return moves.index(visit, set(pointed))
+    return places.index(visit, set(pointed))
 
 
 def _meets(visit: Visit, value: Value, dim: int, pick: Value) -> bool:

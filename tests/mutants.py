@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from trial import chosen, zeroed
 
-from passes import edits, labels, moves, removal, rewrite
+from passes import edits, moves, places, pointwise, removal, rewrite
 from passes.analysis import analysis
 from passes.capture import Args, capture
 from passes.errors import FaspGraphError, VerificationError
@@ -153,7 +153,7 @@ def _shifted(self: Labels, left: Tensor, right: Tensor) -> None:
 
 def _carried(visit: Any) -> list[Any]:
     """An op without a rule taken for pointwise."""
-    return [labels._meet_pointwise(visit, out) for out in visit.outs]
+    return [pointwise.meet_pointwise(visit, out) for out in visit.outs]
 
 
 def _first_ones(tensor: Tensor, cuts: Any) -> Tensor:
@@ -180,9 +180,9 @@ def of_engine() -> Iterator[tuple[str, Patch]]:
     for name in edits.EDITS:
         table = {**edits.EDITS, name: lambda edit: None}
         yield f"edit of {name} skipped", (rewrite, "EDITS", table)
-    for name in moves.HANDLERS:
-        table = {**moves.HANDLERS, name: _carried}
-        yield f"{name} taken for pointwise", (moves, "HANDLERS", table)
+    for name in places.HANDLERS:
+        table = {**places.HANDLERS, name: _carried}
+        yield f"{name} taken for pointwise", (places, "HANDLERS", table)
     yield "blocks not united", (moves, "_unite_inside", lambda v, x, d, array, e, t: array)
     yield "no axis is frozen", (Labels, "mark", lambda *a: None)
 

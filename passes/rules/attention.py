@@ -1,6 +1,6 @@
 """Attention: d is summed (the rewriter pins the softmax scale 1/sqrt(d)), s is a softmax axis.
 
-With enable_gqa, head h reads KV head h // (H / KV); labels.py repeats the labels of K and V.
+With enable_gqa, head h reads KV head h // (H / KV); passes/axes.py repeats the labels of K and V.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Convolutions: channels are summed, kernel and spatial positions are fixed. Groups are
-handled in labels.py.
+handled in passes/places.py.
 """
 
 from __future__ import annotations
