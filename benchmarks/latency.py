@@ -7,7 +7,7 @@
 Random weights in the shapes of OPT-125M and LLaMA-160M (vocabulary cut: the output head is not
 pruned and would hide the layers). `graph` is the captured graph, `class` the user's own model.
 
-    python -m benchmarks.latency [--layers 12] [--align 8] [--output benchmarks/results/latency.json]
+    python -m benchmarks.latency [--layers 12] [--align 8] [--output FILE.json]
 """
 
 from __future__ import annotations

@@ -33,7 +33,11 @@ def bars(
 
 
 def lines(
-    path: Path, title: str, x_name: str, y_name: str, series: Mapping[str, Sequence[Sequence[float]]]
+    path: Path,
+    title: str,
+    x_name: str,
+    y_name: str,
+    series: Mapping[str, Sequence[Sequence[float]]],
 ) -> None:
     """Points (x, y), joined, on logarithmic axes."""
     points = [point for held in series.values() for point in held]
