@@ -4,10 +4,10 @@
 
 `prune` is the walk; capture, verify and emit do not depend on the calibration tokens and are
 listed apart. Layers are as wide as OPT-125M's and LLaMA-160M's; depth, vocabulary and tokens are
-cut so that a run takes a minute: time is linear in layers and tokens (`--scaling` measures it).
+cut so that a run takes a minute: time is linear in layers and tokens (benchmarks/scaling.py).
 CPU seconds of the process, not wall time: a busy machine does not show.
 
-    python -m benchmarks.speed [--scaling] [--output benchmarks/results/speed.json]
+    python -m benchmarks.speed [--output benchmarks/results/speed.json]
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,36 +138,9 @@ def measure(name: str, layers: int, batches: int, reference: bool = True) -> dic
     return row
 
 
-def exponent(xs: list[float], ys: list[float]) -> float:
-    """Slope of log y over log x by least squares."""
-    x, y = ([math.log(v) for v in vs] for vs in (xs, ys))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return above / sum((a - mean_x) ** 2 for a in x)
-
-
-def scaling() -> dict[str, Any]:
-    """Fitted exponents of the walk's time in layers and in tokens."""
-    found = {}
-    for what, cases in (
-        ("layers", [(1, 2), (2, 2), (4, 2)]),
-        ("tokens", [(1, 2), (1, 4), (1, 8)]),
-    ):
-        rows = [measure("opt-125m", *case, reference=False) for case in cases]
-        key = "layers" if what == "layers" else "tokens"
-        times = [row["prune"] for row in rows]
-        found[what] = {
-            "x": [row[key] for row in rows],
-            "seconds": times,
-            "exponent": exponent([row[key] for row in rows], times),
-        }
-    return found
-
-
 def main() -> None:
     """Measure and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed.json"))
@@ -176,8 +148,6 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [measure(name, options.layers, options.batches) for name in SHAPES]
     found: dict[str, Any] = {"rates": rates(), "rows": rows}
-    if options.scaling:
-        found["scaling"] = scaling()
     options.output.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

@@ -52,7 +52,7 @@ class Config:
     kinds      kinds of groups to prune: chain, bilinear (Q and K, scored by weight magnitude, not
                repaired), head (whole heads, KV groups, experts), width (the residual stream: not
                exact, since norms then see fewer channels)
-    align      kept counts of unblocked groups are multiples of this
+    align      what a group keeps of all its blocks together is a multiple of this
     min_keep   units that every block keeps at least
     ridge      the repair's ridge, relative to the mean of the Gram matrix's diagonal
     layout     free: every group keeps what it should; uniform: only groups whose size a field of

@@ -23,7 +23,7 @@ from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
 from passes.errors import CaptureError
 from passes.kernels import widen
-from passes.lazy import replace
+from passes.lazy import is_lazy, replace
 from passes.removal import removal
 from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
@@ -37,6 +37,7 @@ from .inputs import refuse_unmergeable, refuse_unstreamable
 from .layout import Said, uniform_groups
 from .modules import Emission, emit_model
 from .report import Frozen, GroupReport, Report
+from .standin import stand_in
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def prune(
     with _stage("verify", seconds, progress):
         error = verify(dense, compact, cut, captured.inputs, config.seed)
     with _stage("emit", seconds, progress):
-        small, emission = emit_model(model, compact, deps, plan, captured.inputs)
+        double = stand_in(model, captured, cut) if is_lazy(model) else None
+        small, emission = emit_model(model, compact, deps, plan, captured.inputs, double)
     report = _report(captured, compact, deps, plan, decisions, emission, seconds, error)
     return Pruned(
         compact,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .couple import DependencyGraph, Group
 from .errors import BudgetError
-from .select import Budget, least, removed_parameters, scope_size
+from .select import Budget, least, removed_parameters, scope_size, step
 
 ALLOCATIONS = ("uniform", "sensitivity", "curves", "standardised", "influence")
 
@@ -91,7 +91,7 @@ def _choices(group: Group, length: int, align: int, min_keep: int) -> Tensor:
     removable = [
         k
         for k in range(min(length, size - least(group, min_keep) + 1))
-        if k == 0 or group.blocks > 1 or (size - k) % align == 0
+        if k == 0 or (size - k) % step(group, align) == 0
     ]
     return torch.tensor(removable)
 

@@ -116,9 +116,17 @@ def _numel(shape: tuple[int, ...]) -> int:
 def _count(group: Group, ratio: float, align: int, min_keep: int) -> int:
     size = group.size // group.blocks
     count = round((1 - ratio) * size)
-    if align > 1 and count < size:
-        count = round(count / align) * align if group.blocks == 1 else count
+    if count < size:
+        count = round(count / step(group, align)) * step(group, align)
     return max(min(count, size), least(group, min_keep))
+
+
+def step(group: Group, align: int) -> int:
+    """What kept counts per block are multiples of, so that all blocks together keep a multiple of
+    `align`; 1 where a block has fewer than four such steps.
+    """
+    found = align // math.gcd(align, group.blocks)
+    return found if group.blocks == 1 or group.size // group.blocks >= 4 * found else 1
 
 
 def least(group: Group, min_keep: int) -> int:

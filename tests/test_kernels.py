@@ -1,5 +1,7 @@
 """Padding V keeps every number, and `narrow` takes it away again."""
 
+from types import SimpleNamespace
+
 import onnx
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 
 from fasp_graph import Config, prune
 from passes.kernels import narrow, widen
+from passes.select import _count, step
 
 attention = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -82,3 +85,11 @@ def test_a_graph_without_narrow_values_is_left_as_it_is():
     model, x, _ = pruned()
     dense = torch.export.export(model, (x,)).module()
     assert widen(dense, ((x,), {})) is dense
+
+
+def test_blocks_keep_together_what_is_aligned():
+    heads = SimpleNamespace(size=768, blocks=12, least=1)
+    assert step(heads, 16) == 4 and 12 * _count(heads, 0.36, 16, 1) == 480
+    assert step(heads, 1) == 1 and _count(heads, 0.36, 1, 1) == 41
+    assert step(SimpleNamespace(size=48, blocks=12, least=1), 64) == 1  # too coarse for 4 units
+    assert step(SimpleNamespace(size=3072, blocks=1, least=1), 64) == 64

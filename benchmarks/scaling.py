@@ -1,0 +1,107 @@
+"""How the walk's time and memory grow with layers, tokens and width: fitted exponents.
+
+    time ~ x^a: a is the slope of log time over log x by least squares, CPU seconds of one thread
+
+Time should be linear in layers and tokens (a <= 1.05), and between quadratic and cubic in width,
+as matrix products and solves are. Memory is the growth of the resident peak during the walk.
+
+    python -m benchmarks.scaling [--hidden 256] [--output benchmarks/results/scaling.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from benchmarks.plots import lines
+from benchmarks.speed import calibration
+from fasp_graph import Config, prune
+
+CASES = ("layers", "tokens", "hidden")
+
+
+def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Slope of log y over log x by least squares."""
+    x, y = ([math.log(v) for v in vs] for vs in (xs, ys))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return above / sum((a - mean_x) ** 2 for a in x)
+
+
+def peak() -> int:
+    """Largest resident memory since the last reset, in bytes."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def measure(layers: int, batches: int, hidden: int) -> dict[str, float]:
+    """The walk of one OPT-shaped model with random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": 4 * hidden}
+    config = OPTConfig(
+        **sizes, num_hidden_layers=layers, num_attention_heads=hidden // 64, vocab_size=512
+    )
+    model, data = OPTForCausalLM(config).eval(), calibration(batches)
+    ticks: list[float] = []
+    grown = [0]
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage != "prune":
+            return
+        if not ticks:
+            Path("/proc/self/clear_refs").write_text("5")
+            grown[0] = -peak()
+        ticks.append(time.process_time())
+
+    example = {"input_ids": data[0]["input_ids"][:2, :17]}
+    prune(model, example, data, Config(sparsity=0.3, method="fasp"), progress)
+    row = {"layers": layers, "tokens": batches * 1024, "hidden": hidden}
+    return row | {"seconds": ticks[-1] - ticks[0], "bytes": float(max(1, grown[0] + peak()))}
+
+
+def main() -> None:
+    """Measure; write JSON and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/scaling.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    width = options.hidden
+    measure(1, 1, width)  # warm
+    cases = {
+        "layers": [(n, 2, width) for n in (1, 2, 4)],
+        "tokens": [(1, n, width) for n in (2, 4, 8)],
+        "hidden": [(1, 2, n * width) for n in (1, 2, 3)],
+    }
+    found: dict[str, Any] = {}
+    for name, held in cases.items():
+        rows = [measure(*case) for case in held]
+        xs = [row[name] for row in rows]
+        fits = {k: exponent(xs, [row[k] for row in rows]) for k in ("seconds", "bytes")}
+        found[name] = {"rows": rows, "exponents": fits}
+        print(name, json.dumps(fits), flush=True)
+    options.output.write_text(json.dumps(found, indent=1) + "\n")
+    series = {
+        n: [(r[n] / found[n]["rows"][0][n], r["seconds"]) for r in found[n]["rows"]] for n in CASES
+    }
+    lines(
+        options.output.with_suffix(".svg"),
+        "Time of the walk",
+        "times the smallest case",
+        "CPU seconds",
+        series,
+    )
+
+
+if __name__ == "__main__":
+    main()
