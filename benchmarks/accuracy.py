@@ -3,7 +3,9 @@
     python benchmarks/accuracy.py --assets FOLDER --output benchmarks/results/accuracy.json
 
 Calibration and evaluation text are kept apart (benchmarks/accuracy_cases.py); `other` is text of
-another domain. Every method runs at the sparsity that fasp really reached, so budgets are equal.
+another domain. Every method runs at the sparsity that uniform ratios (fasp) really reach: equal
+budgets. Rows of an earlier run in the output file are kept; with `--missing` only those that are
+not there yet are measured.
 excess = log(perplexity / dense perplexity); for a classifier, accuracy lost.
 """
 
@@ -27,6 +29,7 @@ from fasp_graph.decide import decide
 from passes.analysis import analysis
 from passes.capture import capture
 from passes.rewrite import attribute, removal, rewrite
+from passes.select import allocate
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {"method": name} for name in ("fasp", "best", "slimgpt", "flap", "wanda", "magnitude")
@@ -61,7 +64,9 @@ class Row:
     seconds: float
 
 
-def rows_of(case: Case, options: argparse.Namespace, seed: int) -> Iterator[Row]:
+def rows_of(
+    case: Case, options: argparse.Namespace, seed: int, done: set[tuple[Any, ...]]
+) -> Iterator[Row]:
     """All rows of one model."""
     captured = capture(case.model, case.inputs)
     deps = analysis(captured.graph_module, captured.inputs)
@@ -69,9 +74,11 @@ def rows_of(case: Case, options: argparse.Namespace, seed: int) -> Iterator[Row]
     dense = case.measure(captured.graph_module)
     table = "ablation" if options.ablation else "presets"
     for asked in options.sparsity:
-        target = asked
+        target = allocate(deps, groups, asked).sparsity
         for variant, given in (ABLATION if options.ablation else PRESETS).items():
             if variant not in (options.variants or [variant]):
+                continue
+            if (case.name, table, variant, asked, seed) in done:
                 continue
             config = Config(**{"sparsity": target, "seed": seed, **given})
             started = time.perf_counter()
@@ -83,7 +90,6 @@ def rows_of(case: Case, options: argparse.Namespace, seed: int) -> Iterator[Row]
                     attribute(repaired, name).copy_(weight)
             scores = case.measure(rewrite(repaired, removal(deps, decided.kept)))
             reached = decided.budget.sparsity
-            target = reached if variant == "fasp" else target
             yield Row(
                 *(case.name, table, variant, asked, reached, seed, scores, dense),
                 {key: case.excess(dense[key], scores[key]) for key in dense},
@@ -92,21 +98,31 @@ def rows_of(case: Case, options: argparse.Namespace, seed: int) -> Iterator[Row]
             )
 
 
+def key(row: Row) -> tuple[Any, ...]:
+    """What a row is about; a second measurement replaces the first."""
+    return row.model, row.table, row.variant, row.asked, row.seed
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of an earlier run."""
+    return [Row(**held) for held in json.loads(path.read_text())] if path.is_file() else []
+
+
 def show(rows: list[Row], console: Console) -> None:
     """excess of every variant, and in brackets its share of fasp's."""
     variants = list(dict.fromkeys(row.variant for row in rows))
     table = Table("model", "removed", "data", "dense", *variants)
     for model, asked in dict.fromkeys((row.model, row.asked) for row in rows):
         here = [row for row in rows if (row.model, row.asked) == (model, asked)]
-        for key in here[0].dense:
+        for data in here[0].dense:
             mean = {
                 v: sum(found) / len(found)
                 for v in variants
-                if (found := [row.excess[key] for row in here if row.variant == v])
+                if (found := [row.excess[data] for row in here if row.variant == v])
             }
             base = mean.get("fasp", float("nan"))
             cells = [f"{x:.3f} ({x / base:.2f})" if base else f"{x:.3f}" for x in mean.values()]
-            table.add_row(model, f"{asked:.0%}", key, f"{here[0].dense[key]:.3g}", *cells)
+            table.add_row(model, f"{asked:.0%}", data, f"{here[0].dense[data]:.3g}", *cells)
     console.print(table)
 
 
@@ -116,21 +132,23 @@ def main() -> None:
     parser.add_argument("--assets", type=Path)
     parser.add_argument("--models", nargs="+", default=list(CASES))
     parser.add_argument("--output", type=Path, default=Path("build/accuracy.json"))
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.5])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--variants", nargs="+", help="default: all of the table")
     parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--missing", action="store_true", help="leave out what the file has")
     options = parser.parse_args()
-    console, rows = Console(width=150), []
+    console, rows = Console(width=150), read(options.output)
     for name in options.models:
         case = CASES[name](options.assets)
         if case is None:
             console.print(f"{name} left out: its files are not here")
             continue
         for seed in range(options.seeds):
-            for row in rows_of(case, options, seed):
+            done = {key(row) for row in rows} if options.missing else set()
+            for row in rows_of(case, options, seed, done):
                 print(row.model, row.variant, row.asked, row.scores, flush=True)
-                rows.append(row)
+                rows = [r for r in rows if key(r) != key(row)] + [row]
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 found = json.dumps([asdict(r) for r in rows], indent=1)
                 options.output.write_text(found + "\n")

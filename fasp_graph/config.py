@@ -44,10 +44,11 @@ class Config:
     sparsity   removed share of the parameters in scope (passes/select.py)
     method     preset of (score, restore, allocation): best; fasp, slimgpt, flap, wanda, magnitude
                and random from the literature (docs/accuracy.md)
-    score      overrides the method's score: obs, fasp, wanda_l2, magnitude, flap, random
+    score      overrides the method's score: obs, fasp, wanda_l2, magnitude, flap, taylor,
+               numerical, random
     restore    overrides the method's repair: none, bias, fasp, affine, asymmetric, residual
     allocation overrides how the sparsity is spread over groups: uniform, sensitivity, curves,
-               standardised
+               standardised, influence
     kinds      kinds of groups to prune: chain, bilinear (Q and K, scored by weight magnitude, not
                repaired), head (whole heads, KV groups, experts), width (the residual stream: not
                exact, since norms then see fewer channels)

@@ -77,14 +77,14 @@ def calibration_batches(target: Target, source: str, length: int, count: int) ->
     if is_factory(source) and not Path(source).exists():
         return list(factory(source)())
     if files := image_files(source):
-        return _image_batches(target, files[:count])
+        return image_inputs(target, files[:count])
     if target.tokenizer is None:
         raise CalibrationError(
             f"{target.name} has no tokenizer, so text cannot calibrate it · help: pass "
             "package.module:factory, a function that returns batches like the inputs"
         )
     windows = windows_of(text_of(source), target.tokenizer, length, count, source)
-    return [_like(target.inputs, batch) for batch in windows.split(8)]
+    return [like(target.inputs, batch) for batch in windows.split(8)]
 
 
 def heldout_tokens(target: Target, source: str, length: int, count: int | None) -> Tensor:
@@ -99,7 +99,8 @@ def heldout_tokens(target: Target, source: str, length: int, count: int | None) 
     return windows_of(text_of(source, evaluation=True), target.tokenizer, length, count, source)
 
 
-def _image_batches(target: Target, files: list[Path]) -> list[Any]:
+def image_inputs(target: Target, files: list[Path]) -> list[Any]:
+    """Image files as batches like the target's inputs."""
     held = list(target.inputs.values()) if isinstance(target.inputs, dict) else [target.inputs]
     example = next((v for v in as_args(held[0])[0] if isinstance(v, Tensor)), None)
     if example is None or example.dim() != 4:
@@ -119,9 +120,16 @@ def text_windows(
 
 
 def windows_of(
-    text: str, tokenizer: Any, length: int, count: int | None, source: str = "the text"
+    text: str,
+    tokenizer: Any,
+    length: int,
+    count: int | None,
+    source: str = "the text",
+    stride: int | None = None,
 ) -> Tensor:
-    """[N, length] windows of the tokens of a text; at most `count`, spread evenly over it."""
+    """[N, length] windows of the tokens of a text, `stride` (None: length) tokens apart; at most
+    `count`, spread evenly over it.
+    """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     total = len(ids) // length
     if not total:
@@ -129,13 +137,14 @@ def windows_of(
             f"{source} has {len(ids)} tokens, fewer than one window of {length} · help: give a "
             "longer text, or a smaller --length"
         )
-    rows = torch.tensor(ids[: total * length]).view(total, length)
+    rows = torch.tensor(ids).unfold(0, length, stride or length)
+    total = len(rows)
     if count is None or count >= total:
-        return rows
+        return rows.clone()
     return rows[torch.linspace(0, total - 1, count).round().long()].clone()
 
 
-def _like(inputs: Any, tokens: Tensor) -> Any:
+def like(inputs: Any, tokens: Tensor) -> Any:
     """`tokens` in the form of the example inputs."""
     if isinstance(inputs, dict):
         filled = {"input_ids": tokens}

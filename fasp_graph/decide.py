@@ -7,21 +7,25 @@ With allocation=uniform the first three are skipped: the walk alone is one forwa
 Cost in plain forward passes over the calibration batches, a backward pass counting as two:
 
     walk 1, the dense path beside it 1 (restore asymmetric, residual),
-    sense: 1/2 of the batches x 3 (allocation sensitivity) or x 1 (curves, standardised)
+    sense: 1/2 of the batches x 3 (allocation sensitivity, score taylor) or x 1 (the others)
+
+A single batch is halved along its rows; if it has but one, method="best" repairs with `affine`, so
+that no default costs more than 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
-from passes.allocate import allocate_by_error
+from passes.allocate import allocate_by_error, leans
 from passes.capture import Args, Captured, as_args
 from passes.consumers import offset_of, unit_columns, views
 from passes.couple import DependencyGraph, Group
@@ -33,7 +37,7 @@ from passes.pieces import with_every_piece
 from passes.removal import nodes_by_name
 from passes.restore import TOWARDS, restore
 from passes.rewrite import attribute
-from passes.score import NEEDS_DATA, score
+from passes.score import NEEDS_DATA, interactions, last_masked, score
 from passes.select import Budget, allocate, select
 from passes.sensitivity import Sensed, factor, sense
 
@@ -98,6 +102,7 @@ def decide(
     every = _batches(calibration, config) if _needs_data(config) else []
     key = fingerprint(captured.graph_module, every, config) if work else ""
     batches = _share(every, config) if every else []
+    batches, config = _affordable(captured, batches, config)
     job = _Job(
         captured,
         config,
@@ -106,7 +111,13 @@ def decide(
         torch.Generator().manual_seed(config.seed),
     )
     decided = Decisions(budget)
-    if job.sensed:
+    if config.passes.allocation == "influence":
+        factors = leans(_cosines(job, groups))
+        budget = allocate(
+            deps, groups, config.sparsity, config.align, config.min_keep, lean=factors
+        )
+        decided.budget = settled(deps, groups, budget, shared, config)
+    elif config.passes.allocation != "uniform":
         decided.curves = _curves(job, groups, progress)
         decided.budget = allocate_by_error(
             deps,
@@ -151,12 +162,44 @@ def _batches(calibration: Any, config: Config) -> list[Args]:
 def _share(batches: list[Args], config: Config) -> list[Args]:
     """This process's batches. What compares with the dense path is not summed over processes."""
     passes = config.passes
-    if world()[1] > 1 and (passes.allocation != "uniform" or passes.restore in TOWARDS):
+    if world()[1] > 1 and (_sensing(config) or passes.restore in TOWARDS):
         raise ConfigError(
-            f"restore={passes.restore}, allocation={passes.allocation} run in one process only · "
+            f"score={passes.score}, restore={passes.restore}, allocation={passes.allocation} run in "
+            "one process only · "
             "help: method='fasp' or 'slimgpt' under torchrun"
         )
     return share(batches)
+
+
+def _affordable(
+    captured: Captured, batches: list[Args], config: Config
+) -> tuple[list[Args], Config]:
+    """A single batch in halves, so that sensing costs half of it; else without the dense path."""
+    if len(batches) != 1 or not _backward(config) or config.passes.restore not in TOWARDS:
+        return batches, config
+    leaves = pytree.tree_leaves(batches[0])
+    lengths = {len(v) if isinstance(v, Tensor) and v.dim() else 0 for v in leaves}
+    dynamic = captured.dynamic_shapes is not None
+    rows = lengths.pop() if len(lengths) == 1 else 0
+    if dynamic and rows > 1:
+        halves = (slice(0, -(-rows // 2)), slice(-(-rows // 2), rows))
+        return [pytree.tree_map(lambda v, h=h: v[h], batches[0]) for h in halves], config
+    return batches, config if config.restore else replace(config, restore="affine")
+
+
+def _backward(config: Config) -> bool:
+    """Whether the metric of the outputs is needed."""
+    return config.passes.allocation == "sensitivity" or config.passes.score == "taylor"
+
+
+def _cosines(job: _Job, groups: list[Group]) -> dict[str, float]:
+    found = {}
+    for group in groups:
+        held = [job.sensed[view.node.name].cosine for view in job.views[group.name]]
+        known = [cosine for cosine in held if cosine is not None]
+        if known:
+            found[group.name] = sum(known) / len(known)
+    return found
 
 
 def _room(config: Config) -> Room:
@@ -167,22 +210,23 @@ def _room(config: Config) -> Room:
 def _sense(
     captured: Captured, found: dict[str, list[View]], batches: list[Args], config: Config
 ) -> dict[str, Sensed]:
-    """Dense statistics on every other batch; nothing for uniform allocation."""
-    if config.passes.allocation == "uniform":
+    """Dense statistics on every other batch, where they are needed."""
+    if not _sensing(config):
         return {}
     sites = [view for several in found.values() for view in several]
-    metric = config.passes.allocation == "sensitivity"
-    return sense(captured.graph_module, batches[::2], sites, config.seed, metric)
+    return sense(captured.graph_module, batches[::2], sites, config.seed, _backward(config))
+
+
+def _sensing(config: Config) -> bool:
+    return config.passes.allocation != "uniform" or config.passes.score == "taylor"
 
 
 def _cost(config: Config, batches: int) -> float:
     passes = config.passes
     if not batches:
         return 0.0
-    share = 0.0 if passes.allocation == "uniform" else len(range(0, batches, 2)) / batches
-    return (
-        1.0 + (passes.restore in TOWARDS) + share * (3 if passes.allocation == "sensitivity" else 1)
-    )
+    share = len(range(0, batches, 2)) / batches if _sensing(config) else 0.0
+    return 1.0 + (passes.restore in TOWARDS) + share * (3 if _backward(config) else 1)
 
 
 def _curves(
@@ -250,15 +294,21 @@ def _problems(job: _Job, group: Group, moments: dict[str, Moments], state: Walk)
 def _utility(job: _Job, group: Group, moments: dict[str, Moments], state: Walk) -> Tensor:
     """Score per unit [size]: summed over consumers and over the columns of the unit."""
     utility = torch.zeros(group.size, dtype=torch.float64)
+    method, together = job.config.passes.score, torch.zeros(())
     for view in job.views[group.name]:
         weight = state.weight(view.parameter).detach()
         unit = unit_columns(group, view, weight)
-        columns = score(
-            job.config.passes.score, view.matrix(weight), moments[view.node.name], job.generator
-        )
+        found = moments[view.node.name]
+        if method == "numerical":
+            held = interactions(view.matrix(weight), found, unit, group.size)
+            together = together.to(held) + held
+            continue
+        sensed = job.sensed.get(view.node.name)
+        metric = sensed.metric if sensed else None
+        columns = score(method, view.matrix(weight), found, job.generator, metric)
         mine = unit >= 0
         utility.index_add_(0, unit[mine].cpu(), columns[mine].cpu())
-    return utility
+    return last_masked(together) if method == "numerical" else utility
 
 
 def _walk(

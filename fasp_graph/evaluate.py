@@ -23,8 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from passes.errors import FaspGraphError
 
 
-def perplexity(model: nn.Module, tokens: Tensor, batch: int = 16) -> float:
-    """Perplexity of a language model on windows `tokens` [N, T] of int64 ids.
+def perplexity(
+    model: nn.Module, tokens: Tensor, batch: int = 16, stride: int | None = None
+) -> float:
+    """Perplexity of a language model on windows `tokens` [N, T] of int64 ids. With `stride` (the
+    tokens from one window's start to the next) only the last `stride` tokens of a window count,
+    in the first all but token 0: every token once, with T - stride tokens before it at least.
 
     The model maps ids [B, T] to logits [B, T, V]: a tensor, a tuple or list with the logits first,
     a mapping or an object with `logits`. A graph module is called as it was captured.
@@ -33,21 +37,28 @@ def perplexity(model: nn.Module, tokens: Tensor, batch: int = 16) -> float:
         raise FaspGraphError(
             f"perplexity needs tokens of shape [windows, length >= 2], not {tuple(tokens.shape)}"
         )
+    if stride is not None and not 0 < stride < tokens.shape[1]:
+        raise FaspGraphError(f"stride={stride} must lie between 0 and {tokens.shape[1]}")
     training = model.training and not isinstance(model, GraphModule)
     device = next((p.device for p in model.parameters()), tokens.device)
-    total = 0.0
+    total, count = 0.0, 0
     try:
         model.eval() if training else None
         with torch.no_grad():
             for chunk in tokens.to(device).tensor_split(math.ceil(len(tokens) / batch)):
                 logits = logits_of(call_with_tokens(model, chunk))[:, :-1]
-                loss = F.cross_entropy(
-                    logits.flatten(0, 1).float(), chunk[:, 1:].flatten(), reduction="sum"
-                )
-                total += float(loss)
+                losses = F.cross_entropy(
+                    logits.flatten(0, 1).float(), chunk[:, 1:].flatten(), reduction="none"
+                ).view(len(chunk), -1)
+                start = 0 if stride is None else losses.shape[1] - stride
+                total += float(losses[:, start:].double().sum())
+                if stride is not None and not count:
+                    total += float(losses[0, :start].double().sum())
+                    count += start
+                count += losses[:, start:].numel()
     finally:
         model.train(training) if training else None
-    mean = total / (len(tokens) * (tokens.shape[1] - 1))
+    mean = total / count
     return math.exp(mean) if mean < 700 else math.inf
 
 

@@ -15,9 +15,11 @@ from passes.capture import as_args, capture
 
 from .bench import bench
 from .data import load_target
-from .evaluate import flops, latency, perplexity, size_of
+from .evaluate import flops, latency, size_of
 from .jsontext import to_json
+from .measures import tasks
 from .onnx import export_graph
+from .quality import Quality
 from .terminal import DATA_HELP, Debug, Json, Length, Model, Windows, show, stages, wide_console
 
 
@@ -25,16 +27,35 @@ def eval_command(
     model: Model,
     data: Annotated[
         str | None,
-        typer.Option("--data", "--text", metavar="DATA", help=f"Text for perplexity: {DATA_HELP}."),
+        typer.Option(
+            "--data",
+            "--text",
+            metavar="DATA",
+            help=f"Text, or a folder with a folder of images for each class: {DATA_HELP}.",
+        ),
     ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The dense encoder, to be similar to.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A task of lm-evaluation-harness; may be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples of each task at most.", min=1)] = None,
     length: Length = 256,
     windows: Windows = 64,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows; fewer than --length: overlap.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model: parameters, FLOPs, latency and, on text, perplexity."""
+    """Measure a model: parameters, FLOPs, latency; on text perplexity, or with --reference the
+    similarity of embeddings; on images with labels accuracy; tasks.
+    """
     with stages("load model and data"):
-        target = load_target(model, length=length, count=windows, evaluation=data)
+        target = load_target(model)
+        quality = Quality(target, data, reference, length, windows, stride)
     args, kwargs = as_args(target.inputs)
     parameters, size = size_of(target.model)
 
@@ -50,8 +71,9 @@ def eval_command(
             "flops": flops(target.model, args, kwargs),
             "latency_seconds": latency({"model": call})["model"]["median"],
         }
-        if target.heldout is not None:
-            figures["perplexity"] = perplexity(target.model, target.heldout[:windows])
+        figures |= quality.measure()
+        if task:
+            figures |= tasks(target.model, target.tokenizer, task, limit)
     show(figures, json)
 
 

@@ -10,8 +10,11 @@ E_l(k): the error of removing k units from every block of group l, read off a gr
     standardised  sum of (score - mean) / std over the units that go: one threshold over all layers,
                   FLAP (arXiv 2312.11983)
 
-Solved by a price p per parameter: every group takes argmin_k E_l(k) - p * parameters(k), and p is
-bisected until the budget is met; then units are given back, dearest first, while it still is.
+`influence` knows no errors: one ratio, times a factor per group (`leans`).
+
+The others are solved by a price p per parameter: every group takes
+argmin_k E_l(k) - p * parameters(k), and p is bisected until the budget is met; then units are
+given back, dearest first, while it still is.
 """
 
 from __future__ import annotations
@@ -26,7 +29,16 @@ from .couple import DependencyGraph, Group
 from .errors import BudgetError
 from .select import Budget, least, removed_parameters, scope_size
 
-ALLOCATIONS = ("uniform", "sensitivity", "curves", "standardised")
+ALLOCATIONS = ("uniform", "sensitivity", "curves", "standardised", "influence")
+
+
+def leans(cosines: Mapping[str, float]) -> dict[str, float]:
+    """allocation=influence: how deep each group is cut, relative to the others. Proportional to
+    the mean cosine between the residual stream before and after the group's block, within half and
+    one and a half of the mean (O-FANG): a block that turns the stream is cut less.
+    """
+    middle = max(sum(cosines.values()) / max(len(cosines), 1), 1e-12)
+    return {name: min(max(c / middle, 0.5), 1.5) for name, c in cosines.items()}
 
 
 def allocate_by_error(

@@ -75,7 +75,7 @@ def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift:
     weight = state.weight(view.parameter)
     now = view.matrix(weight).double()
     then = view.matrix(dense.walk.weight(view.parameter)).double()
-    other = _summand(view.node) if residual else None
+    other = summand(view.node) if residual else None
     cross = torch.zeros_like(now)
     mean = now.new_zeros(len(now))
     tokens = 0
@@ -87,14 +87,14 @@ def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift:
         mean += then @ x_dense.sum(0).double() - now @ x.sum(0).double()
         tokens += len(x)
         if other is not None and other in here and other in there:
-            gap = _rows(there[other] - here[other], view, len(x), len(now))
+            gap = rows_of(there[other] - here[other], view, len(x), len(now))
             if gap is not None:
                 cross += (gap.T @ x).double()
                 mean += gap.sum(0).double()
     return Drift(cross, mean / tokens, tokens)
 
 
-def _summand(node: Node) -> Node | None:
+def summand(node: Node) -> Node | None:
     """What the consumer's output is added to, if nothing but relays lies between."""
     here = node
     while len(here.users) == 1:
@@ -108,7 +108,7 @@ def _summand(node: Node) -> Node | None:
     return None
 
 
-def _rows(gap: Any, view: View, tokens: int, out: int) -> Tensor | None:
+def rows_of(gap: Any, view: View, tokens: int, out: int) -> Tensor | None:
     """The residual's gap as [tokens, out]; None if it has another layout."""
     if not isinstance(gap, Tensor) or gap.dim() < 2:
         return None

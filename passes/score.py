@@ -6,6 +6,10 @@ wanda_l2    ||W_:j||_2 ||X_j||_2
 magnitude   ||W_:j||_2
 flap        Var(X_j) ||W_:j||_2^2                        FLAP, arXiv 2312.11983
 random      uniform
+taylor      E (g . W_:j X_j)^2 = (W^T A W)_jj E X_j^2    first-order Taylor, arXiv 1906.10771, with
+            A of the outputs (passes/sensitivity.py) in place of a loss, g and X_j independent
+numerical   what ||W (1 - z) X||^2 over masks z drops last, greedily, nothing refitted: the masked
+            output error of Numerical Pruning (arXiv 2412.12441), Hessian (W^T W) o (X X^T)
 obs         error after the others are refitted, greedy: passes/eliminate.py
 """
 
@@ -16,14 +20,18 @@ from torch import Tensor
 
 from .observe import Moments
 
-SCORES = ("fasp", "wanda_l2", "magnitude", "flap", "random", "obs")
-NEEDS_DATA = {"fasp", "wanda_l2", "flap", "obs"}
+SCORES = ("fasp", "wanda_l2", "magnitude", "flap", "random", "taylor", "numerical", "obs")
+NEEDS_DATA = {"fasp", "wanda_l2", "flap", "taylor", "numerical", "obs"}
 
 
 def score(
-    method: str, weight: Tensor, moments: Moments | None, generator: torch.Generator
+    method: str,
+    weight: Tensor,
+    moments: Moments | None,
+    generator: torch.Generator,
+    metric: Tensor | None = None,
 ) -> Tensor:
-    """Utility per column [in], float64."""
+    """Utility per column [in], float64. `metric`: A [out, out], for taylor."""
     w = weight.double()
     if method == "magnitude":
         return w.norm(dim=0)
@@ -39,4 +47,30 @@ def score(
     if method == "flap":
         variance = (second / moments.tokens - moments.mean.double() ** 2).clamp_min(0)
         return variance * w.square().sum(0)
+    if method == "taylor":
+        felt = w if metric is None else metric.double() @ w
+        return (w * felt).sum(0) * second / moments.tokens
     raise ValueError(f"unknown score {method!r}; choose one of {SCORES}")
+
+
+def interactions(weight: Tensor, moments: Moments, unit_of: Tensor, units: int) -> Tensor:
+    """M [units, units] with ||sum_{u in P} W_u X_u||^2 = 1_P^T M 1_P for any set P of units."""
+    w, owned = weight.double(), unit_of >= 0
+    hessian = ((w.T @ w) * moments.gram.double())[owned][:, owned]
+    at = unit_of[owned]
+    rows = hessian.new_zeros(units, len(hessian)).index_add_(0, at, hessian)
+    return hessian.new_zeros(units, units).index_add_(1, at, rows)
+
+
+def last_masked(matrix: Tensor) -> Tensor:
+    """Utility [units] = the step at which a unit goes, if each step takes the unit that adds least
+    to 1_P^T M 1_P.
+    """
+    own, cross = matrix.diagonal().clone(), torch.zeros_like(matrix[0])
+    utility = torch.zeros_like(own)
+    for step in range(len(own)):
+        unit = int((own + 2 * cross).argmin())
+        utility[unit] = step
+        own[unit] = float("inf")
+        cross += matrix[unit]
+    return utility

@@ -4,8 +4,8 @@
     scope    = all parameters of the modules that hold a member of a chain, bilinear or head group
 
 Uniform allocation: one ratio r for every pruned group, solved so that the sparsity is met; since
-scope also holds Q and K,
-which stay, r is larger than the sparsity. In each block the units of least utility go.
+scope also holds Q and K, which stay, r is larger than the sparsity. A group's `lean` multiplies its
+ratio. In each block the units of least utility go.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ def allocate(
     align: int = 1,
     min_keep: int = 1,
     fixed: Mapping[str, int] | None = None,
+    lean: Mapping[str, float] | None = None,
 ) -> Budget:
-    """Uniform counts that meet `sparsity`; BudgetError states the largest feasible one. `fixed`:
-    counts that are given.
+    """Counts that meet `sparsity` with one ratio, times `lean` (group name -> factor); BudgetError
+    states the largest feasible one. `fixed`: counts that are given.
     """
     if not groups:
         raise BudgetError("no group can be pruned · help: fasp-graph inspect lists the reasons")
@@ -86,17 +87,21 @@ def allocate(
         raise BudgetError(f"sparsity {sparsity} is not between 0 and 1")
 
     def at(ratio: float) -> tuple[dict[str, int], float]:
-        keep = {g.name: _count(g, ratio, align, min_keep) for g in groups} | dict(fixed or {})
+        by = {g.name: min(1.0, ratio * leans.get(g.name, 1.0)) for g in groups}
+        keep = {g.name: _count(g, by[g.name], align, min_keep) for g in groups}
+        keep |= dict(fixed or {})
         return keep, removed_parameters(deps, groups, keep) / total
 
-    _, largest = at(1.0)
+    leans = lean or {}
+    most = 1 / min([1.0, *leans.values()])
+    _, largest = at(most)
     if largest < sparsity:
         raise BudgetError(
             f"sparsity {sparsity:.3f} cannot be reached: {largest:.3f} is the largest with "
             f"min_keep={min_keep} and "
             f"align={align} · help: ask for less, or prune more kinds of groups"
         )
-    low, high = 0.0, 1.0
+    low, high = 0.0, most
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle)[1] < sparsity else (low, middle)

@@ -23,19 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.nn.functional import cosine_similarity
 from torch.utils import _pytree as pytree
 
 from .capture import Args
+from .drift import rows_of, summand
 from .errors import CalibrationError, where
 from .observe import Moments, View, called, environments
 
 
 @dataclass(frozen=True)
 class Sensed:
-    """Moments of a consumer's input, and A of its output (None: no gradient reaches it)."""
+    """Moments of a consumer's input, A of its output (None: no gradient reaches it), and the mean
+    cosine between the residual stream before and after the output is added to it (None: it is not).
+    """
 
     moments: Moments
     metric: Tensor | None
+    cosine: float | None = None
 
 
 @dataclass
@@ -45,6 +50,8 @@ class _Sums:
     metric: Tensor
     tokens: int = 0
     reached: bool = False
+    cosine: float = 0.0
+    added: int = 0
 
 
 def sense(
@@ -70,7 +77,11 @@ def sense(
                 "check the model in this precision and the calibration data"
             )
         moments = Moments(s.gram, s.total / s.tokens, s.tokens)
-        found[view.node.name] = Sensed(moments, s.metric / s.tokens if s.reached else None)
+        found[view.node.name] = Sensed(
+            moments,
+            s.metric / s.tokens if s.reached else None,
+            s.cosine / s.added if s.added else None,
+        )
     return found
 
 
@@ -109,7 +120,7 @@ def _run(
         args, kwargs = pytree.tree_map(value, (node.args, node.kwargs), is_leaf=_is_node)
         result = called(node, args, kwargs)
         if node in sites:
-            _accumulate(sums, sites[node], value, result)
+            _accumulate(sums, sites[node], value, result, environment)
             if metric:
                 probes[node] = torch.zeros_like(result, requires_grad=True)
                 result = result + probes[node]
@@ -117,7 +128,13 @@ def _run(
     return probes, []
 
 
-def _accumulate(sums: dict[str, _Sums], view: View, value: Any, result: Tensor) -> None:
+def _accumulate(
+    sums: dict[str, _Sums],
+    view: View,
+    value: Any,
+    result: Tensor,
+    environment: dict[Node, Any],
+) -> None:
     weight = operator.attrgetter(view.parameter)(view.node.graph.owning_module).detach()
     rows = view.rows(value(view.source).detach(), weight).to(torch.float32)
     size, out = rows.shape[1], view.outputs(result).shape[1]
@@ -128,6 +145,13 @@ def _accumulate(sums: dict[str, _Sums], view: View, value: Any, result: Tensor) 
     s.gram.addmm_(rows.T, rows)
     s.total += rows.sum(0)
     s.tokens += len(rows)
+    other = summand(view.node)
+    before = environment.get(other) if other is not None else None
+    after = view.outputs(result.detach())
+    stream = rows_of(before, view, len(rows), after.shape[1])
+    if stream is not None:
+        s.cosine += float(cosine_similarity(stream, stream + after.float()).sum())
+        s.added += len(rows)
 
 
 def _backward(

@@ -15,6 +15,7 @@ from passes.errors import CalibrationError
 from passes.observe import Moments, Walk, environments
 from passes.removal import nodes_by_name
 from passes.restore import restore
+from passes.score import interactions, last_masked, score
 from passes.select import allocate
 from passes.sensitivity import factor, sense
 
@@ -331,6 +332,75 @@ def test_best_reports_its_curves_and_its_cost():
         curve = group["curve"]
         assert len(curve) == group["units"] and curve[0] == 0.0
         assert all(later >= earlier for earlier, later in zip(curve, curve[1:], strict=False))
+
+
+@pytest.mark.parametrize(("rows", "cost", "repair"), [(40, 3.5, "halved"), (1, 4.0, "affine")])
+def test_a_single_batch_costs_no_more_than_four_passes(rows, cost, repair):
+    torch.manual_seed(0)
+    batch = torch.randn(rows, 30, 6) if rows == 1 else torch.randn(rows, 6)
+    example = batch if rows == 1 else batch[:3]
+
+    report = prune(Residual(), example, [batch], Config(sparsity=0.4)).report
+
+    assert report.forward_passes == pytest.approx(cost), repair
+
+
+def test_taylor_is_the_error_in_the_metric_of_the_outputs():
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(3, 5, generator=generator), torch.randn(70, 5, generator=generator)
+    metric = torch.randn(3, 3, generator=generator)
+    metric = metric @ metric.T
+
+    found = score("taylor", w, Moments(x.T @ x, x.mean(0), 70), generator, metric)
+
+    cut = x[:, :, None] * w.T  # [tokens, column, out]: what each column adds
+    exact = torch.einsum("tjo,op,tjp->j", cut, metric, cut) / 70
+    assert torch.allclose(found, exact.double(), rtol=1e-4)
+
+
+def test_numerical_knows_that_two_columns_cancel():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 3, generator=generator)
+    x = torch.cat([x, x[:, :1]], 1)
+    w = torch.tensor([[3.0, 1.0, 1.1, -3.0]])  # columns 0 and 3 are large, and add up to nothing
+    unit = torch.arange(4)
+
+    m = interactions(w, Moments(x.T @ x, x.mean(0), 200), unit, 4)
+
+    assert float(m[[0, 3]][:, [0, 3]].sum()) == pytest.approx(0, abs=1e-3)
+    assert float(m.sum()) == pytest.approx(float((x @ w.T).square().sum()), rel=1e-5)
+    pair = torch.tensor([[9.0, -9.0, 0.0], [-9.0, 9.0, 0.0], [0.0, 0.0, 10.0]])
+    assert last_masked(pair).tolist() == [0, 1, 2]
+
+
+def test_influence_cuts_a_block_that_turns_the_stream_less():
+    torch.manual_seed(0)
+    model = Residual().double()
+    with torch.no_grad():
+        model.down1.weight.mul_(0.01)
+        model.down1.bias.zero_()
+        model.down2.weight.mul_(10)
+    batches = [torch.randn(40, 6, dtype=torch.float64) for _ in range(4)]
+    config = Config(sparsity=0.4, method="slimgpt", allocation="influence")
+
+    report = prune(model, batches[0][:3], batches, config).report
+
+    first, second = (group.kept for group in report.groups)
+    assert first < second
+    assert report.sparsity == pytest.approx(0.4, abs=0.05)
+    assert report.forward_passes == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("name", ["taylor", "numerical"])
+def test_scores_that_need_more_than_columns_run_without_allocation(name):
+    torch.manual_seed(0)
+    batches = [torch.randn(40, 6) for _ in range(4)]
+    config = Config(sparsity=0.4, method="fasp", score=name)
+
+    report = prune(Residual(), batches[0][:3], batches, config).report
+
+    assert report.forward_passes == pytest.approx(2.5 if name == "taylor" else 1.0)
+    assert all(group.error_after < group.error_before for group in report.groups)
 
 
 def test_presets_that_need_no_data_cost_nothing(mlp):

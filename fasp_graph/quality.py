@@ -1,0 +1,112 @@
+"""What `eval` says of a model's quality: the measure that fits the model and its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from passes.errors import ConfigError
+
+from .corpora import factory, image_files, is_factory, text_of
+from .data import Target, image_inputs, like, load_target, windows_of
+from .evaluate import perplexity
+from .measures import accuracy, similarity
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures with their protocol: how many windows or samples, how long, how far apart, dtype."""
+
+    target: Target
+    data: str | None
+    reference: str | None
+    length: int
+    windows: int
+    stride: int | None
+
+    def measure(self) -> dict[str, Any]:
+        """No data: the model's own held-out text, if it has any."""
+        if self.reference is not None:
+            return self._similarity(self.reference)
+        if self.data is not None and image_files(self.data):
+            return self._accuracy(self._labelled(Path(self.data)))
+        made = self._made()
+        if made is not None and not isinstance(made, torch.Tensor):
+            return self._accuracy(list(made))
+        return self._perplexity(made)
+
+    def _made(self) -> Any:
+        """What a factory returns: tokens, or batches with labels."""
+        if self.data is None or not is_factory(self.data) or Path(self.data).exists():
+            return None
+        return factory(self.data)()
+
+    def _perplexity(self, tokens: Any) -> dict[str, Any]:
+        if tokens is None and self.data is not None:
+            tokens = self._windows(self.data)
+        elif tokens is None and self.target.heldout is not None:
+            tokens = self.target.heldout[: self.windows]
+        if tokens is None:
+            return {}
+        overlap = None if self.stride in (None, tokens.shape[1]) else self.stride
+        return {
+            "perplexity": perplexity(self.target.model, tokens, stride=overlap),
+            **self._protocol(len(tokens)),
+            "sequence_length": tokens.shape[1],
+            "stride": self.stride or tokens.shape[1],
+        }
+
+    def _windows(self, data: str) -> Any:
+        if self.target.tokenizer is None:
+            raise ConfigError(f"{self.target.name} has no tokenizer, so it cannot read text")
+        text = text_of(data, evaluation=True)
+        spread = self.stride is None  # windows that overlap have to lie side by side
+        rows = windows_of(
+            text,
+            self.target.tokenizer,
+            self.length,
+            self.windows if spread else None,
+            data,
+            self.stride,
+        )
+        return rows[: self.windows]
+
+    def _similarity(self, reference: str) -> dict[str, Any]:
+        if self.data is None:
+            raise ConfigError("--reference needs --data, the text to embed")
+        dense = load_target(reference)
+        tokenizer = self.target.tokenizer or dense.tokenizer
+        if tokenizer is None:
+            raise ConfigError(f"{self.target.name} has no tokenizer, so it cannot read text")
+        text = text_of(self.data, evaluation=True)
+        rows = windows_of(text, tokenizer, self.length, self.windows, self.data)
+        batches = [like(self.target.inputs, part) for part in rows.split(8)]
+        return {
+            "embedding_similarity": similarity(self.target.model, dense.model, batches),
+            **self._protocol(len(rows)),
+            "sequence_length": self.length,
+        }
+
+    def _accuracy(self, batches: list[Any]) -> dict[str, Any]:
+        found = {"accuracy": accuracy(self.target.model, batches)}
+        return found | self._protocol(sum(len(labels) for _, labels in batches))
+
+    def _labelled(self, folder: Path) -> list[Any]:
+        """(inputs, labels): the classes are the folders in it, in the order of their names."""
+        classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if not classes:
+            raise ConfigError(f"{folder} holds no folder for each class · help: CLASS/IMAGE")
+        found = []
+        for label, name in enumerate(classes):
+            for batch in image_inputs(self.target, image_files(str(folder / name))):
+                rows = len(pytree.tree_leaves(batch)[0])
+                found.append((batch, torch.full((rows,), label)))
+        return found
+
+    def _protocol(self, samples: int) -> dict[str, Any]:
+        parameter = next(self.target.model.parameters(), torch.zeros(()))
+        return {"samples": samples, "dtype": str(parameter.dtype).removeprefix("torch.")}
