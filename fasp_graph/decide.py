@@ -338,7 +338,7 @@ def _walk(
         moments = {view: state.moments(view) for _, view in pending[node]}
         for group, view in pending[node]:
             if group.name not in decided.kept:
-                _choose(job, group, moments[view], state, decided)
+                _choose(job, group, view, moments[view], state, decided)
             _repair(job, group, view, moments[view], state, dense, decided)
 
     visit = watch(journal, visit, decided)
@@ -348,7 +348,9 @@ def _walk(
     )
 
 
-def _choose(job: _Job, group: Group, here: Moments, state: Walk, decided: Decisions) -> None:
+def _choose(
+    job: _Job, group: Group, first: View, here: Moments, state: Walk, decided: Decisions
+) -> None:
     """The units that stay. Of several consumers those behind the first have not been run: they
     are judged on the dense model where it was sensed, else by running ahead.
     """
@@ -358,7 +360,7 @@ def _choose(job: _Job, group: Group, here: Moments, state: Walk, decided: Decisi
     elif job.sensed:
         moments = {view.node.name: job.sensed[view.node.name].moments for view in several}
     else:
-        moments = probe(state, several[0].node, several)
+        moments = probe(state, first.node, several)
         decided.probed += _span(job.captured.graph_module, several)
     if job.config.passes.score != "obs":
         kept = select(group, _utility(job, group, moments, state), keep)
