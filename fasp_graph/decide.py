@@ -164,9 +164,8 @@ def _share(batches: list[Args], config: Config) -> list[Args]:
     passes = config.passes
     if world()[1] > 1 and (_sensing(config) or passes.restore in TOWARDS):
         raise ConfigError(
-            f"score={passes.score}, restore={passes.restore}, allocation={passes.allocation} run in "
-            "one process only · "
-            "help: method='fasp' or 'slimgpt' under torchrun"
+            f"score={passes.score}, restore={passes.restore}, allocation={passes.allocation} run "
+            "in one process only · help: method='fasp' or 'slimgpt' under torchrun"
         )
     return share(batches)
 
@@ -341,10 +340,10 @@ def _walk(
                 _choose(job, group, view, moments[view], state, decided)
             _repair(job, group, view, moments[view], state, dense, decided)
 
-    visit = watch(journal, visit, decided)
+    watched = watch(journal, visit, decided)
     report = (lambda done, total: progress("prune", done, total)) if progress else None
     decided.weights = walk(
-        module, batches if pending else [], pending, visit, report, _room(job.config)
+        module, batches if pending else [], pending, watched, report, _room(job.config)
     )
 
 
