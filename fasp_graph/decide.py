@@ -163,10 +163,10 @@ def _batches(calibration: Any, config: Config) -> list[Args]:
 def _share(batches: list[Args], config: Config) -> list[Args]:
     """This process's batches. What compares with the dense path is not summed over processes."""
     passes = config.passes
-    if world()[1] > 1 and (passes.allocation != "uniform" or passes.restore in TOWARDS):
+    if world()[1] > 1 and (_sensing(config) or passes.restore in TOWARDS):
         raise ConfigError(
-            f"restore={passes.restore}, allocation={passes.allocation} run in one process only · "
-            "help: method='fasp' or 'slimgpt' under torchrun"
+            f"score={passes.score}, restore={passes.restore}, allocation={passes.allocation} run "
+            "in one process only · help: method='fasp' or 'slimgpt' under torchrun"
         )
     return share(batches)
 
@@ -338,7 +338,7 @@ def _walk(
         moments = {view: state.moments(view) for _, view in pending[node]}
         for group, view in pending[node]:
             if group.name not in decided.kept:
-                _choose(job, group, moments[view], state, decided)
+                _choose(job, group, view, moments[view], state, decided)
             _repair(job, group, view, moments[view], state, dense, decided)
 
     report = (lambda done, total: progress("prune", done, total)) if progress else None
@@ -348,7 +348,9 @@ def _walk(
     )
 
 
-def _choose(job: _Job, group: Group, here: Moments, state: Walk, decided: Decisions) -> None:
+def _choose(
+    job: _Job, group: Group, first: View, here: Moments, state: Walk, decided: Decisions
+) -> None:
     """The units that stay. Of several consumers those behind the first have not been run: they
     are judged on the dense model where it was sensed, else by running ahead.
     """
@@ -358,7 +360,7 @@ def _choose(job: _Job, group: Group, here: Moments, state: Walk, decided: Decisi
     elif job.sensed:
         moments = {view.node.name: job.sensed[view.node.name].moments for view in several}
     else:
-        moments = probe(state, several[0].node, several)
+        moments = probe(state, first.node, several)
         decided.probed += _span(job.captured.graph_module, several)
     if job.config.passes.score != "obs":
         kept = select(group, _utility(job, group, moments, state), keep)
