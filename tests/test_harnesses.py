@@ -47,11 +47,11 @@ def test_sentence_transformers_takes_the_folder(tmp_path):
     folder = fg.save(result, tmp_path / "small", tokenizer=tokenizer)
 
     words = library.models.Transformer(str(folder))
-    encoder = library.SentenceTransformer(
-        modules=[words, library.models.Pooling(32)], device="cpu"
-    )
+    encoder = library.SentenceTransformer(modules=[words, library.models.Pooling(32)], device="cpu")
     found = torch.from_numpy(encoder.encode(["return self", "import os"], batch_size=1))
 
     for text, vector in zip(["return self", "import os"], found, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        assert torch.allclose(vector, output(result.model, {"input_ids": ids})[0].mean(0), atol=1e-5)
+        assert torch.allclose(
+            vector, output(result.model, {"input_ids": ids})[0].mean(0), atol=1e-5
+        )
