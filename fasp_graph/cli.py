@@ -174,7 +174,8 @@ def prune_command(
     if world()[0]:  # all ranks hold the same result; rank 0 speaks and writes
         return
     if output is not None:
-        figures["folder"] = str(_write(target, pruned, output, figures))
+        facts = _facts(target, calibration, evaluation, figures)
+        figures["folder"] = str(_write(target, pruned, output, figures, facts))
         close(work_folder(output))
     if json:
         print(to_json({**figures, **pruned.report.to_dict()}, indent=1))
@@ -225,12 +226,33 @@ def _figures(target: Target, pruned: Pruned) -> dict[str, Any]:
     return found
 
 
-def _write(target: Target, pruned: Pruned, output: Path, figures: dict[str, Any]) -> Path:
+def _facts(
+    target: Target, calibration: str | None, evaluation: str | None, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """Lines of the model card: what was measured, and on what."""
+    own = f"that of {target.name}"
+    found = {"model": target.source or target.name}
+    if target.calibration:
+        found["calibration data"] = f"{calibration or own}, {len(target.calibration)} batches"
+    if "perplexity_before" in figures:
+        found["evaluation data"] = evaluation or own
+        found["perplexity before"] = f"{figures['perplexity_before']:.2f}"
+        found["perplexity after"] = f"{figures['perplexity_after']:.2f}"
+    return found
+
+
+def _write(
+    target: Target,
+    pruned: Pruned,
+    output: Path,
+    figures: dict[str, Any],
+    facts: dict[str, Any],
+) -> Path:
     def pages(folder: Path) -> None:
         write_report(folder, target.name, pruned.report.to_dict(), figures)
         to_html(pruned.deps, folder / "graph.html", pruned.plan, pruned.report)
 
-    return Path(save(pruned, output, tokenizer=target.tokenizer, extra=pages))
+    return Path(save(pruned, output, tokenizer=target.tokenizer, facts=facts, extra=pages))
 
 
 def _demo(output: Path, json: bool) -> None:

@@ -31,6 +31,7 @@ from passes.lazy import Lazy
 from passes.skeleton import skeleton
 
 from .card import model_card
+from .companions import copy_companions
 from .emission import Emission
 from .jsontext import to_json
 from .layout import plain_config
@@ -59,8 +60,9 @@ def save(
 
     An existing target is refused unless it is an earlier folder of this kind; that one is replaced
     after the new one is complete. `tokenizer` is anything with `save_pretrained` (a processor
-    too). `facts` are lines of the model card, such as {"calibration data": "WikiText-2",
-    "perplexity before": 45.8, "perplexity after": 52.1}. `extra` writes more files into the folder
+    too); what it does not write is copied from the local folder that the model came from. `facts`
+    are lines of the model card, such as {"calibration data": "WikiText-2", "perplexity before":
+    45.8, "perplexity after": 52.1}. `extra` writes more files into the folder
     before it appears.
     """
     if "graph" in pruned.emission.ways.values():
@@ -130,6 +132,7 @@ def _write(
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    copy_companions(model, folder)
     report = pruned.report.to_dict()
     card = model_card(type(model).__name__, report, facts, plain, pruned.emission)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError, ConfigError
 from passes.lazy import is_lazy
@@ -12,13 +15,11 @@ from .config import Config
 
 def refuse_unmergeable(model: nn.Module) -> None:
     """CaptureError if weights are quantised, or low-rank adapters are not merged into them."""
-    for name, parameter in model.named_parameters():
-        data = parameter.data
-        if not parameter.dtype.is_floating_point or _encoded(data):
-            raise CaptureError(
-                f"parameter {name} is {_kind(data)}: quantised weights cannot be cut or repaired · "
-                "help: prune the model in its original precision, then quantise the result"
-            )
+    for name, what in _quantised(model):
+        raise CaptureError(
+            f"{name} is {what}: quantised weights cannot be cut or repaired · help: prune the "
+            "model in its original precision, then quantise the result"
+        )
     for name, module in model.named_modules():
         # PEFT's contract for a wrapped layer: `base_layer` holds the weight, `merged` tells
         if getattr(module, "merged", None) is False and isinstance(
@@ -28,6 +29,27 @@ def refuse_unmergeable(model: nn.Module) -> None:
                 f"{name} ({type(module).__name__}) holds an adapter that is not merged · help: "
                 "call merge_and_unload() and prune what it returns"
             )
+
+
+def _quantised(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What holds numbers that stand for others: (its name, how it is stored).
+
+    Parameters of integers or of a class that holds several tensors (torchao, bitsandbytes), packed
+    state (torch.ao), and what transformers says of a model that it quantised itself.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.dtype.is_floating_point or _encoded(parameter.data):
+            yield f"parameter {name}", _kind(parameter.data)
+    if is_lazy(model):
+        return
+    for name, held in model.state_dict().items():
+        for leaf in pytree.tree_leaves(held):
+            if isinstance(leaf, Tensor) and leaf.is_quantized:
+                yield f"weight {name}", _kind(leaf)
+    stated = getattr(getattr(model, "config", None), "quantization_config", None)
+    if stated:
+        found = stated if isinstance(stated, dict) else vars(stated)
+        yield type(model).__name__, str(found.get("quant_method", type(stated).__name__))
 
 
 def refuse_unstreamable(model: nn.Module, config: Config) -> None:

@@ -27,7 +27,9 @@ ATTRIBUTE_TRIALS = 40
 def own_sizes(module: nn.Module, old: tuple[int, ...], new: tuple[int, ...]) -> dict[str, int]:
     """What a leaf module states of the size of its own weights."""
     for kind, sizes in SIZES.items():
-        if isinstance(module, kind) and len(old) >= len(sizes):
+        if isinstance(module, kind):
+            if len(old) < len(sizes):  # a bias, of which its weight says all
+                return {}
             found = {name: new[d] for name, d in sizes if old[d] != new[d]}
             depthwise = getattr(module, "groups", 1) == old[0] != new[0] and len(old) > 2
             return found | ({"groups": new[0], "in_channels": new[0]} if depthwise else {})

@@ -1,16 +1,23 @@
-"""Tiny transformers models of the acceptance test: one builder per family, seeded random weights.
+"""Models of the acceptance test: one tiny builder per transformers family, seeded random weights;
+and trained models, where they lie beside the project.
 
 `kind` says what a user does with the model: decoder and seq2seq generate, encoder predicts.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+
+import fasp_graph as fg
+from fasp_graph.prune import Program, read
+from passes.capture import as_args, tensors
 
 VOCABULARY = 101
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -28,11 +35,14 @@ _GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
 
 @dataclass(frozen=True)
 class Family:
-    """`build` makes a model, `batch(n, t)` an input of batch n and length t."""
+    """`build` makes a model, `batch(n, t)` an input of batch n and length t; `lora` are the modules
+    that low-rank factors may stand beside.
+    """
 
     kind: str
     build: Callable[[], Any]
     batch: Callable[[int, int], dict[str, torch.Tensor]]
+    lora: Any = "all-linear"
 
 
 def tokens(n: int = 3, t: int = 11) -> dict[str, torch.Tensor]:
@@ -152,6 +162,10 @@ def _mamba() -> Any:
     return tf.MambaForCausalLM(config)
 
 
+def _trained(name: str) -> Any:
+    return tf.AutoModelForCausalLM.from_pretrained(ASSETS / name, dtype=torch.float32)
+
+
 FAMILIES = {
     "opt": Family("decoder", _opt, tokens),
     "llama": Family("decoder", lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_GROUPED)), tokens),
@@ -174,16 +188,53 @@ FAMILIES = {
     "whisper": Family("seq2seq", _whisper, speech),
     "bert": Family("encoder", _bert, tokens),
     "vit": Family("encoder", _vit, images),
-    "mamba": Family("decoder", _mamba, tokens),
+    "mamba": Family("decoder", _mamba, tokens, ["in_proj", "x_proj"]),
 }
+ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+TRAINED = {
+    name: Family("decoder", functools.partial(_trained, name), tokens)
+    for name in ("stories260K-hf", "opt-wikitext-hf")
+    if (ASSETS / name).is_dir()
+}
+EVERY = FAMILIES | TRAINED
 
 
 def build(name: str) -> Any:
-    """The family's model in eval mode, vectors moved off their defaults so that they matter."""
+    """The model in eval mode; vectors of random ones are moved off their defaults, so that they
+    matter.
+    """
     torch.manual_seed(0)
-    model = FAMILIES[name].build().eval()
+    model = EVERY[name].build().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.parameters() if name in FAMILIES else ():
             scale = 0.1 if parameter.dim() == 1 else 0.05
             parameter.add_(scale * torch.randn_like(parameter))
     return model
+
+
+@functools.cache
+def program(name: str) -> tuple[Any, dict[str, torch.Tensor], Program]:
+    """The model, its example inputs, and what was read of it: once for all tests."""
+    model, inputs = build(name), EVERY[name].batch(3, 11)
+    return model, inputs, read(model, inputs)
+
+
+@functools.cache
+def pruned(name: str, sparsity: float = 0.3, **options: Any) -> fg.Pruned:
+    """The model pruned; shared by the tests, which copy what they change."""
+    model, inputs, known = program(name)
+    batches = [EVERY[name].batch(4, 11) for _ in range(2)]
+    return fg.prune(model, inputs, batches, fg.Config(sparsity, **options), program=known)
+
+
+def prompt(name: str, n: int = 2) -> dict[str, torch.Tensor]:
+    """What `generate` starts from."""
+    inputs = EVERY[name].batch(n, 6)
+    return {k: v for k, v in inputs.items() if k not in ("decoder_input_ids", "use_cache")}
+
+
+def output(model: Any, inputs: Any) -> torch.Tensor:
+    """The first output, without gradients."""
+    args = as_args(inputs)
+    with torch.no_grad():
+        return tensors(model(*args[0], **args[1]))[0]

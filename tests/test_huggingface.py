@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,3 +142,45 @@ def test_a_plain_module_needs_and_keeps_the_callers_instance(tmp_path):
     assert sum(p.numel() for p in loaded.parameters()) == result.report.params_after
     with pytest.raises(fg.FaspGraphError, match="model="):
         fg.load(folder)
+
+
+def test_folders_of_format_1_keep_loading():
+    golden = Path(__file__).parent / "golden"
+    expected = json.loads((golden / "folder-v1.json").read_text())
+
+    loaded = fg.load(golden / "folder-v1")
+
+    assert json.loads((golden / "folder-v1" / "fasp_graph.json").read_text())["format"] == 1
+    with torch.no_grad():
+        logits = loaded(torch.tensor(expected["input_ids"])).logits[0, -1]
+    assert torch.allclose(logits, torch.tensor(expected["logits"]), atol=1e-5)
+
+
+def test_the_card_states_data_and_perplexity(pruned, tmp_path):
+    facts = {"calibration data": "WikiText-2", "perplexity before": 45.8, "perplexity after": 52.1}
+
+    card = (fg.save(pruned, tmp_path / "small", facts=facts) / "README.md").read_text()
+
+    assert all(f"- {key}: {value}" in card for key, value in facts.items())
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_processor_files_come_from_the_folder_of_the_model(pruned, tmp_path, where):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "preprocessor_config.json").write_text("{}")
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "thesis.json").write_text("{}")
+    name, pruned.model.name_or_path = pruned.model.name_or_path, f"{tmp_path}/source"
+    if where == "elsewhere":
+        pruned.model.name_or_path = "someone/model-on-a-hub"
+
+    folder = fg.save(pruned, tmp_path / "small")
+    pruned.model.name_or_path = name
+
+    found = {path.name for path in folder.iterdir()}
+    assert ("preprocessor_config.json" in found) == (where == "here")
+    assert ("tokenizer_config.json" in found) == (where == "here")
+    assert "thesis.json" not in found
+    manifest = json.loads((folder / "fasp_graph.json").read_text())
+    assert sorted(found) == manifest["files"]
