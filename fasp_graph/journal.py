@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +156,9 @@ def close(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
     if names and KEY not in names:
         raise FaspGraphError(f"{folder} is no journal of fasp_graph · help: choose another folder")
-    shutil.rmtree(folder)
+    for path in sorted(folder.iterdir(), key=lambda held: held.name == KEY):
+        path.unlink()  # the key last: a kill in between leaves what is still a journal
+    folder.rmdir()
 
 
 def fingerprint(module: GraphModule, batches: Iterable[Any], config: Config) -> str:
