@@ -221,9 +221,9 @@ def cached_decoder(twin: Twin, reference: nn.Module) -> CachedDecoder:
 
 def _verify(decoder: CachedDecoder, reference: nn.Module) -> None:
     ids = decoder.inputs[0][:2]
-    training = reference.training
+    training, device = reference.training, next(reference.parameters()).device
     with torch.no_grad():
-        expected = reference.eval()(input_ids=ids).logits
+        expected = reference.eval()(input_ids=ids.to(device)).logits.cpu()
         first, past = decoder.graph_module(*decoder.arguments(ids[:, :-3]))
         last, _ = decoder.graph_module(*decoder.arguments(ids[:, -3:], past))
     reference.train(training)

@@ -291,10 +291,10 @@ def _verify(parts: Parts, reference: nn.Module, value: Tensor) -> None:
     model: Any = reference
     ids = _tokens(model, len(value), LENGTH)
     mask = [torch.ones_like(value)] if _is_text(value) else []
-    training = reference.training
+    training, device = reference.training, next(reference.parameters()).device
     with torch.no_grad():
-        given = {model.main_input_name: value, "decoder_input_ids": ids, "use_cache": False}
-        expected = model.eval()(**given).logits
+        given = {model.main_input_name: value.to(device), "decoder_input_ids": ids.to(device)}
+        expected = model.eval()(**given, use_cache=False).logits.cpu()
         hidden = encoder(value, *mask)
         start, past = first(ids[:, :-3], hidden, *mask)
         end, _ = later(ids[:, -3:], past, *mask)
