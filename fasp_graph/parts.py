@@ -150,7 +150,7 @@ def parts_of(twin: Twin, reference: nn.Module, inputs: Args) -> Parts:
     value = _main_input(twin.model, inputs)
     encoder = _encoder(twin, value)
     parts = _decoders(twin, value, encoder)
-    _verify(parts, reference, value)
+    verify(parts, reference, value)
     return parts
 
 
@@ -284,7 +284,7 @@ def _named(free: Mapping[int, Any]) -> dict[int, str]:
     return {dim: name for dim, name in STATES.items() if dim in free}
 
 
-def _verify(parts: Parts, reference: nn.Module, value: Tensor) -> None:
+def verify(parts: Parts, reference: nn.Module, value: Tensor) -> None:
     """Some tokens and then some more give the logits of all at once."""
     every = (parts.encoder, parts.first, parts.later)
     encoder, first, later = (part.captured.graph_module for part in every)
