@@ -215,15 +215,16 @@ def cached_decoder(twin: Twin, reference: nn.Module) -> CachedDecoder:
         tuple((grown[0], grown[1]) for grown, _ in roles),
         captured.uncut,
     )
-    _verify(decoder, reference)
+    verify(decoder, reference)
     return decoder
 
 
-def _verify(decoder: CachedDecoder, reference: nn.Module) -> None:
+def verify(decoder: CachedDecoder, reference: nn.Module) -> None:
+    """A prompt and then some tokens give the logits of all at once."""
     ids = decoder.inputs[0][:2]
-    training = reference.training
+    training, device = reference.training, next(reference.parameters()).device
     with torch.no_grad():
-        expected = reference.eval()(input_ids=ids).logits
+        expected = reference.eval()(input_ids=ids.to(device)).logits.cpu()
         first, past = decoder.graph_module(*decoder.arguments(ids[:, :-3]))
         last, _ = decoder.graph_module(*decoder.arguments(ids[:, -3:], past))
     reference.train(training)

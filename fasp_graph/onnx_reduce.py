@@ -36,12 +36,15 @@ def reduce(path: Path, dtype: str, external: bool) -> None:
 
 
 def _float16(model: ModelProto) -> ModelProto:
+    import onnx_ir
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     found: ModelProto = convert_float_to_float16(
         model, max_finite_val=65504.0, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_WIDE]
     )
-    return found
+    ordered = onnx_ir.from_proto(found)
+    ordered.graph.sort()  # the converter appends its casts at the end
+    return onnx_ir.to_proto(ordered)
 
 
 def _int8(path: Path, model: ModelProto) -> ModelProto:

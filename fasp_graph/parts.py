@@ -150,7 +150,7 @@ def parts_of(twin: Twin, reference: nn.Module, inputs: Args) -> Parts:
     value = _main_input(twin.model, inputs)
     encoder = _encoder(twin, value)
     parts = _decoders(twin, value, encoder)
-    _verify(parts, reference, value)
+    verify(parts, reference, value)
     return parts
 
 
@@ -284,17 +284,17 @@ def _named(free: Mapping[int, Any]) -> dict[int, str]:
     return {dim: name for dim, name in STATES.items() if dim in free}
 
 
-def _verify(parts: Parts, reference: nn.Module, value: Tensor) -> None:
+def verify(parts: Parts, reference: nn.Module, value: Tensor) -> None:
     """Some tokens and then some more give the logits of all at once."""
     every = (parts.encoder, parts.first, parts.later)
     encoder, first, later = (part.captured.graph_module for part in every)
     model: Any = reference
     ids = _tokens(model, len(value), LENGTH)
     mask = [torch.ones_like(value)] if _is_text(value) else []
-    training = reference.training
+    training, device = reference.training, next(reference.parameters()).device
     with torch.no_grad():
-        given = {model.main_input_name: value, "decoder_input_ids": ids, "use_cache": False}
-        expected = model.eval()(**given).logits
+        given = {model.main_input_name: value.to(device), "decoder_input_ids": ids.to(device)}
+        expected = model.eval()(**given, use_cache=False).logits.cpu()
         hidden = encoder(value, *mask)
         start, past = first(ids[:, :-3], hidden, *mask)
         end, _ = later(ids[:, -3:], past, *mask)

@@ -19,7 +19,7 @@ from passes.capture import Args
 
 _CHATTY = (
     *("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._dynamo", "torch.fx"),
-    *("torch._inductor", "onnxruntime"),
+    *("torch._inductor", "root"),  # onnxruntime's quantiser logs to the root
 )
 
 
