@@ -48,7 +48,7 @@ def environment(folder: Path, torch: str, transformers: str, pip: list[str]) -> 
 
 def tested(python: Path, arguments: list[str]) -> dict[str, Any]:
     """Pytest's counts, and the names of what failed."""
-    call = [str(python), "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *arguments]
+    call = [str(python), "-m", "pytest", "-rfE", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     counts = re.findall(r"(\d+) (passed|failed|errors?|skipped|xfailed)", done.stdout[-2000:])
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)

@@ -73,7 +73,7 @@ def readers(options: argparse.Namespace) -> Part:
 def tests(*names: str) -> Part:
     """Pytest's own count."""
     paths = [str(ROOT / "tests" / name) for name in names]
-    call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+    call = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *paths]
     said = subprocess.run(call, cwd=ROOT, capture_output=True, text=True).stdout
     counts = {
         what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|errors?|skipped)", said)
