@@ -14,6 +14,7 @@ transformers. A folder appears complete or not at all.
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -70,6 +71,7 @@ def save(
             "this model could only be made smaller as a graph, which a "
             "folder cannot hold · help: use export_onnx, or torch.export.save of graph_module"
         )
+    _refuse_undersized(pruned)
     with _draft(folder) as draft:
         _write(pruned, draft, tokenizer, max_shard_size, facts or {}, extra)
     return Path(os.path.abspath(folder))
@@ -239,6 +241,25 @@ def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             first[key] = name
             state[name] = tensor.detach().cpu().contiguous().clone()
     return state, aliases
+
+
+def _refuse_undersized(pruned: Pruned) -> None:
+    """A folder says how to make the class that its configuration builds smaller. A model that was
+    smaller than that before this pruning cannot be said.
+    """
+    model: Any = pruned.model
+    if not _is_transformers(model):
+        return
+    built = skeleton(lambda: type(model)(copy.deepcopy(model.config)))
+    shapes = {name: tuple(p.shape) for name, p in built.named_parameters(remove_duplicate=False)}
+    for name, shape in pruned.deps.parameters.items():
+        if shapes.get(name) != tuple(shape):
+            raise FaspGraphError(
+                f"{name} {list(shape)} was not what the configuration of {type(model).__name__} "
+                f"builds ({list(shapes.get(name, ()))}) before it was pruned here, so a folder "
+                "cannot say how to build it · help: prune the original model once, by as much as "
+                "both times together; or export it"
+            )
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -184,3 +184,14 @@ def test_processor_files_come_from_the_folder_of_the_model(pruned, tmp_path, whe
     assert "thesis.json" not in found
     manifest = json.loads((folder / "fasp_graph.json").read_text())
     assert sorted(found) == manifest["files"]
+
+
+def test_a_model_that_was_pruned_before_is_not_saved_as_a_folder_that_no_one_can_load(tmp_path):
+    entry = models_zoo.load("llama-random")
+    config = fg.Config(sparsity=0.2, method="magnitude")
+    once = fg.prune(entry.model, entry.inputs, None, config)
+    twice = fg.prune(fg.load(once.save(tmp_path / "once")), entry.inputs, None, config)
+
+    with pytest.raises(fg.FaspGraphError, match="before it was pruned here .* · help: prune the orig"):
+        twice.save(tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
