@@ -45,7 +45,7 @@ def test_inspect(run, tmp_path):
 def test_prune_eval_and_export_a_folder(run, tmp_path):
     folder = tmp_path / "small"
     code, out, error = run(
-        *("prune", "zoo:llama-random", "--sparsity", 0.4, "--align", 2, "--json"),
+        *("prune", "zoo:llama-random", "--sparsity", 0.4, "--method", "magnitude", "--json"),
         *("--output", folder),
     )
     assert code == 0, error
