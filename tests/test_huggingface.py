@@ -192,6 +192,6 @@ def test_a_model_that_was_pruned_before_is_not_saved_as_a_folder_that_no_one_can
     once = fg.prune(entry.model, entry.inputs, None, config)
     twice = fg.prune(fg.load(once.save(tmp_path / "once")), entry.inputs, None, config)
 
-    with pytest.raises(fg.FaspGraphError, match="before it was pruned here .* · help: prune the orig"):
+    with pytest.raises(fg.FaspGraphError, match=r"before it was pruned here.* · help: prune"):
         twice.save(tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
