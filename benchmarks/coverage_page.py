@@ -37,6 +37,8 @@ this page.
 
 {versions}
 
+{note}
+
 {totals}
 
 *Verified*: every kind of group that the type has equals the masked dense model within {exact:.0e}.
@@ -63,10 +65,12 @@ def main() -> None:
     """Write the results, if there are new rows, and the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rows", type=Path, nargs="?", help="the output of benchmarks.coverage")
-    rows = parser.parse_args().rows
-    if rows is not None:
-        found = sorted(coverage.read(rows), key=lambda row: row["type"])
-        RESULTS.write_text(json.dumps(kept(found), indent=1) + "\n")
+    parser.add_argument("--note", default="", help="how the types were chosen, if not all ran")
+    options = parser.parse_args()
+    if options.rows is not None:
+        found = sorted(coverage.read(options.rows), key=lambda row: row["type"])
+        results = {**kept(found), "note": options.note}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(json.loads(RESULTS.read_text())))
 
 
@@ -111,6 +115,7 @@ def page(results: dict[str, Any]) -> str:
     return TEXT.format(
         versions=f"torch {results['torch']}, transformers {results['transformers']}: "
         f"{len(rows)} of {results['types']} types were run.",
+        note=results.get("note", ""),
         exact=coverage.EXACT,
         totals=_markdown(("what", "types", "share"), _totals(rows)),
         layers=_markdown(("reason", "layers", "types"), _held(rows)),
