@@ -37,6 +37,8 @@ this page.
 
 {versions}
 
+{note}
+
 {totals}
 
 *Verified*: every kind of group that the type has equals the masked dense model within {exact:.0e}.
@@ -63,10 +65,12 @@ def main() -> None:
     """Write the results, if there are new rows, and the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rows", type=Path, nargs="?", help="the output of benchmarks.coverage")
-    rows = parser.parse_args().rows
-    if rows is not None:
-        found = sorted(coverage.read(rows), key=lambda row: row["type"])
-        RESULTS.write_text(json.dumps(kept(found), indent=1) + "\n")
+    parser.add_argument("--note", default="", help="how the types were chosen, if not all ran")
+    options = parser.parse_args()
+    if options.rows is not None:
+        found = sorted(coverage.read(options.rows), key=lambda row: row["type"])
+        results = {**kept(found), "note": options.note}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(json.loads(RESULTS.read_text())))
 
 
@@ -82,7 +86,7 @@ def kept(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
     errors = [v for v in row.get("verified", {}).values() if isinstance(v, float)]
-    exact = row["stage"] == "done" and not coverage._failed(row)
+    exact = bool(errors) and row["stage"] == "done" and not coverage._failed(row)
     return {
         "type": row["type"],
         "class": row.get("class", ""),
@@ -111,6 +115,7 @@ def page(results: dict[str, Any]) -> str:
     return TEXT.format(
         versions=f"torch {results['torch']}, transformers {results['transformers']}: "
         f"{len(rows)} of {results['types']} types were run.",
+        note=results.get("note", ""),
         exact=coverage.EXACT,
         totals=_markdown(("what", "types", "share"), _totals(rows)),
         layers=_markdown(("reason", "layers", "types"), _held(rows)),
@@ -123,14 +128,18 @@ def _totals(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     built = [row for row in rows if row["class"]]
     seen = [row for row in built if row["captured"]]
     exact = [row for row in seen if row["verified"]]
-    whole = [row for row in exact if all(a == b for a, b in row["layers"].values())]
+    layered = [row for row in exact if any(n for _, n in row["layers"].values())]
+    whole = [row for row in layered if all(a == b for a, b in row["layers"].values())]
+    nothing = [row for row in seen if not set(row["groups"]) & set(KINDS)]
     worst = max((row["error"] for row in exact if row["error"] is not None), default=0.0)
     return [
         ("run", len(rows), ""),
         ("built", len(built), _share(built, rows)),
         ("captured", len(seen), f"{_share(seen, built)} of the built"),
         (f"verified, largest error {worst:.0e}", len(exact), f"{_share(exact, seen)} of captured"),
-        ("a chain in every layer", len(whole), f"{_share(whole, seen)} of captured"),
+        ("nothing to prune exactly", len(nothing), ""),
+        ("with an MLP or attention", len(layered), "of the verified"),
+        ("a chain in each of them", len(whole), f"{_share(whole, layered)} of these"),
         ("wrong", sum(row["wrong"] for row in rows), ""),
     ]
 
@@ -150,8 +159,13 @@ def _held(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def _failures(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    failed = [re.sub(r"[%\d]+", "#", row["reason"]) for row in rows if not row["verified"]]
-    return list(Counter(failed).most_common())
+    failed = [row["reason"] for row in rows if not row["captured"] or _stopped(row)]
+    return list(Counter(re.sub(r"[%\d]+", "#", reason) for reason in failed).most_common())
+
+
+def _stopped(row: dict[str, Any]) -> bool:
+    """Captured, with something to prune, and yet not verified."""
+    return not row["verified"] and bool(set(row["groups"]) & set(KINDS))
 
 
 HEAD = ("type", "class", "groups", "prunable", "MLP", "attention", "error", "reason")

@@ -80,7 +80,7 @@ def _inner(node: Node, deps: DependencyGraph) -> set[int]:
     bound = bind(node, node.args, node.kwargs)
     weight = bound.get("weight")
     rank = len(deps.labels.values[weight].shape) if isinstance(weight, Node) else 2
-    return _labels(deps, node.args[0], -1 if op_name(node)[:4] != "conv" else 1 - rank)
+    return _labels(deps, _operand(node), -1 if op_name(node)[:4] != "conv" else 1 - rank)
 
 
 def _labels(deps: DependencyGraph, node: Node, dim: int) -> set[int]:
@@ -99,10 +99,14 @@ def _mlp_outputs(module: GraphModule, deps: DependencyGraph) -> Iterator[Node]:
     for node in module.graph.nodes:  # in order: what a node needs is known before it
         contracts = op_name(node) in CONTRACTIONS and not _is_depthwise(node, deps)
         known[node] = _traced(node, known, contracts)
-        if not contracts or not isinstance(node.args[0], Node):
-            continue
-        if known[node.args[0]].sources and known[node.args[0]].curved:
+        source = _operand(node) if contracts else None
+        if isinstance(source, Node) and known[source].sources and known[source].curved:
             yield node
+
+
+def _operand(node: Node) -> Any:
+    """What a contraction reads: the first argument, but of addmm, whose first is the bias."""
+    return node.args[1 if op_name(node) == "addmm" else 0]
 
 
 def _is_depthwise(node: Node, deps: DependencyGraph) -> bool:
@@ -169,5 +173,5 @@ def _is_softmax(node: Any, depth: int) -> bool:
         return False
     if op_name(node) in ("softmax", "_softmax"):
         return True
-    moves = ("dropout", "to", "reshape", "view", "expand", "clone", "contiguous")
+    moves = ("dropout", "to", "reshape", "view", "expand", "clone", "contiguous", "slice")
     return depth < 6 and op_name(node) in moves and _is_softmax(node.args[0], depth + 1)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from benchmarks import coverage
+from benchmarks import coverage, coverage_page
 from benchmarks.build_type import build, model_class
 from benchmarks.cover_type import cover
 from benchmarks.layers import layers_with_chains
@@ -116,3 +116,24 @@ def test_layers_without_a_chain_are_counted():
     found = layers_with_chains(program.graph_module, deps)
     assert found.counts == {"mlp": [1, 2], "attention": [0, 0]}
     assert found.without == {"mlp": {"frozen, reaches the model's output": 1}, "attention": {}}
+
+
+def test_the_page_is_written_from_the_kept_results():
+    results = json.loads(coverage_page.RESULTS.read_text())
+
+    assert coverage_page.PAGE.read_text() == coverage_page.page(results)
+    assert not any(row["wrong"] for row in results["rows"])
+
+
+def test_what_is_kept_of_a_row(monkeypatch):
+    monkeypatch.setattr(coverage_page, "types", lambda: ["bert", "gpt2", "none"])
+    good = {"type": "bert", "class": "BertModel", "stage": "done", "nodes": 9, "prunable": 0.5}
+    good |= {"groups": {"chain": 2, "frozen": 1}, "layers": {"mlp": [1, 1]}}
+    bad = good | {"type": "gpt2", "verified": {"chain": "VerificationError: differ by 1 · node"}}
+    kept = coverage_page.kept([good | {"verified": {"chain": 1e-15, "head": None}}, bad])
+
+    assert [row["verified"] for row in kept["rows"]] == [True, False]
+    assert [row["wrong"] for row in kept["rows"]] == [False, True]
+    text = coverage_page.page(kept)
+    assert "2 of 3 types were run" in text and "| wrong | 1 |" in text
+    assert "| chain: VerificationError: differ by # | 1 |" in text

@@ -14,13 +14,14 @@ from benchmarks.cover_type import cover
 
 NAMES = """
     albert bart beit bert biogpt bloom clip cohere2 deberta-v2 dinov2 electra ernie4_5_moe
-    falcon_mamba gemma glm4_moe gpt2 gpt_neox gpt_oss granite jamba llama mamba2 mixtral mpt olmoe
+    falcon_mamba gemma glm4_moe gpt2 gpt_neox gpt_oss granite jamba llama mixtral mpt olmoe
     opt phi3 pvt qwen3_moe resnet segformer siglip t5 vit wav2vec2 whisper apertus
 """
 HELD = {  # a norm over the axis mixes it: the layer has no chain, and the reason says so
     "convnextv2": "mlp 0/8 with a chain: width, mixed by mean (8)",
     "diffllama": "attention 0/4 with a chain: width, mixed by rms_norm (4)",
     "bitnet": "mlp 0/2 with a chain, attention 0/2 with a chain: width, mixed by mean (2)",
+    "mamba2": "mlp 0/2 with a chain: width, mixed by mean (2)",
 }
 
 
