@@ -14,7 +14,7 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 import fasp_graph as fg
-from fasp_graph import decide
+from fasp_graph import cli, decide
 from fasp_graph.journal import close, work_folder
 from fasp_graph.lazyfolder import open_folder
 from fasp_graph.shards import folder_tensors, write_shard
@@ -102,6 +102,15 @@ def test_what_cannot_be_streamed_is_refused(dense, tmp_path):
     os.truncate(partial / "model.safetensors", 5000)
     with pytest.raises(FaspGraphError, match="cut short"):
         open_folder(partial)
+
+
+def test_the_command_line_streams_folders_only(monkeypatch, capsys):
+    words = ["fasp-graph", "prune", "zoo:opt-random", "--stream", "--no-resume"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "--stream reads a folder" in " ".join(capsys.readouterr().err.split())
 
 
 def model():
