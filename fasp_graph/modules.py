@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -45,19 +45,16 @@ def emit_model(
     deps: DependencyGraph,
     plan: Plan,
     inputs: Args,
-    double: tuple[nn.Module, GraphModule] | None = None,
+    stand_in: Callable[[], tuple[nn.Module, GraphModule]] | None = None,
 ) -> tuple[nn.Module, Emission]:
     """A smaller copy of `model` whose outputs equal `compact`'s, and how it was made.
 
-    `double`: model and compact graph with other numbers, on which ways are searched where those
-    of `model` are slow to read; what is found is then judged on the true ones.
+    `stand_in` makes the model and the compact graph with other numbers, on which ways are searched
+    where those of `model` are slow to read; what is found is then judged on the true ones.
     """
     groups = tuple(g for g in deps.groups if g.name in plan.kept)
     search = _Search(Compaction(model, compact, groups, plan.kept), cases(compact, inputs))
-    chosen = None
-    if double is not None:
-        trial = _Search(Compaction(*double, groups, plan.kept), cases(double[1], inputs))
-        chosen = _choose(trial)
+    chosen = None if stand_in is None else _choose_on(*stand_in(), groups, plan, inputs)
     if chosen is None or not search.agrees(chosen):
         chosen = _choose(search)
     if chosen is None:
@@ -67,6 +64,12 @@ def emit_model(
     for path, module in model.named_modules():
         small.get_submodule(path).training = module.training
     return small, emission
+
+
+def _choose_on(
+    model: nn.Module, compact: GraphModule, groups: tuple[Group, ...], plan: Plan, inputs: Args
+) -> dict[str, Way] | None:
+    return _choose(_Search(Compaction(model, compact, groups, plan.kept), cases(compact, inputs)))
 
 
 def _choose(search: _Search) -> dict[str, Way] | None:

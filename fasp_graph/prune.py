@@ -6,6 +6,7 @@ capture -> couple -> decide (observe, score, select, restore) -> rewrite -> veri
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -138,8 +139,8 @@ def prune(
     with _stage("verify", seconds, progress):
         error = verify(dense, compact, cut, captured.inputs, config.seed)
     with _stage("emit", seconds, progress):
-        double = stand_in(model, captured, cut) if is_lazy(model) else None
-        small, emission = emit_model(model, compact, deps, plan, captured.inputs, double)
+        numbers = functools.partial(stand_in, model, captured, cut) if is_lazy(model) else None
+        small, emission = emit_model(model, compact, deps, plan, captured.inputs, numbers)
     report = _report(captured, compact, deps, plan, decisions, emission, seconds, error)
     return Pruned(
         compact,

@@ -19,9 +19,8 @@ from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 Read = Callable[[], Tensor]
-_SAME = {aten.detach.default, aten.alias.default}
+_SAME = {aten.detach.default, aten.alias.default, aten.clone.default}  # none can be written to
 _DEFERRED = {
-    aten.clone.default,
     aten.gather.default,
     aten.index_copy.default,
     aten.index_select.default,
