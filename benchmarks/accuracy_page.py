@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy_page.py benchmarks/results/accuracy.json docs/accuracy.md
 
-What stands between `<!-- TABLE: begin -->` and `<!-- TABLE: end -->` is replaced, for presets,
-other and ablation; the plot goes beside the page. More JSON files are merged into the first one.
-Only rows in which every method was measured are shown: a table has no empty cells.
+What stands between `<!-- TABLE: begin -->` and `<!-- TABLE: end -->` is replaced, for the tables of
+`TABLES`; the plot goes beside the page. More JSON files are merged into the first one. A line is
+shown where all its columns were measured: a table has no empty cells.
 """
 
 from __future__ import annotations
@@ -18,6 +18,14 @@ from typing import Any
 
 from accuracy import ABLATION, PRESETS, Row, key, read
 
+SHORT = ("fasp", "best", "magnitude")
+# mark in the page -> rows, columns, whether on the calibration's own domain
+TABLES = {
+    "short": ("presets", SHORT, True),
+    "presets": ("presets", tuple(PRESETS), True),
+    "other": ("presets", SHORT, False),
+    "ablation": ("ablation", tuple(ABLATION), True),
+}
 FIRST = {"accuracy", "heldout"}
 
 
@@ -110,15 +118,13 @@ def main() -> None:
     rows = merged(options.results)
     text = json.dumps([vars(row) for row in rows], indent=1)
     options.results[0].write_text(text + "\n")
-    presets = [row for row in rows if row.table == "presets"]
-    ablation = [row for row in rows if row.table == "ablation"]
-    tried = [name for name in ABLATION if any(row.variant == name for row in ablation)]
     page = options.page.read_text()
-    page = fill(page, "presets", table(presets, list(PRESETS), True))
-    page = fill(page, "other", table(presets, list(PRESETS), False))
-    page = fill(page, "ablation", table(ablation, tried, True))
+    for mark, (kind, variants, first) in TABLES.items():
+        if f"<!-- {mark}: begin -->" in page:
+            held = [row for row in rows if row.table == kind]
+            page = fill(page, mark, table(held, variants, first))
     options.page.write_text(page)
-    plot(presets, options.page.with_suffix(".png"))
+    plot([row for row in rows if row.table == "presets"], options.page.with_suffix(".png"))
 
 
 if __name__ == "__main__":
