@@ -65,9 +65,10 @@ def table(rows: list[Row], variants: Sequence[str], first: bool) -> str:
         cells = {v: cell(found, data) for v, found in by.items()}
         least = min(cells, key=lambda v: cells[v][1])
         texts = [f"**{t}**" if v == least else t for v, (_, _, t) in cells.items()]
-        share = cells["best"][1] / cells["fasp"][1] if cells["fasp"][1] > 0 else float("nan")
+        lost, base = cells["best"][1], cells["fasp"][1]
+        share = f"{lost / base:.2f}" if lost > 0 and base > 0 else "no loss"
         dense = f"{here[0].dense[data]:.4g}"
-        lines.append(f"| {model} ({dense}) | {asked:.0%} | {' | '.join(texts)} | {share:.2f} |")
+        lines.append(f"| {model} ({dense}) | {asked:.0%} | {' | '.join(texts)} | {share} |")
     return "\n".join(lines)
 
 
