@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak trust clean
 
 SECONDS ?= 600
 
@@ -24,6 +24,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,docs]'
 	touch $@
+
+trust: $(READY)
+	$(BIN)/python -m benchmarks.trust --seconds $(SECONDS)
 
 clean:
 	rm -rf .venv build

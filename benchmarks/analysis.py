@@ -52,7 +52,7 @@ def measure(name: str, layers: int) -> dict[str, Any]:
     """One point, in this process."""
     import torch
 
-    from fasp_graph.skeleton import from_config
+    from fasp_graph.scale.skeleton import from_config
     from passes.analysis import analysis
     from passes.capture import capture
 

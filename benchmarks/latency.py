@@ -30,7 +30,7 @@ from benchmarks.speed import SHAPES
 from benchmarks.speed import seconds as cpu_seconds
 from fasp_graph import Config, Pruned, prune
 from fasp_graph.evaluate import flops
-from fasp_graph.onnx import export_graph, onnx_session, run_session
+from fasp_graph.exports.onnx import export_graph, onnx_session, run_session
 from passes.capture import Captured, capture
 from passes.kernels import narrow
 

@@ -22,9 +22,9 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from fasp_graph import Config
-from fasp_graph.shards import INDEX, write_shard
-from fasp_graph.skeleton import from_config
-from fasp_graph.streaming import prune_folder
+from fasp_graph.folders.shards import INDEX, write_shard
+from fasp_graph.scale.skeleton import from_config
+from fasp_graph.scale.streaming import prune_folder
 from passes.lazy import Lazy
 
 VOCABULARY = 2048

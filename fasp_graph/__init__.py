@@ -9,15 +9,15 @@ export(pruned, path, format)                              # onnx with a cache, f
 from passes.couple import DependencyGraph
 from passes.errors import FaspGraphError
 
-from . import auto as auto  # transformers' Auto classes then load folders of this kind
 from .config import Config
 from .evaluate import perplexity
-from .export import Exported, export
-from .huggingface import load, push_to_hub, save
-from .onnx import export_onnx
+from .exports.export import Exported, export
+from .exports.onnx import export_onnx
+from .folders import auto as auto  # transformers' Auto classes then load folders of this kind
+from .folders.huggingface import load, push_to_hub, save
 from .prune import Pruned, analyze, prune
 from .recover import recover
-from .streaming import prune_folder
+from .scale.streaming import prune_folder
 
 __all__ = [
     "Config",

@@ -28,7 +28,7 @@ from passes.errors import FaspGraphError
 
 from .data import Target, load_target
 from .evaluate import flops, latency, perplexity, size_of
-from .onnx import export_graph, onnx_session, run_session
+from .exports.onnx import export_graph, onnx_session, run_session
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@ zoo`.
 
 MODEL is zoo:NAME, a folder, package.module:factory or a hub id (fasp_graph/data.py); DATA is text,
 images or a factory (fasp_graph/corpora.py). The flags of `prune` are the fields of Config
-(fasp_graph/flags.py). Exit codes: 0 done, 1 an error inside, 2 an error of the call, its data or
-its model, 130 interrupted. An error is one message on stderr; `--debug` shows where it came from.
+(fasp_graph/commands/flags.py). Exit codes: 0 done, 1 an error inside, 2 an error of the call, its
+data or its model, 130 interrupted. An error is one message on stderr; `--debug` shows where it
+came from.
 """
 
 from __future__ import annotations
@@ -26,22 +27,12 @@ from passes.errors import ConfigError, FaspGraphError
 from passes.groups import DependencyGraph
 from passes.lazy import is_lazy
 
-from .config import Config
-from .data import Target, load_target
-from .demo import run_demo, table
-from .distributed import joined, world
-from .dryrun import dry_run
-from .evaluate import latency, perplexity
-from .flags import config_from, given_flags, with_config_flags
-from .graphfiles import FORMATS, text, write
-from .huggingface import save
-from .journal import close, work_folder
-from .jsontext import to_json
-from .measuring import bench_command, eval_command, export_command, zoo_command
-from .prune import Pruned, analyze, prune
-from .recovering import recover_command
-from .report_page import write_report
-from .terminal import (
+from .commands.demo import run_demo, table
+from .commands.dryrun import dry_run
+from .commands.flags import config_from, given_flags, with_config_flags
+from .commands.measuring import bench_command, eval_command, export_command, zoo_command
+from .commands.recovering import recover_command
+from .commands.terminal import (
     DATA_HELP,
     Debug,
     Json,
@@ -54,7 +45,17 @@ from .terminal import (
     wide_console,
     writable,
 )
-from .view import to_html
+from .config import Config
+from .data import Target, load_target
+from .evaluate import latency, perplexity
+from .folders.huggingface import save
+from .jsontext import to_json
+from .pages.graphfiles import FORMATS, text, write
+from .pages.report_page import write_report
+from .pages.view import to_html
+from .prune import Pruned, analyze, prune
+from .scale.distributed import joined, world
+from .scale.journal import close, work_folder
 
 app = typer.Typer(
     help="Prune any PyTorch model: find coupled layers, cut, repair, verify.",

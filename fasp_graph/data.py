@@ -22,9 +22,9 @@ from passes.errors import CalibrationError, FaspGraphError
 from passes.verify import fresh_inputs
 
 from .corpora import factory, image_batches, image_files, is_factory, text_of
-from .huggingface import MANIFEST, load
+from .folders.huggingface import MANIFEST, load
+from .folders.lazyfolder import open_folder, return_freed_memory
 from .jsontext import read_object
-from .lazyfolder import open_folder, return_freed_memory
 
 EXAMPLE = (
     3,
@@ -59,7 +59,7 @@ def load_target(
 ) -> Target:
     """The target that `text` names, with calibration and evaluation data of fasp_graph/corpora.py;
     `length`, `count`: tokens per window and windows (or images) at most. `stream`: a folder whose
-    weights are read one by one (fasp_graph/streaming.py).
+    weights are read one by one (fasp_graph/scale/streaming.py).
     """
     if stream:
         target = _streamed(text)

@@ -42,11 +42,11 @@ from passes.select import Budget, allocate, select
 from passes.sensitivity import Sensed, factor, sense
 
 from .config import Config
-from .distributed import share, total, world
-from .journal import Journal, fingerprint, open_journal, watch
-from .layout import Said, settled
-from .microbatch import microbatches
-from .spill import Spill
+from .emit.layout import Said, settled
+from .scale.distributed import share, total, world
+from .scale.journal import Journal, fingerprint, open_journal, watch
+from .scale.microbatch import microbatches
+from .scale.spill import Spill
 
 Progress = Callable[[str, int, int], None]
 

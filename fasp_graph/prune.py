@@ -33,12 +33,12 @@ from passes.verify import verify
 
 from .config import Config
 from .decide import Decisions, Progress, decide
+from .emit.layout import Said, uniform_groups
+from .emit.modules import Emission, emit_model
+from .emit.standin import stand_in
 from .evaluate import flops
 from .inputs import refuse_unmergeable, refuse_unstreamable
-from .layout import Said, uniform_groups
-from .modules import Emission, emit_model
 from .report import Frozen, GroupReport, Report
-from .standin import stand_in
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Pruned:
 
     def save(self, folder: Any, **options: Any) -> Any:
         """`fasp_graph.save(self, folder)`."""
-        from .huggingface import save
+        from .folders.huggingface import save
 
         return save(self, folder, **options)
 
     def export_onnx(self, path: Any) -> Any:
         """`fasp_graph.export_onnx(self, path)`."""
-        from .onnx import export_onnx
+        from .exports.onnx import export_onnx
 
         return export_onnx(self, path)
 
@@ -111,7 +111,7 @@ def prune(
     form, or None for methods that need no data. `program`: what `read` made of this model and
     these inputs, where it is pruned several times. `progress(stage, done, total)` is called as the
     work goes on; total is 0 where it is not known. `work`: a folder for what is finished; the
-    same call goes on from there after an interruption (fasp_graph/journal.py). Raises
+    same call goes on from there after an interruption (fasp_graph/scale/journal.py). Raises
     FaspGraphError: CaptureError, BudgetError, CalibrationError, VerificationError...
     """
     config = config or Config()

@@ -33,7 +33,7 @@ from passes.errors import CalibrationError, FaspGraphError
 from passes.rewrite import attribute
 
 from .evaluate import logits_of
-from .loading import original_name
+from .folders.loading import original_name
 from .prune import Pruned
 
 Progress = Callable[[str, int, int], None]

@@ -147,7 +147,7 @@ def test_it_compiles(name):
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler")
 def test_inductor_compiles_adapters(mlp):
-    from fasp_graph.emission import Emission, apply_shapes
+    from fasp_graph.emit.emission import Emission, apply_shapes
 
     recipe = Emission(
         shapes={"2.weight": (9, 16), "2.bias": (9,), "4.weight": (5, 9)},

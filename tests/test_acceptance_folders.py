@@ -11,7 +11,7 @@ import torch
 from families import EVERY, output, prompt, pruned
 
 import fasp_graph as fg
-from fasp_graph.onnx import onnx_session, run_session
+from fasp_graph.exports.onnx import onnx_session, run_session
 from passes.capture import as_args
 
 AUTO = {

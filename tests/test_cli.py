@@ -11,7 +11,8 @@ from rich.console import Console
 from transformers import AutoConfig
 
 import fasp_graph as fg
-from fasp_graph import bench, cli, data, demo, terminal
+from fasp_graph import bench, cli, data
+from fasp_graph.commands import demo, terminal
 
 
 @pytest.fixture

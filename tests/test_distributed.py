@@ -15,8 +15,9 @@ WORKER = """
 import json, os, sys, datetime
 import torch
 torch.set_num_threads(1)
-from fasp_graph import Config, prune
-from fasp_graph.distributed import joined, world
+from fasp_graph import Config
+from fasp_graph import prune
+from fasp_graph.scale.distributed import joined, world
 from tests.test_distributed import batches, model
 out, method, fails = sys.argv[1:]
 def progress(stage, done, total):

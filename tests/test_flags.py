@@ -8,8 +8,8 @@ import pytest
 import typer
 
 import fasp_graph as fg
-from fasp_graph import flags
 from fasp_graph.cli import app
+from fasp_graph.commands import flags
 
 
 def test_every_field_has_a_flag_and_a_meaning():

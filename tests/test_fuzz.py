@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fasp_graph as fg
-from fasp_graph.flags import config_from
+from fasp_graph.commands.flags import config_from
 
 FUZZ = settings(
     max_examples=60,

@@ -9,7 +9,7 @@ import torch
 
 import fasp_graph as fg
 import models_zoo
-from fasp_graph import huggingface
+from fasp_graph.folders import huggingface
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import transformers
 from torch import nn
 
 import fasp_graph as fg
-from fasp_graph.auto import FaspModel
-from fasp_graph.demo import run_demo
-from fasp_graph.flags import read_toml
-from fasp_graph.loading import _check_emission
-from fasp_graph.manifest import FORMAT, checked_weights, read_manifest
+from fasp_graph.commands.demo import run_demo
+from fasp_graph.commands.flags import read_toml
+from fasp_graph.folders.auto import FaspModel
+from fasp_graph.folders.loading import _check_emission
+from fasp_graph.folders.manifest import FORMAT, checked_weights, read_manifest
 from passes import rules
 from passes.errors import BudgetError, ConfigError, FaspGraphError, UnsupportedOp
 from passes.removal import count
@@ -135,7 +135,7 @@ def test_an_unknown_key_in_a_file_of_options(tmp_path):
 def test_an_auto_class_of_another_task(tmp_path, monkeypatch):
     other = type("FaspOther", (FaspModel,), {"auto": transformers.AutoModelForMaskedLM})
     model = SimpleNamespace(config=transformers.LlamaConfig(), base_model=None)
-    monkeypatch.setattr("fasp_graph.auto.load", lambda root: model)
+    monkeypatch.setattr("fasp_graph.folders.auto.load", lambda root: model)
 
     with pytest.raises(FaspGraphError, match="does not make · help: take the Auto class of its"):
         other.from_pretrained(tmp_path)

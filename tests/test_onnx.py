@@ -11,10 +11,10 @@ from decoding import greedy
 
 import fasp_graph as fg
 import models_zoo
-from fasp_graph import caching
-from fasp_graph import onnx as emitter
-from fasp_graph.dense import dense_twin
-from fasp_graph.onnx_reduce import reduce
+from fasp_graph.emit.dense import dense_twin
+from fasp_graph.exports import caching
+from fasp_graph.exports import onnx as emitter
+from fasp_graph.exports.onnx_reduce import reduce
 from passes.errors import ConfigError, VerificationError
 from passes.values import CLOSED
 

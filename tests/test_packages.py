@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fasp_graph as fg
-from fasp_graph import packages
+from fasp_graph.exports import packages
 from passes.errors import VerificationError
 
 LOAD = """

@@ -7,9 +7,9 @@ import transformers as tf
 from decoding import greedy_in_parts
 
 import fasp_graph as fg
-from fasp_graph import parts
-from fasp_graph.dense import dense_twin
-from fasp_graph.onnx import onnx_session
+from fasp_graph.emit.dense import dense_twin
+from fasp_graph.exports import parts
+from fasp_graph.exports.onnx import onnx_session
 from passes.errors import VerificationError
 
 FILES = ("decoder_model.onnx", "decoder_with_past_model.onnx", "encoder_model.onnx")

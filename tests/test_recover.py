@@ -10,7 +10,7 @@ from torch import nn
 
 import fasp_graph as fg
 import models_zoo
-from fasp_graph.recovering import recover_command
+from fasp_graph.commands.recovering import recover_command
 from passes.capture import tensors
 
 OPTIONS = {"tokens": 4000, "lora": 4, "learning_rate": 1e-2, "seed": 1}

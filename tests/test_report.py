@@ -6,7 +6,7 @@ import pytest
 
 import fasp_graph as fg
 import models_zoo
-from fasp_graph.report_page import report_page
+from fasp_graph.pages.report_page import report_page
 
 
 @pytest.fixture(scope="module")

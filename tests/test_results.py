@@ -11,8 +11,8 @@ from torch import nn
 
 import fasp_graph as fg
 import models_zoo
-from fasp_graph.onnx import onnx_session, run_session
-from fasp_graph.view import to_html
+from fasp_graph.exports.onnx import onnx_session, run_session
+from fasp_graph.pages.view import to_html
 from passes.capture import as_args, tensors
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import fasp_graph as fg
-from fasp_graph import spill
-from fasp_graph.graphfiles import FORMATS, text
-from fasp_graph.report_page import write_report
+from fasp_graph.pages.graphfiles import FORMATS, text
+from fasp_graph.pages.report_page import write_report
+from fasp_graph.scale import spill
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -65,7 +65,7 @@ def test_modules_are_imported_by_a_name_in_a_variable_only_where_that_is_known()
 
 
 def test_vendored_scripts_are_those_that_their_table_lists():
-    vendor = ROOT / "fasp_graph/templates/vendor"
+    vendor = ROOT / "fasp_graph/pages/templates/vendor"
     listed = re.findall(
         r"^\| (\S+\.js) .*\| ([0-9a-f]{64}) \|$", (vendor / "README.md").read_text(), re.M
     )

@@ -5,8 +5,8 @@ from torch import nn
 
 import passes.observe
 from fasp_graph import Config, prune
-from fasp_graph.microbatch import microbatches, working_set
-from fasp_graph.spill import Spill
+from fasp_graph.scale.microbatch import microbatches, working_set
+from fasp_graph.scale.spill import Spill
 from passes.capture import capture
 
 

@@ -15,10 +15,10 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import fasp_graph as fg
 from fasp_graph import cli, decide
-from fasp_graph.journal import close, work_folder
-from fasp_graph.lazyfolder import open_folder
-from fasp_graph.shards import folder_tensors, write_shard
-from fasp_graph.streaming import prune_folder
+from fasp_graph.folders.lazyfolder import open_folder
+from fasp_graph.folders.shards import folder_tensors, write_shard
+from fasp_graph.scale.journal import close, work_folder
+from fasp_graph.scale.streaming import prune_folder
 from passes.errors import ConfigError, FaspGraphError
 from passes.lazy import Lazy, whole
 
@@ -27,8 +27,8 @@ CONFIG = fg.Config(sparsity=0.4, method="fasp")
 INPUTS = {"input_ids": torch.arange(33).view(3, 11) % 50}
 KILLED = """
 import os, signal, sys
-from fasp_graph.journal import work_folder
-from fasp_graph.streaming import prune_folder
+from fasp_graph.scale.journal import work_folder
+from fasp_graph.scale.streaming import prune_folder
 from tests.test_streaming import CONFIG, INPUTS, SHARD, batches
 dense, output = sys.argv[1:]
 def progress(stage, done, total):

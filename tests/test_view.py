@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fasp_graph as fg
-from fasp_graph.view import page_data, to_html
+from fasp_graph.pages.view import page_data, to_html
 
 NAME = "</script><img src=x onerror=alert(1)>&"
 

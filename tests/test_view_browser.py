@@ -10,7 +10,7 @@ from torch import nn
 
 import fasp_graph as fg
 import models_zoo
-from fasp_graph import view
+from fasp_graph.pages import view
 from passes.groups import Consumer, DependencyGraph, Group, Layer, Member
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")

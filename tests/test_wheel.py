@@ -88,6 +88,6 @@ def test_installed_wheel_prunes(wheel, tmp_path):
     call(*install, wheel, cwd=elsewhere)
 
     assert (home / "models_zoo/data/llama/model.safetensors").exists()
-    assert (home / "fasp_graph/templates/graph.html").exists()
+    assert (home / "fasp_graph/pages/templates/graph.html").exists()
     said = call("-c", PRUNE, home, cwd=elsewhere, PYTHONPATH=str(home))
     assert said.splitlines()[-1].startswith("pruned")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import fasp_graph as fg
-from fasp_graph import whole as module
-from fasp_graph.whole import whole
+from fasp_graph.folders import whole as module
+from fasp_graph.folders.whole import whole
 
 
 def mode(path):

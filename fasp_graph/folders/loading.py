@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from passes.errors import FaspGraphError
 
-from .emission import apply_shapes
-from .jsontext import read_object
+from ..emit.emission import apply_shapes
+from ..jsontext import read_object
 from .manifest import MANIFEST, checked_weights, read_manifest
 
 _ATTENTION = ("eager", "sdpa")

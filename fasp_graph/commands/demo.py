@@ -31,14 +31,14 @@ from torch.fx import GraphModule
 from passes.capture import Args, as_args
 from passes.errors import FaspGraphError
 
-from .config import Config
-from .data import Target, load_target
-from .evaluate import flops, latency, perplexity, size_of
-from .huggingface import save
-from .jsontext import to_json
-from .onnx import export_graph, export_onnx, onnx_session, run_session
-from .prune import Program, Pruned, prune, read
-from .view import to_html
+from ..config import Config
+from ..data import Target, load_target
+from ..evaluate import flops, latency, perplexity, size_of
+from ..exports.onnx import export_graph, export_onnx, onnx_session, run_session
+from ..folders.huggingface import save
+from ..jsontext import to_json
+from ..pages.view import to_html
+from ..prune import Program, Pruned, prune, read
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.5)
 WRITTEN = 0.3

@@ -30,13 +30,13 @@ from passes.errors import FaspGraphError
 from passes.lazy import Lazy, is_lazy
 from passes.observe import Walk
 
-from .config import Config
+from ..config import Config
+from ..folders.manifest import versions
+from ..folders.shards import metadata, stored, write_shard
 from .distributed import total, world
-from .manifest import versions
-from .shards import metadata, stored, write_shard
 
 if TYPE_CHECKING:
-    from .decide import Decisions
+    from ..decide import Decisions
 
 Visit = Callable[[Walk, Node], None]
 KEY = "key.json"

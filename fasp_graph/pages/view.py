@@ -22,7 +22,7 @@ import numpy as np
 
 from passes.groups import DependencyGraph, Group, Member
 
-from .jsontext import to_json
+from ..jsontext import to_json
 
 _ESCAPES = {
     "<": "\\u003c",
@@ -74,7 +74,7 @@ class Picture:
 
 
 def show(deps: DependencyGraph, plan: Any = None, report: Any = None, height: int = 640) -> Picture:
-    """The page in a notebook: `fasp_graph.view.show(deps)` as the last line of a cell."""
+    """The page in a notebook: `fasp_graph.pages.view.show(deps)` as the last line of a cell."""
     return Picture(page(deps, plan, report), height)
 
 

@@ -8,7 +8,7 @@
 
 The cache of a layer holds key and value of the decoder's own tokens and of the encoder's; the
 latter are computed once, by decoder_model. Decoding goes through transformers' own
-EncoderDecoderCache; what the plan removed narrows the cache as in fasp_graph/caching.py.
+EncoderDecoderCache; what the plan removed narrows the cache as in fasp_graph/exports/caching.py.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from passes.errors import FaspGraphError, VerificationError
 from passes.values import OpenAxes
 from passes.verify import difference
 
+from ..emit.dense import Shrunk, Twin, shrunk
+from ..folders.drafts import draft_folder
 from .caching import filled, flat, numbers
-from .dense import Shrunk, Twin, shrunk
-from .drafts import draft_folder
 from .onnx import Form, export_graph
 
 T = TypeVar("T")

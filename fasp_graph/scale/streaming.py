@@ -23,13 +23,13 @@ from typing import Any
 from passes.groups import DependencyGraph
 from passes.select import Plan
 
-from .config import Config
-from .decide import Progress
-from .huggingface import save
+from ..config import Config
+from ..decide import Progress
+from ..folders.huggingface import save
+from ..folders.lazyfolder import open_folder, return_freed_memory
+from ..prune import prune
+from ..report import Report
 from .journal import close, work_folder
-from .lazyfolder import open_folder, return_freed_memory
-from .prune import prune
-from .report import Report
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from passes.errors import FaspGraphError, VerificationError
 from passes.values import OpenAxes
 from passes.verify import difference
 
-from .dense import Twin, shrunk
+from ..emit.dense import Twin, shrunk
 
 BATCH, LENGTH, PAST = 3, 7, 5  # of the example; distinct, so that axes cannot be confused
 Roles = tuple[tuple[int, ...], tuple[int, ...]]

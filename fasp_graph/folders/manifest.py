@@ -12,7 +12,7 @@ from typing import Any
 
 from passes.errors import FaspGraphError
 
-from .jsontext import read_object
+from ..jsontext import read_object
 
 FORMAT = 1
 MANIFEST = "fasp_graph.json"

@@ -13,16 +13,16 @@ from rich.table import Table
 import models_zoo
 from passes.capture import as_args
 
-from .bench import bench
-from .data import load_target
-from .evaluate import flops, latency, size_of
-from .export import FORMATS as EXPORTS
-from .export import Options, export_source, source_of
-from .jsontext import to_json
-from .measures import tasks
-from .onnx import EXTERNAL_DATA_BYTES
-from .onnx_reduce import DTYPES
-from .quality import Quality
+from ..bench import bench
+from ..data import load_target
+from ..evaluate import flops, latency, size_of
+from ..exports.export import FORMATS as EXPORTS
+from ..exports.export import Options, export_source, source_of
+from ..exports.onnx import EXTERNAL_DATA_BYTES
+from ..exports.onnx_reduce import DTYPES
+from ..jsontext import to_json
+from ..measures import tasks
+from ..quality import Quality
 from .terminal import DATA_HELP, Debug, Json, Length, Model, Windows, show, stages, wide_console
 
 

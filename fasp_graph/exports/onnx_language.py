@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from passes.errors import FaspGraphError
 
-from .evaluate import perplexity
+from ..evaluate import perplexity
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 

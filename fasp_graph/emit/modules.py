@@ -1,7 +1,7 @@
 """emit 2: the user's own class with smaller weights.
 
-Weights are replaced by their compact form, then each group needs a way (fasp_graph/emission.py) in
-which the class's own code computes the same as the compact graph. It is searched:
+Weights are replaced by their compact form, then each group needs a way (emission.py, beside this
+file) in which the class's own code computes the same as the compact graph. It is searched:
 
     all groups native?  ->  else, family by family:
     native, attributes (singly, then all, then in pairs), adapter, padded   ->  first that agrees

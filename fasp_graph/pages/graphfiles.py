@@ -21,7 +21,7 @@ import networkx as nx
 from passes.errors import ConfigError
 from passes.groups import DependencyGraph
 
-from .jsontext import to_json
+from ..jsontext import to_json
 
 COLOURS = {"chain": "#0b7285", "bilinear": "#8a3ffc", "head": "#c2570c", "width": "#a17a00"}
 

@@ -25,14 +25,14 @@ from passes.capture import Args, tensors
 from passes.errors import FaspGraphError, VerificationError
 from passes.kernels import narrow
 
-from .drafts import draft
-from .jsontext import to_json
+from ..folders.drafts import draft
+from ..jsontext import to_json
 from .onnx_reduce import reduce
 from .other_sizes import other_sizes
 from .program import program_of, quiet
 
 if TYPE_CHECKING:
-    from .prune import Pruned
+    from ..prune import Pruned
 
 OPSET = 18
 EXTERNAL_DATA_BYTES = 1_800_000_000  # protobuf holds at most 2 GB
@@ -61,7 +61,7 @@ def export_onnx(pruned: Pruned, path: str | os.PathLike[str]) -> Path:
     """Write the compact graph as ONNX and return its path; dynamic wherever the capture is.
 
     Raises VerificationError, and writes nothing, if ONNX Runtime computes other numbers.
-    `fasp_graph.export` has the options: with a cache, in parts, float16, int8.
+    `fasp_graph.exports.export` has the options: with a cache, in parts, float16, int8.
     """
     metadata = {"fasp_graph.plan": to_json(pruned.plan.to_dict())}
     plain = narrow(pruned.graph_module)  # ONNX Runtime has no use for the padding, and pays for it

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from .emission import Emission
+from ..emit.emission import Emission
 
 _PLAIN = """from transformers import AutoModel  # or the Auto class of its task
 

@@ -9,10 +9,10 @@ import typer
 
 from passes.errors import ConfigError
 
-from .data import calibration_batches, load_target
-from .evaluate import perplexity
-from .huggingface import MANIFEST, resave
-from .recover import recover
+from ..data import calibration_batches, load_target
+from ..evaluate import perplexity
+from ..folders.huggingface import MANIFEST, resave
+from ..recover import recover
 from .terminal import DATA_HELP, Debug, Json, Length, Windows, show, stages
 
 

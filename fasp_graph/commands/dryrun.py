@@ -20,10 +20,10 @@ from passes.capture import as_args
 from passes.groups import DependencyGraph
 from passes.select import Plan, allocate
 
-from .config import Config
-from .data import Target
-from .prune import analyze
-from .view import shapes_after
+from ..config import Config
+from ..data import Target
+from ..pages.view import shapes_after
+from ..prune import analyze
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from passes.couple import DependencyGraph, Group
 from passes.errors import BudgetError
 from passes.select import Budget, allocate
 
-from .config import Config
+from ..config import Config
 
 Shapes = dict[str, tuple[int, ...]]
 Field = tuple[str, ...]  # path of attributes from the configuration, through nested ones

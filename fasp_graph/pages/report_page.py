@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .jsontext import plain, to_json
+from ..jsontext import plain, to_json
 
 _STYLE = """
 :root { color-scheme: light dark; }

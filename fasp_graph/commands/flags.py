@@ -27,7 +27,7 @@ import typer
 
 from passes.errors import ConfigError
 
-from .config import Config
+from ..config import Config
 
 PANEL = "Pruning (fields of fasp_graph.Config)"
 

@@ -23,7 +23,7 @@ from passes.capture import Args, tensors
 from passes.errors import FaspGraphError, VerificationError
 from passes.verify import difference
 
-from .drafts import draft
+from ..folders.drafts import draft
 from .other_sizes import other_sizes
 from .program import program_of, quiet
 

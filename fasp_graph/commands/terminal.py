@@ -14,8 +14,8 @@ from rich.markup import escape
 import models_zoo
 from passes.errors import ConfigError
 
+from ..jsontext import to_json
 from .demo import progress_bar
-from .jsontext import to_json
 
 
 def known_models(incomplete: str) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from passes.errors import FaspGraphError
 from passes.lazy import replace
 
+from ..scale.skeleton import from_config
 from .shards import Stored, folder_tensors
-from .skeleton import from_config
 
 MMAP_THRESHOLD, LARGE = -3, 1 << 20  # M_MMAP_THRESHOLD of malloc.h; bytes
 

@@ -31,18 +31,18 @@ from passes.errors import FaspGraphError
 from passes.lazy import Lazy
 from passes.skeleton import skeleton
 
+from ..emit.emission import Emission
+from ..emit.layout import plain_config
+from ..jsontext import to_json
 from .card import model_card
 from .companions import copy_companions
-from .emission import Emission
-from .jsontext import to_json
-from .layout import plain_config
 from .loading import load
 from .manifest import FORMAT, MANIFEST, digest, read_manifest, versions
 from .shards import INDEX, write_shard
 from .whole import whole
 
 if TYPE_CHECKING:
-    from .prune import Pruned
+    from ..prune import Pruned
 
 __all__ = ["MANIFEST", "load", "push_to_hub", "resave", "save", "unique_state"]
 

@@ -25,11 +25,11 @@ from passes.errors import ConfigError
 from passes.groups import DependencyGraph
 from passes.kernels import narrow
 
+from ..data import Target
+from ..emit.dense import Twin, dense_shell, dense_twin
+from ..folders.manifest import MANIFEST, read_manifest
+from ..jsontext import to_json
 from .caching import CachedDecoder, cached_decoder
-from .data import Target
-from .dense import Twin, dense_shell, dense_twin
-from .jsontext import to_json
-from .manifest import MANIFEST, read_manifest
 from .onnx import EXTERNAL_DATA_BYTES, Form, export_graph, onnx_session
 from .onnx_language import session_perplexity
 from .onnx_reduce import DTYPES
@@ -37,7 +37,7 @@ from .packages import save_aoti, save_pt2
 from .parts import Parts, export_parts, parts_of
 
 if TYPE_CHECKING:
-    from .prune import Pruned
+    from ..prune import Pruned
 
 FORMATS = ("onnx", "pt2", "aoti")
 

@@ -1,0 +1,1 @@
+"""Pruned models on disk: written whole, read without running anything, known to transformers."""

@@ -1,0 +1,1 @@
+"""Pages and files for people who want to look at a dependency graph or a report."""

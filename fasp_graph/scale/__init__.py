@@ -1,0 +1,1 @@
+"""Models that do not fit: activations on disk, weights read when needed, several processes."""
