@@ -150,7 +150,7 @@ def _accumulate(
     after = view.outputs(result.detach())
     stream = rows_of(before, view, len(rows), after.shape[1])
     if stream is not None:
-        s.cosine += float(cosine_similarity(stream, stream + after.float()).sum())
+        s.cosine += float(cosine_similarity(stream, stream + after.float()).detach().sum())
         s.added += len(rows)
 
 

@@ -233,6 +233,12 @@ def prompt(name: str, n: int = 2) -> dict[str, torch.Tensor]:
     return {k: v for k, v in inputs.items() if k not in ("decoder_input_ids", "use_cache")}
 
 
+def free_length(name: str) -> bool:
+    """Whether the graph holds for any number of tokens; some code unrolls the sequence."""
+    shapes = program(name)[2].captured.dynamic_shapes
+    return any(1 in axes for axes in (shapes or {}).values() if axes)
+
+
 def output(model: Any, inputs: Any) -> torch.Tensor:
     """The first output, without gradients."""
     args = as_args(inputs)

@@ -1,12 +1,12 @@
 """What a user does with a result in one process: predict, generate, train, move, compile."""
 
 import copy
+import re
 import shutil
 
-import families
 import pytest
 import torch
-from families import EVERY, output, program, prompt, pruned
+from families import EVERY, free_length, output, program, prompt, pruned
 
 from passes.capture import tensors
 
@@ -18,7 +18,7 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_users_class_has_the_graphs_numbers(name):
-    result, inputs = pruned(name), EVERY[name].batch(2, 9)
+    result, inputs = pruned(name), EVERY[name].batch(2, 9 if free_length(name) else 11)
 
     expected = output(result.graph_module, inputs)
 
@@ -39,7 +39,7 @@ def test_it_moves_to_other_types(name, dtype):
     model, inputs = copy.deepcopy(pruned(name).model).to(dtype), EVERY[name].batch(2, 9)
     moved = {key: typed(value) for key, value in inputs.items()}
     try:
-        output(copy.deepcopy(program(name)[0]).to(dtype), moved)
+        dense = output(copy.deepcopy(program(name)[0]).to(dtype), moved)
     except RuntimeError as error:
         pytest.skip(f"the dense model does not run in it: {error}")
 
@@ -47,7 +47,7 @@ def test_it_moves_to_other_types(name, dtype):
 
     expected = output(pruned(name).model, inputs)
     rounding = 16 * ROUNDING[dtype]  # of about sixteen sums in a row
-    assert found.dtype == dtype
+    assert found.dtype == dense.dtype
     assert float((found.float() - expected).norm() / expected.norm()) < rounding
 
 
@@ -65,6 +65,8 @@ def test_it_generates(name):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_greedy_text_is_the_graphs(name):
+    if not free_length(name):
+        pytest.skip("its code unrolls the sequence, so the graph holds for one length")
     result, ids = pruned(name), prompt(name)["input_ids"]
 
     text = result.model.generate(ids, do_sample=False, **TEXT)
@@ -95,15 +97,13 @@ def test_left_padding_in_a_batch_changes_no_text(name):
 def test_it_fine_tunes(name):
     model = copy.deepcopy(pruned(name).model).train()
     dense, inputs, _ = program(name)
-    target = output(dense, inputs)
-    if name in families.FAMILIES:
-        target = 2 * target
+    target = 2 * output(dense, inputs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     losses = []
     for _ in range(20):
         loss = (tensors(model(**inputs))[0] - target).square().mean()
         loss.backward()
-        used = {name for name, p in model.named_parameters() if p.grad is not None}
+        used = {plain(key) for key, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
@@ -111,7 +111,12 @@ def test_it_fine_tunes(name):
     dense.zero_grad()
     tensors(dense(**inputs))[0].square().mean().backward()
     assert losses[-1] < losses[0]
-    assert used == {name for name, p in dense.named_parameters() if p.grad is not None}
+    assert used == {key for key, p in dense.named_parameters() if p.grad is not None}
+
+
+def plain(key):
+    """A padded weight under the name that it has in the dense model."""
+    return re.sub(r"parametrizations\.(\w+)\.original", r"\1", key)
 
 
 @pytest.mark.parametrize("name", EVERY)
