@@ -61,7 +61,7 @@ def _refused(found: Bench, code: int) -> None:
         raise Lost(f"a full disk gives exit code {code}: {said[-300:]}")
     if faults.digests(found.target) != found.earlier:
         raise Lost("a full disk changes the earlier folder")
-    if len(list(found.target.parent.iterdir())) != 1:
+    if faults.drafts(found.target):
         raise Lost("a full disk leaves a draft behind")
 
 
@@ -129,7 +129,7 @@ def two_writers(found: Bench, rounds: int) -> int:
     state = fg.load(found.target).state_dict()
     if not any(_equal(state, plan.model.state_dict()) for plan in plans):
         raise Lost("two writers leave a mixture")
-    if len(list(found.target.parent.iterdir())) != 1:
+    if faults.drafts(found.target):
         raise Lost("two writers leave a draft behind")
     return rounds * len(plans)
 

@@ -38,6 +38,7 @@ from torch import nn
 
 import fasp_graph as fg
 from fasp_graph import cli
+from fasp_graph.scale.journal import work_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 240  # seconds, of one run; what lasts longer hangs
@@ -147,6 +148,12 @@ def digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in MEASURED
     }
+
+
+def drafts(target: Path) -> list[str]:
+    """What lies beside `target` and should not: all but the journal of a run that may go on."""
+    held = {target.name, work_folder(target).name}
+    return [path.name for path in target.parent.iterdir() if path.name not in held]
 
 
 def bench(scratch: Path) -> Bench:

@@ -148,9 +148,10 @@ def _train(model: nn.Module, training: _Training, progress: Progress | None) -> 
     for step, chosen in enumerate(training.steps):
         args, kwargs = _moved(as_args(training.batches[chosen]), accelerator.device)
         loss = _loss(model, teacher, args, kwargs, training.weight)
-        if not bool(torch.isfinite(loss)):
+        reached = loss.detach().item()
+        if not math.isfinite(reached):
             raise FaspGraphError(
-                f"the loss is {float(loss)} at step {step + 1} · help: a lower learning_rate"
+                f"the loss is {reached} at step {step + 1} · help: a lower learning_rate"
             )
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trained, 1.0)
@@ -158,7 +159,7 @@ def _train(model: nn.Module, training: _Training, progress: Progress | None) -> 
         optimizer.zero_grad()
         schedule.step()
         if progress:
-            progress(f"recover, loss {float(loss):.3f}", step + 1, total)
+            progress(f"recover, loss {reached:.3f}", step + 1, total)
 
 
 def _loss(

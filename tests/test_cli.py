@@ -144,6 +144,25 @@ def test_prune_writes_a_report_and_a_picture(run, tmp_path):
     assert AutoConfig.from_pretrained(folder).model_type == "llama"  # what layout uniform is for
 
 
+def test_eval_says_how_it_measured(run, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("def area(radius):\n    return 3.14 * radius ** 2\n" * 40)
+    asked = ("--data", text, "--length", 32, "--windows", 3, "--json")
+
+    code, out, error = run("eval", "zoo:llama", *asked, "--stride", 16)
+    assert code == 0, error
+    found = json.loads(out)
+    assert (found["stride"], found["sequence_length"], found["samples"]) == (16, 32, 3)
+
+    code, out, error = run("eval", "zoo:llama", *asked, "--reference", "zoo:llama")
+    assert code == 0, error
+    assert json.loads(out)["embedding_similarity"] == pytest.approx(1.0)
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, _, error = run("eval", "zoo:llama", "--task", "arc_easy", "--limit", 1)
+    assert code == 2 and "fasp-graph[evaluation]" in error
+
+
 def test_bench_compares_alike(run, tmp_path):
     folder = tmp_path / "small"
     assert run("prune", "zoo:llama-random", "--output", folder)[0] == 0

@@ -2,15 +2,17 @@
 model.
 """
 
+import json
 import sys
 
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import fasp_graph as fg
 import models_zoo
-from fasp_graph.commands.recovering import recover_command
+from fasp_graph.cli import app
 from passes.capture import tensors
 
 OPTIONS = {"tokens": 4000, "lora": 4, "learning_rate": 1e-2, "seed": 1}
@@ -106,13 +108,17 @@ def dense():
     return entry.model, entry.inputs, [{"input_ids": counting(0, 4)}]
 
 
-def test_the_command_writes_a_folder_that_loads(pruned, tmp_path, capsys):
+def test_the_command_writes_a_folder_that_loads(pruned, tmp_path):
     pruned.save(tmp_path / "small")
     model, output = f"{__name__}:dense", tmp_path / "better"
+    call = ["recover", str(tmp_path / "small"), "--output", str(output), "--distill", model]
 
-    recover_command(tmp_path / "small", output, distill=model, tokens=64, json=True)
+    done = CliRunner().invoke(
+        app, [*call, "--tokens", "64", "--lora", "2", "--learning-rate", "1e-3", "--json"]
+    )
 
-    assert "better" in capsys.readouterr().out
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["folder"] == str(output)
     before, after = (fg.load(tmp_path / name) for name in ("small", "better"))
     changed = [
         n for n, p in before.named_parameters() if not torch.equal(p, after.get_parameter(n))

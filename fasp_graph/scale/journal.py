@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ from ..folders.manifest import versions
 from ..folders.shards import metadata, stored, write_shard
 from .distributed import total, world
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: journals are not locked
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from ..decide import Decisions
 
@@ -45,12 +50,13 @@ KEY = "key.json"
 @dataclass(frozen=True)
 class Journal:
     """The stops of one walk in a folder. `lazily`: repaired weights are read back from the files
-    when they are needed, and not held. `finished`: node -> its file.
+    when they are needed, and not held. `finished`: node -> its file. `lock`: held by this process.
     """
 
     folder: Path
     lazily: bool
     finished: dict[str, Path] = field(default_factory=dict)
+    lock: IO[str] | None = None
 
     def recall(self, node: str, state: Walk, decided: Decisions) -> bool:
         """Take over a finished stop; False if it is not there."""
@@ -118,8 +124,7 @@ def watch(journal: Journal | None, visit: Visit, decided: Decisions) -> Visit:
 
 def open_journal(folder: Path, key: str, module: GraphModule) -> Journal:
     """The journal of the run with this key. All ranks of a run agree on what is finished."""
-    if world()[0] == 0:
-        _begin(folder, key)
+    lock = _begin(folder, key) if world()[0] == 0 else None
     total(torch.zeros(1))  # the others wait for rank 0
     if not (folder / KEY).is_file():
         raise FaspGraphError(
@@ -131,12 +136,13 @@ def open_journal(folder: Path, key: str, module: GraphModule) -> Journal:
     seen = [count * float(r == world()[0]) for r in range(world()[1])]
     agreed = int(total(torch.tensor(seen)).min())
     finished = {metadata(path)["node"]: path for path in paths[:agreed]}
-    return Journal(folder, is_lazy(module), finished)
+    return Journal(folder, is_lazy(module), finished, lock)
 
 
-def _begin(folder: Path, key: str) -> None:
-    """A folder with this key: as it is, or emptied if it was another run's."""
+def _begin(folder: Path, key: str) -> IO[str]:
+    """A folder with this key, as it is or emptied if it was another run's; its lock."""
     held = folder / KEY
+    lock = _lock(held) if held.is_file() else None
     try:
         same = json.loads(held.read_text(encoding="utf-8")).get("key") == key
     except (OSError, ValueError, AttributeError):
@@ -147,6 +153,26 @@ def _begin(folder: Path, key: str) -> None:
         held.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
     for draft in folder.glob("*.draft"):
         draft.unlink()
+    if lock is not None:
+        lock.close()
+    return _lock(held)  # anew: the system drops it when this process closes any handle of the file
+
+
+def _lock(path: Path) -> IO[str]:
+    """An open file that no other process can lock while it is open; gone with the process."""
+    lock = path.open("r+", encoding="utf-8")
+    if fcntl is None:
+        return lock
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        lock.close()
+        raise FaspGraphError(
+            f"another process works in {path.parent} · help: wait for it, or choose another output"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def close(folder: Path) -> None:
