@@ -120,6 +120,7 @@ def decide(
         decided.budget = settled(deps, groups, budget, shared, config)
     elif config.passes.allocation != "uniform":
         decided.curves = _curves(job, groups, progress)
+    if decided.curves:
         decided.budget = allocate_by_error(
             deps,
             groups,

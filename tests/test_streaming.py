@@ -17,7 +17,7 @@ import fasp_graph as fg
 from fasp_graph import cli, decide
 from fasp_graph.folders.lazyfolder import open_folder
 from fasp_graph.folders.shards import folder_tensors, write_shard
-from fasp_graph.scale.journal import close, work_folder
+from fasp_graph.scale.journal import KEY, _begin, close, work_folder
 from fasp_graph.scale.streaming import prune_folder
 from passes.errors import ConfigError, FaspGraphError
 from passes.lazy import Lazy, whole
@@ -192,3 +192,27 @@ def test_a_folder_larger_than_memory_is_pruned(tmp_path):
     assert found["checkpoint_bytes"] > 1.4 * found["allowance_bytes"]
     assert found["verify_max_error"] < 1e-9
     assert folder_tensors(tmp_path / "out").keys() == folder_tensors(tmp_path / "dense").keys()
+
+
+HOLD = """
+import fcntl, sys
+held = open(sys.argv[1], "r+")
+fcntl.lockf(held, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_share_a_journal(tmp_path):
+    folder = tmp_path / "work"
+    _begin(folder, "mine").close()
+    command = [sys.executable, "-c", HOLD, str(folder / KEY)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+
+    with pytest.raises(fg.FaspGraphError, match="another process works in .* · help: wait for it"):
+        _begin(folder, "another")
+
+    other.communicate()
+    assert KEY in {path.name for path in folder.iterdir()}
+    _begin(folder, "another").close()
