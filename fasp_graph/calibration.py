@@ -1,0 +1,79 @@
+"""calibration: the batches of a run: checked, dealt out to processes, cut where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from passes.capture import Args, Captured, as_args
+from passes.errors import CalibrationError, ConfigError
+from passes.restore import TOWARDS
+from passes.score import NEEDS_DATA
+
+from .config import Config
+from .scale.distributed import share, world
+
+
+def needs_data(config: Config) -> bool:
+    """Whether any step of the method looks at activations."""
+    passes = config.passes
+    return passes.score in NEEDS_DATA or passes.restore != "none" or passes.allocation != "uniform"
+
+
+def batches_of(calibration: Any, config: Config) -> list[Args]:
+    """The batches as arguments; CalibrationError if there are none."""
+    if calibration is None:
+        p = config.passes
+        raise CalibrationError(
+            f"score={p.score}, restore={p.restore}, allocation={p.allocation} need calibration "
+            "batches · help: pass calibration, or method='magnitude'"
+        )
+    if isinstance(calibration, (str, bytes, Tensor)) or not hasattr(calibration, "__iter__"):
+        raise CalibrationError(
+            f"calibration is {type(calibration).__name__}, not an iterable of batches · help: "
+            f"give a list of inputs"
+        )
+    batches = [as_args(batch) for batch in calibration]
+    if not batches:
+        raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
+    return batches
+
+
+def shared_batches(batches: list[Args], config: Config) -> list[Args]:
+    """This process's batches. What compares with the dense path is not summed over processes."""
+    passes = config.passes
+    if world()[1] > 1 and (sensing(config) or passes.restore in TOWARDS):
+        raise ConfigError(
+            f"score={passes.score}, restore={passes.restore}, allocation={passes.allocation} run "
+            "in one process only · help: method='fasp' or 'slimgpt' under torchrun"
+        )
+    return share(batches)
+
+
+def affordable(
+    captured: Captured, batches: list[Args], config: Config
+) -> tuple[list[Args], Config]:
+    """A single batch in halves, so that sensing costs half of it; else without the dense path."""
+    if len(batches) != 1 or not backward(config) or config.passes.restore not in TOWARDS:
+        return batches, config
+    leaves = pytree.tree_leaves(batches[0])
+    lengths = {len(v) if isinstance(v, Tensor) and v.dim() else 0 for v in leaves}
+    dynamic = captured.dynamic_shapes is not None
+    rows = lengths.pop() if len(lengths) == 1 else 0
+    if dynamic and rows > 1:
+        halves = (slice(0, -(-rows // 2)), slice(-(-rows // 2), rows))
+        return [pytree.tree_map(lambda v, h=h: v[h], batches[0]) for h in halves], config
+    return batches, config if config.restore else replace(config, restore="affine")
+
+
+def backward(config: Config) -> bool:
+    """Whether the metric of the outputs is needed."""
+    return config.passes.allocation == "sensitivity" or config.passes.score == "taylor"
+
+
+def sensing(config: Config) -> bool:
+    """Whether statistics of the dense model are needed."""
+    return config.passes.allocation != "uniform" or config.passes.score == "taylor"

@@ -1,0 +1,161 @@
+"""worth: what the units of a group are worth, by score, by elimination, and their error curves.
+
+problem    a consumer for elimination: its matrix, in the metric of the outputs where there is one,
+           and the second moments of its inputs
+curve      E(k): the error of removing k units from every block (passes/allocate.py)
+utility    score per unit, summed over consumers and over the columns of the unit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from passes.capture import Captured
+from passes.consumers import unit_columns
+from passes.couple import Group
+from passes.eliminate import Problem, eliminate
+from passes.observe import Moments, View, Walk
+from passes.rewrite import attribute
+from passes.score import interactions, last_masked, score
+from passes.sensitivity import Sensed, factor
+
+from .config import Config
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every step needs to know."""
+
+    captured: Captured
+    config: Config
+    views: dict[str, list[View]]
+    sensed: dict[str, Sensed]
+    generator: torch.Generator
+
+    @property
+    def weighed(self) -> bool:
+        """Whether errors are measured in the metric of the model's outputs."""
+        return any(s.metric is not None for s in self.sensed.values())
+
+
+def cosines_of(job: Job, groups: list[Group]) -> dict[str, float]:
+    """How little each group's block turns the residual stream (passes/allocate.py, `leans`)."""
+    found = {}
+    for group in groups:
+        held = [job.sensed[view.node.name].cosine for view in job.views[group.name]]
+        known = [cosine for cosine in held if cosine is not None]
+        if known:
+            found[group.name] = sum(known) / len(known)
+    return found
+
+
+def curves_of(
+    job: Job, groups: list[Group], progress: Progress | None
+) -> dict[str, tuple[float, ...]]:
+    """Error of k = 0, 1, ... removed units per block for every group with matrix consumers."""
+    curves = {}
+    for number, group in enumerate(groups):
+        if job.views[group.name]:
+            moments = {
+                view.node.name: job.sensed[view.node.name].moments for view in job.views[group.name]
+            }
+            curves[group.name] = _curve(job, group, moments)
+        if progress:
+            progress("curves", number + 1, len(groups))
+    return curves
+
+
+def _curve(job: Job, group: Group, moments: dict[str, Moments]) -> tuple[float, ...]:
+    per = group.size // group.blocks
+    if job.config.passes.allocation == "standardised":
+        utility = utility_of(job, group, moments, _dense(job))
+        standard = (utility - utility.mean()) / utility.std().clamp_min(1e-12)
+        steps = torch.stack([standard[_of(group, b)].sort().values for b in range(group.blocks)])
+        # a threshold on standardised scores; shifted, so that the sums rise
+        sums = (steps.sum(0) + 10 * group.blocks).cumsum(0)[: per - 1]
+        return (0.0, *sums.tolist())
+    removals = per - min(job.config.min_keep, per)
+    problems = problems_of(job, group, moments, _dense(job))
+    errors = eliminate(problems, group.block_of.tolist(), removals, even=True).errors
+    return (0.0, *errors[group.blocks - 1 :: group.blocks])
+
+
+def _of(group: Group, block: int) -> Tensor:
+    return torch.tensor(group.block_of) == block
+
+
+def _dense(job: Job) -> Walk:
+    return Walk(job.captured.graph_module, [])
+
+
+def problems_of(job: Job, group: Group, moments: dict[str, Moments], state: Walk) -> list[Problem]:
+    """Each consumer for elimination: in the metric of the outputs where there is one, else
+    relative to its output.
+    """
+    problems = []
+    for view in job.views[group.name]:
+        weight = state.weight(view.parameter).detach()
+        matrix = view.matrix(weight).double()
+        found = moments[view.node.name]
+        second = found.gram.double() / found.tokens
+        if job.weighed:
+            metric = job.sensed[view.node.name].metric
+            matrix = matrix * 0 if metric is None else factor(metric) @ matrix
+        else:
+            power = torch.einsum("oi,ij,oj->", matrix, second, matrix)
+            matrix = matrix / power.clamp_min(1e-300).sqrt()
+        damping = max(job.config.ridge, 1e-6) * second.diagonal().mean().clamp_min(1e-12)
+        identity = torch.eye(len(second), dtype=second.dtype, device=second.device)
+        unit = unit_columns(group, view, weight)
+        problems.append(Problem(matrix, second + damping * identity, unit))
+    return problems
+
+
+def utility_of(job: Job, group: Group, moments: dict[str, Moments], state: Walk) -> Tensor:
+    """Score per unit [size]: summed over consumers and over the columns of the unit."""
+    utility = torch.zeros(group.size, dtype=torch.float64)
+    method, together = job.config.passes.score, torch.zeros(())
+    for view in job.views[group.name]:
+        weight = state.weight(view.parameter).detach()
+        unit = unit_columns(group, view, weight)
+        found = moments[view.node.name]
+        if method == "numerical":
+            held = interactions(view.matrix(weight), found, unit, group.size)
+            together = together.to(held) + held
+            continue
+        sensed = job.sensed.get(view.node.name)
+        metric = sensed.metric if sensed else None
+        columns = score(method, view.matrix(weight), found, job.generator, metric)
+        mine = unit >= 0
+        utility.index_add_(0, unit[mine].cpu(), columns[mine].cpu())
+    return last_masked(together) if method == "numerical" else utility
+
+
+def weight_utility(
+    module: GraphModule, group: Group, scoring: str, generator: torch.Generator
+) -> Tensor:
+    """Without statistics: sqrt of the sum of squares of every weight that a unit owns (or
+    random).
+    """
+    if scoring == "random":
+        return torch.rand(group.size, generator=generator, dtype=torch.float64)
+    total = torch.zeros(group.size, dtype=torch.float64)
+    consuming = {(c.parameter, c.dim) for c in group.consumers if c.parameter}
+    for member in group.members:
+        if consuming and (member.parameter, member.dim) not in consuming:
+            continue
+        weight = attribute(module, member.parameter).detach().double()
+        squares = (
+            weight.square().movedim(member.dim, 0).flatten(1).sum(1)
+            if weight.dim() > 1
+            else weight.square()
+        )
+        total += squares.cpu()[torch.from_numpy(member.indices)].sum(1)
+    return total.sqrt()
