@@ -112,3 +112,13 @@ def test_the_bundled_models_are_far_below_a_unigram_model():
 def test_the_zoo_names_what_it_has():
     with pytest.raises(KeyError, match="gpt-neox"):
         models_zoo.load("nothing")
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_class_that_cannot(monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 4 bytes")
+
+    monkeypatch.setattr("fasp_graph.emit.modules.same", full)
+
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        pruned("llama-random", method="magnitude")

@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -126,7 +127,9 @@ class _Search:
         try:
             trial, _ = self.build(chosen)
             return all(same(trial, args, expected) for args, expected in self.cases)
-        except Exception:  # the class's own code may fail in any way at a size it does not know
+        except Exception as error:  # the class's code may fail in any way at a size it knows not
+            if _out_of_memory(error):
+                raise
             return False
 
     def build(self, chosen: Mapping[str, Way]) -> tuple[nn.Module, Emission]:
@@ -141,6 +144,12 @@ class _Search:
             if group.name in chosen:
                 record(emission, weights, group, chosen)
         return apply_shapes(skeleton(weights.model), emission, values), emission
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Says nothing of a way: another would fail likewise. torch has no class for it on the CPU."""
+    named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return named or "can't allocate memory" in str(error)
 
 
 def skeleton(model: nn.Module) -> nn.Module:
