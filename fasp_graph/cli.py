@@ -48,7 +48,7 @@ from .commands.terminal import (
 from .config import Config
 from .data import Target, load_target
 from .evaluate import latency, perplexity
-from .folders.huggingface import save
+from .folders.huggingface import refuse_foreign, save
 from .jsontext import to_json
 from .pages.graphfiles import FORMATS, text, write
 from .pages.report_page import write_report
@@ -161,6 +161,8 @@ def prune_command(
         _demo(output or Path("fasp-demo"), json)
         return
     options = config_from(config, flags)
+    if output is not None:  # before hours of work
+        refuse_foreign(output.resolve())
     with stages("load model and data"):
         target = load_target(model, calibration, length, windows, evaluation, stream)
     if dry_run:

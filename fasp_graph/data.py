@@ -236,6 +236,8 @@ def _auto_model(text: str, local: bool) -> nn.Module:
 
     if local and not (Path(text) / "config.json").is_file():
         raise FaspGraphError(f"the folder {text} holds no config.json: it is no Hugging Face model")
+    if not local and text.startswith((".", "/", "~")):
+        raise FaspGraphError(f"no folder {text} · help: zoo:NAME, a folder, package.module:factory")
     options = {"local_files_only": local, "trust_remote_code": False, "dtype": torch.float32}
     try:
         config = transformers.AutoConfig.from_pretrained(

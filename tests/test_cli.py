@@ -144,6 +144,25 @@ def test_prune_writes_a_report_and_a_picture(run, tmp_path):
     assert AutoConfig.from_pretrained(folder).model_type == "llama"  # what layout uniform is for
 
 
+def test_a_foreign_folder_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "load_target", None)  # would be work
+    (tmp_path / "notes.txt").write_text("mine")
+
+    code, _, error = run("prune", "zoo:llama-random", "--output", tmp_path)
+
+    assert code == 2 and "no fasp_graph folder" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_ending_says_the_format(run, tmp_path):
+    path = tmp_path / "small.pt2"
+
+    code, _, error = run("export", "zoo:kan", path)
+
+    assert code == 0, error
+    assert torch.export.load(path).graph_signature.user_outputs
+
+
 def test_eval_says_how_it_measured(run, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("def area(radius):\n    return 3.14 * radius ** 2\n" * 40)
@@ -215,7 +234,7 @@ def test_a_factory(run, tmp_path, monkeypatch):
     [
         (("inspect", "zoo:nothing"), "opt-random"),
         (("inspect", "no_such_package:build"), "cannot import"),
-        (("inspect", "./no/such/folder"), "no folder here"),
+        (("inspect", "./no/such/folder"), "no folder ./no/such/folder"),
         (("prune", "zoo:resnet", "--sparsity", "7"), "sparsity=7.0"),
         (("prune", "zoo:resnet", "--method", "guess"), "best, fasp"),
         (("prune", "zoo:resnet", "--calibration", "text.txt"), "no tokenizer"),

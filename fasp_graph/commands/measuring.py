@@ -126,7 +126,10 @@ def export_command(
     output: Annotated[
         Path, typer.Argument(metavar="PATH", help="FILE.onnx, FILE.pt2; a folder for parts.")
     ],
-    format: Annotated[str, typer.Option(help=f"One of {', '.join(EXPORTS)}.")] = "onnx",
+    format: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(EXPORTS)}; without it pt2 for PATH.pt2, else onnx."),
+    ] = None,
     cache: Annotated[
         bool, typer.Option(help="onnx: past_key_values, or the parts of an encoder-decoder.")
     ] = False,
@@ -149,7 +152,8 @@ def export_command(
         tokens = None if data is None or target.heldout is None else target.heldout[:windows]
         options = Options(cache, dtype, tokens, external_data_bytes)
         progress("capture, write, compare")
-        found = export_source(source_of(target), output, format, options)
+        form = format or ("pt2" if output.suffix == ".pt2" else "onnx")
+        found = export_source(source_of(target), output, form, options)
     show(found.to_dict(), json)
 
 

@@ -103,7 +103,7 @@ def resave(
 def _draft(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder that becomes `folder` when all went well."""
     target = Path(os.path.abspath(folder))
-    _refuse_foreign(target)
+    refuse_foreign(target)
     with whole(target.resolve()) as draft:
         yield draft
 
@@ -262,7 +262,8 @@ def _refuse_undersized(pruned: Pruned) -> None:
             )
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
+    """FaspGraphError if something is at `target` that no earlier `save` wrote."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / MANIFEST).is_file():
