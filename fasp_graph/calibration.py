@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from passes.capture import Args, Captured, as_args
 from passes.errors import CalibrationError, ConfigError
@@ -15,6 +14,7 @@ from passes.score import NEEDS_DATA
 
 from .config import Config
 from .scale.distributed import share, world
+from .scale.microbatch import cut, rows_apart, rows_of
 
 
 def needs_data(config: Config) -> bool:
@@ -59,13 +59,8 @@ def affordable(
     """A single batch in halves, so that sensing costs half of it; else without the dense path."""
     if len(batches) != 1 or not backward(config) or config.passes.restore not in TOWARDS:
         return batches, config
-    leaves = pytree.tree_leaves(batches[0])
-    lengths = {len(v) if isinstance(v, Tensor) and v.dim() else 0 for v in leaves}
-    dynamic = captured.dynamic_shapes is not None
-    rows = lengths.pop() if len(lengths) == 1 else 0
-    if dynamic and rows > 1:
-        halves = (slice(0, -(-rows // 2)), slice(-(-rows // 2), rows))
-        return [pytree.tree_map(lambda v, h=h: v[h], batches[0]) for h in halves], config
+    if (rows_of(batches[0]) or 1) > 1 and rows_apart(captured):
+        return cut(batches[0], 2), config
     return batches, config if config.restore else replace(config, restore="affine")
 
 

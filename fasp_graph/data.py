@@ -8,7 +8,6 @@ owner/name                a model of the Hugging Face hub
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,13 +118,6 @@ def image_inputs(target: Target, files: list[Path]) -> list[Any]:
     if not isinstance(target.inputs, dict):
         return [(b,) if isinstance(target.inputs, (tuple, list)) else b for b in batches]
     return [{next(iter(target.inputs)): batch} for batch in batches]
-
-
-def text_windows(
-    path: str | os.PathLike[str], tokenizer: Any, length: int, count: int | None = None
-) -> Tensor:
-    """[N, length] windows of the tokens of a text file or folder."""
-    return windows_of(text_of(str(path)), tokenizer, length, count, str(path))
 
 
 def windows_of(

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from passes.allocate import allocate_by_error, leans
 from passes.capture import Args, Captured
@@ -59,7 +59,6 @@ class Decisions:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
     forward_passes: float = 0.0
-    probed: float = 0.0
 
 
 def decide(
@@ -92,30 +91,26 @@ def decide(
         torch.Generator().manual_seed(config.seed),
     )
     decided = Decisions(budget)
-    if config.passes.allocation == "influence":
-        factors = leans(cosines_of(job, groups))
-        budget = allocate(
-            deps, groups, config.sparsity, config.align, config.min_keep, lean=factors
-        )
-        decided.budget = settled(deps, groups, budget, shared, config)
-    elif config.passes.allocation != "uniform":
+    if config.passes.allocation not in ("uniform", "influence"):
         decided.curves = curves_of(job, groups, progress)
-    if decided.curves:
-        decided.budget = allocate_by_error(
-            deps,
-            groups,
-            budget,
-            decided.curves,
-            config.sparsity,
-            config.align,
-            config.min_keep,
-            per_unit=config.passes.allocation == "standardised",
-        )
-        decided.budget = settled(deps, groups, decided.budget, shared, config)
+    spread = _spread(job, deps, groups, decided)
+    decided.budget = settled(deps, groups, spread, shared, config)
     journal = open_journal(work, key, captured.graph_module) if work else None
     _walk(job, groups, batches, decided, progress, journal)
-    decided.forward_passes = _cost(config, len(batches)) + decided.probed
+    decided.forward_passes = _cost(job, len(batches))
     return decided
+
+
+def _spread(job: Job, deps: DependencyGraph, groups: list[Group], decided: Decisions) -> Budget:
+    """The uniform budget, spread over the groups as the allocation wants it."""
+    config, uniform = job.config, decided.budget
+    limits = (config.sparsity, config.align, config.min_keep)
+    if config.passes.allocation == "influence":
+        return allocate(deps, groups, *limits, lean=leans(cosines_of(job, groups)))
+    if not decided.curves:
+        return uniform
+    per_unit = config.passes.allocation == "standardised"
+    return allocate_by_error(deps, groups, uniform, decided.curves, *limits, per_unit=per_unit)
 
 
 def _room(config: Config) -> Room:
@@ -133,12 +128,23 @@ def _sense(
     return sense(captured.graph_module, batches[::2], sites, config.seed, backward(config))
 
 
-def _cost(config: Config, batches: int) -> float:
-    passes = config.passes
+def _cost(job: Job, batches: int) -> float:
+    config = job.config
     if not batches:
         return 0.0
     share = len(range(0, batches, 2)) / batches if sensing(config) else 0.0
-    return 1.0 + (passes.restore in TOWARDS) + share * (3 if backward(config) else 1)
+    dense = 1.0 * (config.passes.restore in TOWARDS)
+    return 1.0 + dense + share * (3 if backward(config) else 1) + _ahead(job)
+
+
+def _ahead(job: Job) -> float:
+    """Running ahead: for groups of several consumers the share of the calls between the first and
+    the last, where the dense model was not sensed.
+    """
+    calls = [n for n in job.captured.graph_module.graph.nodes if n.op == "call_function"]
+    place = {node: number for number, node in enumerate(calls)}
+    spans = [[place[view.node] for view in several] for several in job.views.values() if several]
+    return 0.0 if job.sensed else sum(max(at) - min(at) for at in spans) / len(calls)
 
 
 def _walk(
@@ -191,7 +197,6 @@ def _choose(
         moments = {view.node.name: job.sensed[view.node.name].moments for view in several}
     else:
         moments = probe(state, first.node, several)
-        decided.probed += _span(job.captured.graph_module, several)
     if job.config.passes.score != "obs":
         kept = select(group, utility_of(job, group, moments, state), keep)
     else:
@@ -202,13 +207,6 @@ def _choose(
         stay = [unit for unit in range(group.size) if worth[unit] == len(gone)]
         kept = with_every_piece(group, stay, [float(worth[u]) for u in range(group.size)])
     decided.kept[group.name] = kept
-
-
-def _span(module: GraphModule, several: list[View]) -> float:
-    """The share of the graph's calls from the first to the last consumer."""
-    calls = [node for node in module.graph.nodes if node.op == "call_function"]
-    at = [calls.index(view.node) for view in several]
-    return (max(at) - min(at)) / len(calls)
 
 
 def _repair(

@@ -91,14 +91,15 @@ def test_without_a_network_the_error_says_what_to_pass(monkeypatch, target):
 
 
 def test_windows_spread_over_the_text(tmp_path, target):
-    (tmp_path / "text.txt").write_text("abcdefgh" * 8)
+    text = "abcdefgh" * 8
+    (tmp_path / "text.txt").write_text(text)
 
-    rows = data.text_windows(tmp_path / "text.txt", letters, 10, 3)
+    rows = data.windows_of(text, letters, 10, 3)
     assert rows.shape == (3, 10) and rows[0, :3].tolist() == [97, 98, 99]
     batches = data.calibration_batches(target, str(tmp_path / "text.txt"), 6, 9)
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(8, 6), (1, 6)]
     with pytest.raises(fg.FaspGraphError, match="longer text"):
-        data.text_windows(tmp_path / "text.txt", letters, 65)
+        data.windows_of(text, letters, 65, None)
 
 
 def test_factories_give_batches_and_tokens(tmp_path, monkeypatch, target):

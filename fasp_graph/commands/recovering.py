@@ -11,7 +11,7 @@ from passes.errors import ConfigError
 
 from ..data import calibration_batches, load_target
 from ..evaluate import perplexity
-from ..folders.huggingface import MANIFEST, resave
+from ..folders.huggingface import MANIFEST, refuse_foreign, resave
 from ..recover import recover
 from .terminal import DATA_HELP, Debug, Json, Length, Windows, show, stages
 
@@ -42,6 +42,7 @@ def recover_command(
     """Train a pruned FOLDER for a short while, by LoRA, on text or towards the dense model."""
     if not (folder / MANIFEST).is_file():
         raise ConfigError(f"{folder} is no folder that prune wrote · help: prune --output first")
+    refuse_foreign(output.resolve())
     with stages("load") as progress:
         target = load_target(str(folder), length=length, count=windows, evaluation=evaluation)
         dense = load_target(distill) if distill else None

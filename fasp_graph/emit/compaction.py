@@ -54,7 +54,7 @@ class Compaction:
             if old.shape != new.shape:
                 axes = [self.left(theirs, d, n, None) for d, n in enumerate(old.shape)]
                 if [len(axis) for axis in axes] == list(new.shape):
-                    new = _filled(new, axes, old.shape)
+                    new = spread(new, axes, old.shape)
             found[name] = new
         return found
 
@@ -68,7 +68,7 @@ class Compaction:
         return value
 
 
-def _filled(new: Tensor, axes: list[list[int]], shape: torch.Size) -> Tensor:
+def spread(new: Tensor, axes: list[list[int]], shape: torch.Size) -> Tensor:
     """`new` at the places `axes` of zeros of `shape`."""
     for dim, (axis, size) in enumerate(zip(axes, shape, strict=True)):
         if len(axis) < size:

@@ -29,6 +29,8 @@ from passes.removal import Removal, removal, sliced
 from passes.rewrite import attribute, rewrite
 from passes.values import CLOSED, OpenAxes
 
+from .compaction import spread
+
 Gone = dict[tuple[int, int, int], set[int]]
 """(run of the analysis, id of a tensor of the twin, dim) -> positions that the plan removed"""
 
@@ -152,7 +154,7 @@ def _fill(tensor: Tensor, value: Tensor, gone: Mapping[int, set[int]], name: str
         tensor.copy_(value)
         return
     axes = [
-        torch.tensor([i for i in range(size) if i not in gone.get(dim, ())])
+        [i for i in range(size) if i not in gone.get(dim, ())]
         for dim, size in enumerate(tensor.shape)
     ]
     if [len(axis) for axis in axes] != list(value.shape):
@@ -160,8 +162,7 @@ def _fill(tensor: Tensor, value: Tensor, gone: Mapping[int, set[int]], name: str
             f"{name} has shape {tuple(value.shape)}, which the plan does not make of "
             f"{tuple(tensor.shape)}"
         )
-    tensor.zero_()
-    tensor[torch.meshgrid(*axes, indexing="ij")] = value
+    tensor.copy_(spread(value, axes, tensor.shape))
 
 
 def _removed(

@@ -32,7 +32,7 @@ def program_of(module: GraphModule, inputs: Args, dynamic_shapes: Any) -> Export
         return torch.export.export(
             module, inputs[0], inputs[1], dynamic_shapes=shapes, strict=False
         )
-    except Exception:
+    except Exception:  # torch.export raises errors of many unrelated types
         return torch.export.export(module, inputs[0], inputs[1], strict=False)
 
 

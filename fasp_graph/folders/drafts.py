@@ -11,6 +11,8 @@ from pathlib import Path
 
 from passes.errors import FaspGraphError
 
+from .whole import whole
+
 
 @contextmanager
 def draft(path: Path, kind: str) -> Iterator[Path]:
@@ -40,17 +42,10 @@ def draft(path: Path, kind: str) -> Iterator[Path]:
 
 @contextmanager
 def draft_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends without an
-    exception. `path` must not exist, or be an empty folder.
-    """
+    """`whole` for a `path` that must not exist, or be an empty folder."""
     if not path.parent.is_dir():
         raise FaspGraphError(f"the folder {path.parent} does not exist · help: create it first")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FaspGraphError(f"{path} exists · help: name a new folder for the parts")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole(path) as made:
+        yield made

@@ -29,13 +29,13 @@ SAME = 1e-4  # relative; rounding of another batch size
 
 def microbatches(captured: Captured, batches: list[Args], max_memory: int | None) -> list[Args]:
     """The batches, cut where they must be and may be."""
-    if max_memory is None or not batches or not _rows_apart(captured):
+    if max_memory is None or not batches or not rows_apart(captured):
         return batches
     found: list[Args] = []
     for batch in batches:
         need = working_set(captured.graph_module, batch)
         pieces = min(math.ceil(need / max(1, max_memory // 2)), rows_of(batch) or 1)
-        found += _cut(batch, pieces)
+        found += cut(batch, pieces)
     return found
 
 
@@ -85,12 +85,12 @@ def rows_of(args: Args) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _rows_apart(captured: Captured) -> bool:
+def rows_apart(captured: Captured) -> bool:
     """Whether the first row alone gives the first row of the outputs."""
     rows = rows_of(captured.inputs)
     if captured.dynamic_shapes is None or rows is None or rows < 2:
         return False
-    first = _cut(captured.inputs, rows)[0]
+    first = cut(captured.inputs, rows)[0]
     with torch.no_grad():
         try:
             alone = _run(captured.graph_module, first)
@@ -107,7 +107,7 @@ def _run(module: GraphModule, args: Args) -> list[Tensor]:
     return tensors(module(*args[0], **args[1]))
 
 
-def _cut(args: Args, pieces: int) -> list[Args]:
+def cut(args: Args, pieces: int) -> list[Args]:
     """Pieces of nearly equal numbers of rows."""
     if pieces < 2:
         return [args]

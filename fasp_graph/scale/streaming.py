@@ -25,7 +25,7 @@ from passes.select import Plan
 
 from ..config import Config
 from ..decide import Progress
-from ..folders.huggingface import save
+from ..folders.huggingface import refuse_foreign, save
 from ..folders.lazyfolder import open_folder, return_freed_memory
 from ..prune import prune
 from ..report import Report
@@ -57,6 +57,7 @@ def prune_folder(
     The result is what `prune` and `save` write. Interrupted, the same call goes on from the last
     finished group. `config.allocation` must be uniform: a sensitivity needs all weights at once.
     """
+    refuse_foreign(Path(os.path.abspath(output)))
     model = open_folder(folder)
     return_freed_memory()
     work = work_folder(output)
