@@ -147,3 +147,15 @@ def test_without_peft_it_says_what_to_install(monkeypatch):
 
     with pytest.raises(fg.FaspGraphError, match=r"pip install 'fasp-graph\[recover\]'"):
         fg.recover(nn.Sequential(nn.Linear(4, 4)), [torch.randn(2, 4)], distill=nn.Linear(4, 4))
+
+
+def test_a_foreign_folder_is_refused_before_training(pruned, tmp_path, monkeypatch):
+    pruned.save(tmp_path / "small")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    monkeypatch.setattr("fasp_graph.commands.recovering.load_target", None)  # would be work
+
+    call = ["recover", str(tmp_path / "small"), "--output", str(tmp_path / "mine")]
+    error = CliRunner().invoke(app, call).exception
+
+    assert isinstance(error, fg.FaspGraphError) and "no fasp_graph folder" in str(error)
