@@ -1,21 +1,22 @@
-"""Train the bundled language models: `python -m models_zoo.train llama|opt`.
+"""Train the bundled language models: `python -m models_zoo.train [llama|opt]`, or both.
 
 Text: models_zoo/text.py. Tokens: byte-level BPE of about 2k, learnt on the train split and shared
-by both
-models. Loss: next-token cross-entropy. AdamW, linear warm-up, cosine decay, a fresh window offset
-each epoch.
-Everything is drawn from one seed. The result is a Hugging Face folder with float16 weights and
-training.json (settings, held-out and unigram perplexity).
+by both models. Loss: next-token cross-entropy. AdamW, linear warm-up, cosine decay, a fresh window
+offset each epoch. Everything is drawn from one seed. The result is a Hugging Face folder with
+float16 weights and training.json (settings, held-out and unigram perplexity).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,6 +34,7 @@ from transformers import (
 from .text import BOS, EOS, PAD, documents, token_stream, unigram_perplexity, windows
 
 DATA = Path(__file__).parent / "data"
+ARCHITECTURES = ("llama", "opt")
 VOCABULARY, CONTEXT = 2048, 256
 
 
@@ -100,43 +102,14 @@ def heldout_perplexity(model: PreTrainedModel, rows: torch.Tensor) -> float:
 
 
 def train(model: PreTrainedModel, stream: torch.Tensor, settings: Settings) -> None:
-    """Minimise the next-token loss in place."""
-    generator = torch.Generator().manual_seed(settings.seed)
+    """Minimise the next-token loss over `stream`, token ids [N], in place."""
     model.train().to(settings.device)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=(0.9, 0.95),
-    )
-    per_epoch = (len(stream) - CONTEXT) // (CONTEXT * settings.batch)
-    steps = int(settings.epochs * per_epoch)
-
-    def rate(step: int) -> float:
-        warm = min(1.0, (step + 1) / settings.warmup)
-        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    order = torch.empty(0, dtype=torch.long)
-    with Progress(*columns) as progress:
+    steps = int(settings.epochs * ((len(stream) - CONTEXT) // (CONTEXT * settings.batch)))
+    optimizer, scheduler = _optimizer(model, settings, steps)
+    with _progress() as progress:
         task = progress.add_task("loss  -  ", total=steps)
-        for step in range(steps):
-            if len(order) < settings.batch:
-                offset = int(torch.randint(CONTEXT, (), generator=generator))
-                count = (len(stream) - offset) // CONTEXT
-                order = offset + CONTEXT * torch.randperm(count, generator=generator)
-            starts, order = order[: settings.batch], order[settings.batch :]
-            batch = torch.stack([stream[s : s + CONTEXT] for s in starts]).to(settings.device)
+        for step, batch in enumerate(itertools.islice(_batches(stream, settings), steps)):
+            batch = batch.to(settings.device)
             with torch.autocast(settings.device, torch.bfloat16, enabled=settings.autocast):
                 loss = model(batch, labels=batch).loss
             loss.backward()
@@ -152,20 +125,66 @@ def train(model: PreTrainedModel, stream: torch.Tensor, settings: Settings) -> N
     model.eval().cpu()
 
 
+def _optimizer(
+    model: PreTrainedModel, settings: Settings, steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW, decay on matrices alone; linear warm-up, then a cosine down to 2% of the rate."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.95),
+    )
+
+    def rate(step: int) -> float:
+        warm = min(1.0, (step + 1) / settings.warmup)
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def _batches(stream: torch.Tensor, settings: Settings) -> Iterator[torch.Tensor]:
+    """Windows [batch, CONTEXT] without end: each epoch shuffled, from an offset of its own."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        if len(order) < settings.batch:
+            offset = int(torch.randint(CONTEXT, (), generator=generator))
+            count = (len(stream) - offset) // CONTEXT
+            order = offset + CONTEXT * torch.randperm(count, generator=generator)
+        starts, order = order[: settings.batch], order[settings.batch :]
+        yield torch.stack([stream[s : s + CONTEXT] for s in starts])
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )
+
+
 def main() -> None:
-    """Train one model and write its folder."""
+    """Train one of the models, or both, and write their folders."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("architecture", choices=["llama", "opt"])
-    parser.add_argument("--output", type=Path, help="default: the bundled folder")
+    parser.add_argument("architecture", nargs="?", choices=ARCHITECTURES, help="default: both")
+    parser.add_argument("--output", type=Path, default=DATA, help="default: the bundled folders")
     parser.add_argument("--epochs", type=float, default=Settings.epochs)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    settings = Settings(
-        options.architecture, epochs=options.epochs, seed=options.seed, device=options.device
-    )
-    folder = options.output or DATA / settings.architecture
+    for architecture in [options.architecture] if options.architecture else ARCHITECTURES:
+        settings = Settings(
+            architecture, epochs=options.epochs, seed=options.seed, device=options.device
+        )
+        facts = run(settings, options.output / architecture)
+        print(json.dumps(facts, indent=2))
 
+
+def run(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Train one model and write its folder; the facts of training.json."""
     texts = documents("train")
     tokenizer = train_tokenizer(texts)
     stream = token_stream(texts, tokenizer)
@@ -194,7 +213,7 @@ def main() -> None:
         model_max_length=CONTEXT,
     ).save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts, indent=2))
+    return facts
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fasp_graph as fg
 import models_zoo
-from models_zoo.train import DATA
+from models_zoo.train import CONTEXT, DATA, Settings, heldout_perplexity, train
 from passes.capture import as_args, tensors
 
 TRAINED = ("llama", "opt")
@@ -97,3 +98,28 @@ def test_tokenizer_decodes_what_it_encodes():
     text = "def fünf(x):\n\treturn x ** 2  # naïve\n"
 
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_training_learns_and_is_the_same_each_time():
+    settings = Settings("llama", epochs=20.0, batch=4, learning_rate=3e-2, warmup=2, autocast=False)
+    stream = torch.arange(7).repeat(6 * CONTEXT)[: 20 * CONTEXT + 1]
+
+    def trained():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=7,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            )
+        )
+        train(model, stream, settings)
+        return model
+
+    model, again = trained(), trained()
+
+    assert heldout_perplexity(model, stream[: 2 * CONTEXT].reshape(2, CONTEXT)) < 2
+    for left, right in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(left, right)
