@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 
+import fasp_graph as fg
 from fasp_graph import Config, analyze, prune
 from fasp_graph.config import METHODS
 from passes.allocate import allocate_by_error
@@ -429,15 +431,12 @@ def test_best_without_calibration_says_what_needs_it(mlp):
 
 
 def test_best_beats_every_preset_on_heldout_text():
-    import fasp_graph as fg
-    import models_zoo
-
-    entry = models_zoo.load("llama")
+    entry, known = program("llama")
     rows = entry.heldout[:12]
 
     def after(method):
         config = Config(sparsity=0.3, method=method)
-        small = prune(entry.model, entry.inputs, entry.calibration, config)
+        small = prune(entry.model, entry.inputs, entry.calibration, config, program=known)
         return fg.perplexity(small.model, rows), small.report.sparsity
 
     (best, removed), (fasp, paper), (slim, _) = (after(m) for m in ("best", "fasp", "slimgpt"))

@@ -1,9 +1,8 @@
 """What can be done with a result: folder, ONNX, viewer, perplexity, generation."""
 
-import json
-
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 
 import fasp_graph as fg
@@ -13,8 +12,9 @@ from passes.capture import as_args, tensors
 
 
 def pruned(name, **options):
-    entry = models_zoo.load(name)
-    return entry, fg.prune(entry.model, entry.inputs, entry.calibration, fg.Config(**options))
+    entry, known = program(name)
+    config = fg.Config(**options)
+    return entry, fg.prune(entry.model, entry.inputs, entry.calibration, config, program=known)
 
 
 def outputs(model, inputs):
@@ -88,30 +88,17 @@ def test_the_viewer_escapes_names(tmp_path):
 
 
 def test_repair_helps_the_trained_models_on_heldout_text():
-    entry = models_zoo.load("llama")
+    entry, known = program("llama")
     rows = entry.heldout[:24]
 
     def after(**options):
         config = fg.Config(sparsity=0.3, **options)
-        small = fg.prune(entry.model, entry.inputs, entry.calibration[:2], config).model
+        batches = entry.calibration[:2]
+        small = fg.prune(entry.model, entry.inputs, batches, config, program=known).model
         return fg.perplexity(small, rows)
 
     dense, fasp = fg.perplexity(entry.model, rows), after(method="fasp")
     assert dense < fasp < after(method="fasp", restore="none") < after(method="magnitude")
-
-
-def test_the_bundled_models_are_far_below_a_unigram_model():
-    for name in ("llama", "opt"):
-        facts = json.loads((models_zoo.pretrained.DATA / name / "training.json").read_text())
-        entry = models_zoo.load(name)
-        assert fg.perplexity(entry.model, entry.heldout[:24]) < 0.1 * facts["unigram_perplexity"]
-        size = (models_zoo.pretrained.DATA / name / "model.safetensors").stat().st_size
-        assert size < 8e6
-
-
-def test_the_zoo_names_what_it_has():
-    with pytest.raises(KeyError, match="gpt-neox"):
-        models_zoo.load("nothing")
 
 
 def test_a_lack_of_memory_is_not_taken_for_a_class_that_cannot(monkeypatch):

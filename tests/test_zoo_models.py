@@ -6,22 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs_of_zoo import program
 
 import models_zoo
-from passes.analysis import analysis
-from passes.capture import capture
 from passes.removal import removal
 from passes.rewrite import rewrite
 from passes.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 EXACT = 1e-9
-
-
-def captured(name):
-    entry = models_zoo.load(name)
-    program = capture(entry.model, entry.inputs)
-    return program, analysis(program.graph_module, program.inputs, check=True)
 
 
 def half(group):
@@ -38,7 +31,8 @@ def half(group):
 
 @pytest.mark.parametrize("name", models_zoo.names())
 def test_groups_and_exactness(name, request):
-    program, deps = captured(name)
+    known = program(name)[1]
+    module, inputs, deps = known.captured.graph_module, known.captured.inputs, known.deps
 
     golden = GOLDEN / f"{name}.txt"
     if request.config.getoption("--update-golden"):
@@ -52,19 +46,20 @@ def test_groups_and_exactness(name, request):
     for chosen in [{kind} for kind in sorted(kinds)] + [kinds - {"width"}, {"chain", "width"}]:
         kept = {g.name: half(g) for g in deps.groups if g.kind in chosen}
         cut = removal(deps, kept)
-        compact = rewrite(program.graph_module, cut)
-        before = sum(p.numel() for p in program.graph_module.parameters())
+        compact = rewrite(module, cut)
+        before = sum(p.numel() for p in module.parameters())
         assert sum(p.numel() for p in compact.parameters()) < before
-        assert verify(program.graph_module, compact, cut, program.inputs) <= EXACT
+        assert verify(module, compact, cut, inputs) <= EXACT
 
 
 @pytest.mark.parametrize("name", [n for n in models_zoo.names() if n not in ("llama", "opt")])
 def test_each_chain_group_alone_is_exact(name):
-    program, deps = captured(name)
+    known = program(name)[1]
+    module, inputs, deps = known.captured.graph_module, known.captured.inputs, known.deps
 
     chains = [g for g in deps.groups if g.kind == "chain"]
     assert chains
     for group in chains:
         cut = removal(deps, {group.name: half(group)})
-        compact = rewrite(program.graph_module, cut)
-        assert verify(program.graph_module, compact, cut, program.inputs) <= EXACT
+        compact = rewrite(module, cut)
+        assert verify(module, compact, cut, inputs) <= EXACT
