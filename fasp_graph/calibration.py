@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -72,3 +73,20 @@ def backward(config: Config) -> bool:
 def sensing(config: Config) -> bool:
     """Whether statistics of the dense model are needed."""
     return config.passes.allocation != "uniform" or config.passes.score == "taylor"
+
+
+def solving(config: Config) -> bool:
+    """Whether columns are chosen or repaired with the inverse of a Gram matrix."""
+    return config.passes.score == "obs" or config.passes.restore not in ("none", "bias")
+
+
+def few_tokens(found: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """A note for each weight whose input has fewer tokens than channels: weight -> (tokens,
+    channels). Its Gram matrix has no full rank, so the ridge decides what the data do not.
+    """
+    return tuple(
+        f"few tokens: {tokens} calibration tokens for the {channels} channels that enter {name}; "
+        f"its repair leans on the ridge · help: calibrate on at least {channels} tokens"
+        for name, (tokens, channels) in found.items()
+        if tokens < channels
+    )

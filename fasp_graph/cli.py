@@ -42,6 +42,7 @@ from .commands.terminal import (
     known_models,
     show,
     stages,
+    warn,
     wide_console,
     writable,
 )
@@ -176,6 +177,7 @@ def prune_command(
         figures = _figures(target, pruned)
     if world()[0]:  # all ranks hold the same result; rank 0 speaks and writes
         return
+    warn(pruned.report.notes)
     if output is not None:
         facts = _facts(target, calibration, evaluation, figures)
         figures["folder"] = str(_write(target, pruned, output, figures, facts))

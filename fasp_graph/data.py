@@ -23,6 +23,7 @@ from passes.verify import fresh_inputs
 from .corpora import factory, image_batches, image_files, is_factory, text_of
 from .folders.huggingface import MANIFEST, load
 from .folders.lazyfolder import open_folder, return_freed_memory
+from .folders.manifest import checked_files, read_manifest
 from .jsontext import read_object
 
 EXAMPLE = (
@@ -202,6 +203,8 @@ def _transformers(text: str) -> Target:
     """A folder or a hub id, by the Auto classes; never with code from the repository."""
     local = Path(text).is_dir()
     pruned = local and (Path(text) / MANIFEST).is_file()
+    if pruned:
+        checked_files(Path(text), read_manifest(Path(text))["settings"])  # the tokenizer's too
     return _with_tokenizer(text, load(text) if pruned else _auto_model(text, local), local)
 
 

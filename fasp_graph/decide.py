@@ -37,7 +37,15 @@ from passes.restore import TOWARDS, restore
 from passes.select import Budget, allocate, select
 from passes.sensitivity import Sensed, sense
 
-from .calibration import affordable, backward, batches_of, needs_data, sensing, shared_batches
+from .calibration import (
+    affordable,
+    backward,
+    batches_of,
+    needs_data,
+    sensing,
+    shared_batches,
+    solving,
+)
 from .config import Config
 from .emit.layout import Said, settled
 from .scale.distributed import total
@@ -50,13 +58,15 @@ from .worth import Job, Progress, cosines_of, curves_of, problems_of, utility_of
 @dataclass
 class Decisions:
     """Filled group by group. `curves[name][k]`: error of removing k units per block;
-    `forward_passes`: the cost, in plain forward passes over the calibration batches.
+    `seen`: tokens and channels at each consumer's weight that is solved for; `forward_passes`: the
+    cost, in plain forward passes over the calibration batches.
     """
 
     budget: Budget
     kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seen: dict[str, tuple[int, int]] = field(default_factory=dict)
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
     forward_passes: float = 0.0
 
@@ -231,6 +241,8 @@ def _repair(
     offset = offset_of(view)
     bias = offset.read(state.weight(offset.name).detach()) if offset else None
     mask = stays.to(weight.device)[unit_columns(group, view, weight)]
+    if solving(job.config):
+        decided.seen.setdefault(view.parameter, (found.tokens, len(found.gram)))
     result = restore(method, view.matrix(weight), bias, found, mask, job.config.ridge, gap)
     state.weights[view.parameter] = view.weight(result.weight, weight)
     if offset and result.bias is not None:

@@ -31,6 +31,7 @@ from passes.select import Plan, scope
 from passes.skeleton import has_numbers
 from passes.verify import verify
 
+from .calibration import few_tokens
 from .config import Config
 from .decide import Decisions, Progress, decide
 from .emit.layout import Said, uniform_groups
@@ -227,4 +228,5 @@ def _report(
         error,
         left,
         decisions.forward_passes,
+        few_tokens(decisions.seen),
     )

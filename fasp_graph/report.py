@@ -36,7 +36,8 @@ class Frozen:
 class Report:
     """Sizes in parameters, bytes and floating-point operations of one forward pass at the
     example inputs. `forward_passes`: what deciding cost, in plain forward passes over the
-    calibration batches (a backward pass counts as two).
+    calibration batches (a backward pass counts as two). `notes`: what the user should know of
+    this run, each with a way out.
     """
 
     params_before: int
@@ -51,11 +52,12 @@ class Report:
     verify_max_error: float
     frozen: tuple[Frozen, ...]
     forward_passes: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; tuples become lists."""
         found = asdict(self)
-        return {**found, "groups": list(found["groups"]), "frozen": list(found["frozen"])}
+        return {**found, **{key: list(found[key]) for key in ("groups", "frozen", "notes")}}
 
     def to_text(self) -> str:
         """A short summary in words."""

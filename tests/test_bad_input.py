@@ -229,10 +229,21 @@ def test_unusual_models_are_pruned_exactly_and_stay_as_they_are(name):
     assert all(bool(t.isfinite().all()) for t in tensors(result.graph_module(X)))
 
 
-def test_fewer_tokens_than_channels_still_verify():
-    result = run(mlp(), calibration=[X[:2]])
+@pytest.mark.parametrize("method", ["best", "fasp", "slimgpt"])
+def test_fewer_tokens_than_channels_lean_on_the_ridge_and_say_so(method):
+    result = run(mlp(), calibration=[X[:2], X[2:4]], method=method)
 
     assert result.report.verify_max_error <= 1e-9
+    assert all(bool(weight.isfinite().all()) for weight in result.model.parameters())
+    (note,) = result.report.notes
+    assert "4 calibration tokens for the 8 channels that enter 2.weight" in note
+    assert "help: calibrate on at least 8 tokens" in note
+    assert result.report.to_dict()["notes"] == [note]
+
+
+def test_enough_tokens_or_no_solve_say_nothing():
+    assert run(mlp(), calibration=[torch.cat([X, X[:2]])]).report.notes == ()
+    assert run(mlp(), calibration=[X[:2]], method="flap").report.notes == ()
 
 
 def test_the_same_seed_gives_the_same_bytes():

@@ -8,6 +8,7 @@ import decoding
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import AutoConfig
 
 import fasp_graph as fg
@@ -106,6 +107,22 @@ def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
     kept = {group["name"]: group["kept"] for group in report["groups"]}
     assert plan["keep"].keys() == kept.keys() and plan["expected_seconds"] > 0
     assert "Plan, nothing pruned" in run(*asked, "--dry-run")[1]
+
+
+def little():
+    """A model, its inputs, and fewer calibration tokens than its layers have channels."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)]
+    return nn.Sequential(*layers), torch.randn(2, 3), [torch.randn(5, 3)]
+
+
+def test_too_little_calibration_is_one_warning_beside_the_result(run):
+    code, out, error = run("prune", "test_cli:little", "--method", "fasp", "--json")
+
+    assert code == 0, error
+    assert error.count("warning") == 1 and "1 more like it in the report" in error
+    assert "5 calibration tokens for the 8 channels that enter 2.weight" in error
+    assert len(json.loads(out)["notes"]) == 2
 
 
 def test_options_from_a_file_are_overruled_by_flags(run, tmp_path):

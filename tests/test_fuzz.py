@@ -87,7 +87,8 @@ def loads(folder, dense):
 def test_a_manifest_with_anything_in_any_place(saved, dense, data):
     folder, manifest, weights, model = saved
     (folder / "model.safetensors").write_bytes(weights)
-    used = {key: manifest[key] for key in ("weights", "aliases", "emission", "files", "format")}
+    keys = ("weights", "settings", "aliases", "emission", "files", "format")
+    used = {key: manifest[key] for key in keys}
     path = data.draw(st.sampled_from(list(places(used))))
     altered = replaced(manifest, path, data.draw(JSON)) if path else data.draw(JSON)
     (folder / "fasp_graph.json").write_text(json.dumps(altered))

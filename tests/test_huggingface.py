@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import fasp_graph as fg
 import models_zoo
+from fasp_graph.data import load_target
 from fasp_graph.folders import huggingface
 
 
@@ -18,9 +21,14 @@ def pruned():
     return fg.prune(entry.model, entry.inputs, entry.calibration, fg.Config(sparsity=0.3))
 
 
+@pytest.fixture(scope="module")
+def saved(pruned, tmp_path_factory):
+    return fg.save(pruned, tmp_path_factory.mktemp("saved") / "small")
+
+
 @pytest.fixture
-def folder(pruned, tmp_path):
-    return fg.save(pruned, tmp_path / "small")
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "small")
 
 
 def edit(folder, change):
@@ -51,17 +59,25 @@ def test_what_the_folder_holds(pruned, folder):
     assert [path.name for path in folder.parent.iterdir()] == ["small"]
 
 
-def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A decoder with tied weights, pruned, and its folder with a tokenizer."""
     entry = models_zoo.load("opt")
     config = fg.Config(method="magnitude", sparsity=0.2)
     result = fg.prune(entry.model, entry.inputs, None, config)
+    folder = tmp_path_factory.mktemp("tied") / "small"
+    return result, fg.save(result, folder, tokenizer=entry.tokenizer)
 
-    loaded = fg.load(fg.save(result, tmp_path / "small", tokenizer=entry.tokenizer))
+
+def test_tied_weights_are_stored_once_and_tied_again(tied):
+    result, folder = tied
+
+    loaded = fg.load(folder)
 
     state, aliases = huggingface.unique_state(result.model)
     assert len(aliases) == 1 and not set(aliases) & set(state)
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
-    assert (tmp_path / "small" / "tokenizer.json").is_file()
+    assert (folder / "tokenizer.json").is_file()
 
 
 def test_an_earlier_folder_is_replaced(pruned, folder):
@@ -119,6 +135,42 @@ def test_altered_manifests_are_refused(folder, case):
 
     with pytest.raises(fg.FaspGraphError, match=message):
         fg.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_altered_settings_are_refused(folder, name):
+    """Another eps or token id is no error of any shape: only the hash tells."""
+    path = folder / name
+    held = json.loads(path.read_text())
+    if name == "config.json":
+        held["dense"]["rms_norm_eps"] = 0.5
+    path.write_text(json.dumps({**held, "eos_token_id": 7}))
+    with pytest.raises(fg.FaspGraphError, match=rf"{name} is not the file .* · help: fetch"):
+        fg.load(folder)
+
+    path.unlink()
+    with pytest.raises(fg.FaspGraphError, match=rf"{name} is missing|no {name}"):
+        fg.load(folder)
+
+
+def test_settings_that_were_changed_on_purpose_load_without_their_line(folder):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 7}))
+    edit(folder, lambda m: m["settings"].pop(path.name))
+
+    assert fg.load(folder).generation_config.eos_token_id == 7
+
+
+def test_the_command_line_reads_no_altered_tokenizer(tied, tmp_path):
+    folder = shutil.copytree(tied[1], tmp_path / "small")
+    assert load_target(str(folder)).tokenizer is not None
+
+    held = folder / "tokenizer_config.json"
+    held.write_text(held.read_text().replace("{", '{"add_bos_token": true, ', 1))
+
+    with pytest.raises(fg.FaspGraphError, match="tokenizer_config.json is not the file"):
+        load_target(str(folder))
+    assert isinstance(fg.load(folder), nn.Module)  # which reads no tokenizer
 
 
 def test_what_is_no_folder(tmp_path):

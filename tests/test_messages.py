@@ -14,7 +14,7 @@ from fasp_graph.commands.demo import run_demo
 from fasp_graph.commands.flags import read_toml
 from fasp_graph.folders.auto import FaspModel
 from fasp_graph.folders.loading import _check_emission
-from fasp_graph.folders.manifest import FORMAT, checked_weights, read_manifest
+from fasp_graph.folders.manifest import FORMAT, checked_files, read_manifest
 from passes import rules
 from passes.errors import BudgetError, ConfigError, FaspGraphError, UnsupportedOp
 from passes.removal import count
@@ -91,7 +91,7 @@ def test_a_folder_that_is_none_of_ours(tmp_path):
         read_manifest(tmp_path)
 
     with pytest.raises(FaspGraphError, match=r"model\.safetensors is missing"):
-        checked_weights(tmp_path, {"model.safetensors": ""})
+        checked_files(tmp_path, {"model.safetensors": ""})
 
 
 @pytest.fixture(scope="module")

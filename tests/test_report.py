@@ -52,10 +52,11 @@ def test_without_curves_the_page_says_so_and_names_stay_data(run):
     groups = [{**group, "name": name, "curve": ()} for group in report["groups"][:1]]
     page = report_page(name, {**report, "groups": groups}, {})
     with_curve = report_page(
-        name, {**report, "groups": [{**groups[0], "curve": (0.0, 1.0, 2.0)}]}, {}
+        name, {**report, "notes": [name], "groups": [{**groups[0], "curve": (0.0, 1.0, 2.0)}]}, {}
     )
 
     assert "the allocation was uniform" in page
     for text in (page, with_curve):
         assert "<img" not in text and "<script" not in text
+    assert "<p>&lt;img" in with_curve and "<p>&lt;img" not in page
     assert "aria-label='predicted error of &lt;img src=x onerror=alert(1)&gt;&#x27;" in with_curve

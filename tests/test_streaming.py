@@ -120,7 +120,7 @@ def model():
 
 
 def test_a_run_in_memory_resumes_with_the_same_numbers(tmp_path, monkeypatch):
-    data = [torch.randn(60, 12, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    data = [torch.randn(18, 12, generator=torch.Generator().manual_seed(n)) for n in range(2)]
     work, repaired = tmp_path / "work", []
     real = decide.restore
 
@@ -144,6 +144,10 @@ def test_a_run_in_memory_resumes_with_the_same_numbers(tmp_path, monkeypatch):
     assert [g.error_after for g in resumed.report.groups] == [
         g.error_after for g in whole_run.report.groups
     ]
+    assert resumed.report.notes == whole_run.report.notes
+    assert (
+        "36 calibration tokens for the 40 channels that enter 2.weight" in resumed.report.notes[0]
+    )
     count = len(repaired)
     fg.prune(model(), data[0], data[:1], CONFIG, work=work)  # other data: another run
     assert len(repaired) == count + 2

@@ -61,6 +61,14 @@ def writable(path: Path) -> None:
         raise ConfigError(f"cannot write {path}: no folder {path.parent} · help: create it first")
 
 
+def warn(notes: tuple[str, ...]) -> None:
+    """The first note of a report, on stderr; there may be one for every layer."""
+    if notes:
+        rest = f" · {len(notes) - 1} more like it in the report" if notes[1:] else ""
+        text = escape(f"warning: {notes[0]}{rest}")
+        Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+
+
 def show(figures: dict[str, Any], json: bool) -> None:
     """Figures by name, as lines or as JSON."""
     if json:

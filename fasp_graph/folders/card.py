@@ -54,5 +54,5 @@ model and the dense model with the same units zeroed: {verified}.
 {_PLAIN if plain else _OURS}
 ```
 
-`fasp_graph.json` lists what was kept, and the sha256 of the weights.
+`fasp_graph.json` lists what was kept, and the sha256 of weights and configuration.
 """

@@ -2,7 +2,7 @@
 
     model.safetensors    every storage once, in shards above a size; tied names are aliases
     config.json, ...     configuration, generation configuration, tokenizer or processor
-    fasp_graph.json      format, plan, new shapes of the modules, versions, sha256 of the weights
+    fasp_graph.json      format, plan, new shapes of the modules, versions, sha256 of all above
     README.md            a model card
 
 If the class's configuration can say the pruned shapes, config.json says them, and plain
@@ -135,6 +135,7 @@ def _write(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     copy_companions(model, folder)
+    settings = _settings(folder, {*weights, INDEX})
     report = pruned.report.to_dict()
     card = model_card(type(model).__name__, report, facts, plain, pruned.emission)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -146,6 +147,7 @@ def _write(
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         "plain": plain,
         "weights": weights,
+        "settings": settings,
         "aliases": aliases,
         "emission": (Emission(ways=pruned.emission.ways) if plain else pruned.emission).to_dict(),
         "plan": pruned.plan.to_dict(),
@@ -154,6 +156,12 @@ def _write(
         "files": sorted({*(path.name for path in folder.iterdir()), MANIFEST}),
     }
     (folder / MANIFEST).write_text(to_json(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _settings(folder: Path, without: set[str]) -> dict[str, str]:
+    """File name -> sha256 of the configuration, tokenizer and processor: what is not weights."""
+    held = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: digest(path) for path in held if path.name not in without}
 
 
 def _write_weights(

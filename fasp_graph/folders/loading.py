@@ -18,8 +18,9 @@ from passes.errors import FaspGraphError
 
 from ..emit.emission import apply_shapes
 from ..jsontext import read_object
-from .manifest import MANIFEST, checked_weights, read_manifest
+from .manifest import MANIFEST, checked_files, read_manifest
 
+_READ = ("config.json", "generation_config.json")
 _ATTENTION = ("eager", "sdpa")
 _MISFITS = (
     *(RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError),
@@ -35,7 +36,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    paths = checked_weights(root, manifest["weights"])
+    paths = checked_files(root, manifest["weights"])
     built = copy.deepcopy(model) if model is not None else _build(root, manifest)
     try:
         state: dict[str, Tensor] = {}
@@ -77,6 +78,8 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
     found: Any = known
     if not (root / "config.json").is_file() or found.config_class is None:
         raise FaspGraphError(f"{root} holds no config.json for {name}")
+    settings = manifest["settings"]
+    checked_files(root, {file: settings[file] for file in _READ if file in settings})
     try:
         config = _config(root, found.config_class)
         if manifest.get("attention") in _ATTENTION:

@@ -1,4 +1,8 @@
-"""fasp_graph.json: what a folder holds, with the sha256 of its weights."""
+"""fasp_graph.json: what a folder holds, with the sha256 of what is read from it.
+
+`weights`: the safetensors files; `settings`: configuration, tokenizer, processor. Reports and
+the card have none: they may be edited. Older folders have no `settings`, and load unchecked.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,11 @@ from ..jsontext import read_object
 FORMAT = 1
 MANIFEST = "fasp_graph.json"
 _PACKAGES = ("fasp-graph", "torch", "transformers", "safetensors")
-_WANTED: dict[str, type] = {"weights": dict, "aliases": dict, "emission": dict, "files": list}
+_WANTED: dict[str, type] = {
+    **{"weights": dict, "settings": dict, "aliases": dict, "emission": dict},
+    "files": list,
+}
+_PLAIN = re.compile(r"(?!\.\.?$)[^/\\\x00]+")
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -25,7 +33,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
         raise FaspGraphError(f"{root} holds no {MANIFEST} · help: give a folder written by save")
-    manifest = read_object(path)
+    manifest = {"settings": {}, **read_object(path)}
     version = manifest.get("format")
     if version != FORMAT:
         raise FaspGraphError(
@@ -35,22 +43,25 @@ def read_manifest(root: Path) -> dict[str, Any]:
         if not isinstance(manifest.get(key), kind):
             raise FaspGraphError(f"{path} is damaged: {key!r} is missing or of the wrong type")
     for name in manifest["files"]:
-        if not isinstance(name, str) or not re.fullmatch(r"(?!\.\.?$)[^/\\\x00]+", name):
+        if not isinstance(name, str) or not _PLAIN.fullmatch(name):
             raise FaspGraphError(f"{path} lists {name!r}, which is not a plain file name")
     return manifest
 
 
-def checked_weights(root: Path, weights: Mapping[str, Any]) -> list[Path]:
-    """Paths of the weights, file name -> sha256 in the manifest; their hashes have been checked."""
+def checked_files(root: Path, files: Mapping[str, Any]) -> list[Path]:
+    """Paths of files, name -> sha256 in the manifest; their hashes have been checked."""
     found = []
-    for name, expected in weights.items():
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
+    for name, expected in files.items():
+        if not _PLAIN.fullmatch(name):
             raise FaspGraphError(f"{root / MANIFEST}: {name!r} is not a plain file name")
         path = root / name
         if not path.is_file():
-            raise FaspGraphError(f"{path} is missing")
+            raise FaspGraphError(f"{path} is missing · help: fetch the folder again")
         if digest(path) != expected:
-            raise FaspGraphError(f"{path} is not the file that was saved: its sha256 differs")
+            raise FaspGraphError(
+                f"{path} is not the file that was saved: its sha256 differs · help: fetch the "
+                f"folder again; if you changed it on purpose, remove its line from {MANIFEST}"
+            )
         found.append(path)
     return found
 

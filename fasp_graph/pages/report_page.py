@@ -46,6 +46,7 @@ def report_page(name: str, report: Mapping[str, Any], figures: Mapping[str, Any]
         f"<h1>{_text(name)}, pruned</h1>",
         f"<p>{report['sparsity']:.1%} of the parameters in scope removed; the compact model equals "
         f"the dense one with the same units zeroed to {report['verify_max_error']:.1e}.</p>",
+        *(f"<p>{_text(note)}</p>" for note in report.get("notes", ())),
         "<h2>Before and after</h2>",
         _before_after({**report, **figures}),
         "<h2>Kept share of each group</h2>",

@@ -2,7 +2,7 @@
 
     folder/key.json          sha256 of all that the result depends on
     folder/00007.safetensors after the 8th stop of the walk: the repaired weights; as metadata the
-                             node, the kept units and the errors
+                             node and what it adds to each table of HELD
 
 A stop is a node that consumes groups. A later run with the same key takes the weights of finished
 stops as they are, bit for bit, and only runs the model up to the first stop that is not there:
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 Visit = Callable[[Walk, Node], None]
 KEY = "key.json"
+HELD = ("kept", "errors", "seen")  # tables of Decisions that a stop adds to: name -> tuple
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,19 @@ class Journal:
         if path is None:
             return False
         about = metadata(path)
-        decided.kept |= {name: tuple(units) for name, units in json.loads(about["kept"]).items()}
-        errors = json.loads(about["errors"])
-        decided.errors |= {name: (before, after) for name, (before, after) in errors.items()}
+        for table in HELD:
+            added = json.loads(about[table])
+            getattr(decided, table).update({name: tuple(held) for name, held in added.items()})
         state.weights |= self._weights(path)
         return True
 
     def add(
-        self,
-        node: str,
-        kept: Mapping[str, Any],
-        errors: Mapping[str, Any],
-        weights: Mapping[str, Tensor],
+        self, node: str, tables: Mapping[str, Any], weights: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Write a stop; the weights as the walk shall hold them."""
         path = self.folder / f"{len(self.finished):05d}.safetensors"
         if world()[0] == 0:
-            about = {"node": node, "kept": json.dumps(kept), "errors": json.dumps(errors)}
+            about = {"node": node, **{table: json.dumps(tables[table]) for table in HELD}}
             draft = path.with_suffix(".draft")
             write_shard(draft, weights, about)
             os.replace(draft, path)
@@ -109,17 +106,18 @@ def watch(journal: Journal | None, visit: Visit, decided: Decisions) -> Visit:
     def visit_once(state: Walk, node: Node) -> None:
         if journal.recall(node.name, state, decided):
             return
-        weights, kept, errors = dict(state.weights), set(decided.kept), dict(decided.errors)
+        weights = dict(state.weights)
+        before = {table: dict(getattr(decided, table)) for table in HELD}
         visit(state, node)
         new = {n: w for n, w in state.weights.items() if weights.get(n) is not w}
-        state.weights |= journal.add(
-            node.name,
-            {name: units for name, units in decided.kept.items() if name not in kept},
-            {name: e for name, e in decided.errors.items() if errors.get(name) != e},
-            new,
-        )
+        added = {table: _added(before[table], getattr(decided, table)) for table in HELD}
+        state.weights |= journal.add(node.name, added, new)
 
     return visit_once
+
+
+def _added(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: held for name, held in after.items() if before.get(name) != held}
 
 
 def open_journal(folder: Path, key: str, module: GraphModule) -> Journal:
