@@ -105,9 +105,8 @@ def _refuse_padded(name: str, old: nn.Module, new: nn.Module) -> None:
     """FaspGraphError if `new` puts low-rank factors beside a padded weight. PEFT's contract for a
     wrapped layer: `base_layer` holds the weight.
     """
-    if getattr(new, "base_layer", None) is not old:
-        return
-    if any(isinstance(module, Padding) for module in old.modules()):
+    wraps = id(getattr(new, "base_layer", None)) == id(old)
+    if wraps and any(isinstance(module, Padding) for module in old.modules()):
         raise FaspGraphError(
             f"{name} ({type(old).__name__}) is stored compact and filled with zeros when it is "
             "read (way padded), so low-rank factors beside it would bring removed units back · "
