@@ -3,6 +3,9 @@
 They stand at a module's interface. Where another module that holds it takes its place in its
 parent (a LoRA layer of PEFT around a linear layer), or it comes back from there (merge_and_unload),
 they move along: what lies inside is compact, so that low-rank factors have the weight's own shape.
+Copies of the module that the newcomer trains instead (modules_to_save) become bare likewise.
+Low-rank factors beside a padded weight are refused: they would have the old shape, bring removed
+units back, and be lost when they are merged.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+
+from passes.errors import FaspGraphError
 
 Axis = tuple[int, int, tuple[int, ...]]  # axis, its size before, kept positions
 
@@ -85,12 +90,29 @@ def _follow(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     old = parent._modules.get(name)
     if new is None or old is None or new is old:
         return
+    _refuse_padded(name, old, new)
     held = [a for slot in SLOTS if isinstance(a := old._modules.get(slot), (Scatter, Gather))]
     if not held or not (_holds(new, old) or _holds(old, new)):
         return
+    copies = [module for module in new.modules() if type(module) is type(old)]
     for adapter in held:
-        _detach(old, adapter)
+        for module in (old, *copies):
+            _detach(module, adapter)
         attach(new, adapter)
+
+
+def _refuse_padded(name: str, old: nn.Module, new: nn.Module) -> None:
+    """FaspGraphError if `new` puts low-rank factors beside a padded weight. PEFT's contract for a
+    wrapped layer: `base_layer` holds the weight.
+    """
+    wraps = id(getattr(new, "base_layer", None)) == id(old)
+    if wraps and any(isinstance(module, Padding) for module in old.modules()):
+        raise FaspGraphError(
+            f"{name} ({type(old).__name__}) is stored compact and filled with zeros when it is "
+            "read (way padded), so low-rank factors beside it would bring removed units back · "
+            "help: leave it out of target_modules, or train the weights themselves "
+            "(modules_to_save, or no PEFT)"
+        )
 
 
 def _holds(outer: nn.Module, inner: nn.Module) -> bool:
@@ -98,12 +120,22 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
 
 
 def _detach(module: nn.Module, adapter: nn.Module) -> None:
+    """Take `adapter`, or the copy of it that a copy of its module has, off `module`."""
     for slot in SLOTS:
-        if module._modules.get(slot) is adapter:
-            del module._modules[slot]
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if hook is adapter]:
-            del hooks[key]
+        held = module._modules.get(slot)
+        if held is None or not _alike(held, adapter):
+            continue
+        del module._modules[slot]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook is held]:
+                del hooks[key]
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether `one` is `other` or a copy of it."""
+    mine, theirs = (dict(module.named_buffers()) for module in (one, other))
+    same = mine.keys() == theirs.keys() and one.axis == other.axis
+    return same and all(torch.equal(mine[key], theirs[key].to(mine[key].device)) for key in mine)
 
 
 register_module_module_registration_hook(_follow)
