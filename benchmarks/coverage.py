@@ -43,6 +43,8 @@ def main() -> None:
     names = options.types.split(",") if options.types else types()
     if options.sample:
         names = sorted(random.Random(0).sample(names, min(options.sample, len(names))))
+    if options.shuffle is not None:
+        names = random.Random(options.shuffle).sample(names, len(names))
     rows = [] if options.fresh or not options.output.exists() else read(options.output)
     known = {row["type"] for row in rows}
     missing = [name for name in names if name not in known]
@@ -65,6 +67,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--types", help="comma-separated; default: all")
     parser.add_argument("--sample", type=int, help="a fixed random sample of so many types")
+    parser.add_argument(
+        "--shuffle", type=int, help="a seed: types in a random order, so that a part is a sample"
+    )
     parser.add_argument("--output", type=Path, default=Path("build/coverage.jsonl"))
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
     parser.add_argument("--workers", type=int, default=2)
