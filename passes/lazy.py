@@ -50,7 +50,7 @@ class Lazy(Tensor):
             return Lazy(args[0].shape, args[0].dtype, args[0].read, args[0].mark)
         if func is aten._to_copy.default and kwargs.keys() <= {"dtype", "memory_format"}:
             dtype = kwargs.get("dtype") or args[0].dtype
-            return Lazy(args[0].shape, dtype, lambda: whole(args[0]).to(dtype))
+            return Lazy(args[0].shape, dtype, lambda: materialized(args[0]).to(dtype))
         if func is aten.new_zeros.default:
             dtype, size = kwargs.get("dtype") or args[0].dtype, tuple(args[1])
             return Lazy(size, dtype, lambda: torch.zeros(size, dtype=dtype))
@@ -58,7 +58,7 @@ class Lazy(Tensor):
             return _later(func, args, kwargs)
         if func._schema.is_mutable and isinstance(args[0], Lazy):
             raise RuntimeError(f"{func} cannot write to a lazy weight; give a new parameter")
-        return func(*pytree.tree_map(whole, args), **pytree.tree_map(whole, kwargs))
+        return func(*pytree.tree_map(materialized, args), **pytree.tree_map(materialized, kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lazy:
         if id(self) not in memo:
@@ -83,11 +83,11 @@ def _later(func: Any, args: Any, kwargs: Any) -> Lazy:
     return Lazy(
         made.shape,
         made.dtype,
-        lambda: func(*pytree.tree_map(whole, args), **pytree.tree_map(whole, kwargs)),
+        lambda: func(*pytree.tree_map(materialized, args), **pytree.tree_map(materialized, kwargs)),
     )
 
 
-def whole(value: Any) -> Any:
+def materialized(value: Any) -> Any:
     """The numbers of a lazy tensor; anything else as it is."""
     return value.read() if isinstance(value, Lazy) else value
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .errors import CalibrationError, where
-from .lazy import whole
+from .lazy import materialized
 from .visit import bind
 
 STRIPES = 8
@@ -138,7 +138,7 @@ class Walk:
 
     def weight(self, name: str) -> Tensor:
         """The numbers of the current weight: read here, gone with the last reference."""
-        return whole(self.held(name))  # type: ignore[no-any-return]
+        return materialized(self.held(name))  # type: ignore[no-any-return]
 
     def value(self, environment: dict[Node, Any], node: Node) -> Any:
         """A node's value in one batch."""

@@ -20,7 +20,7 @@ from fasp_graph.folders.shards import folder_tensors, write_shard
 from fasp_graph.scale.journal import KEY, _begin, close, work_folder
 from fasp_graph.scale.streaming import prune_folder
 from passes.errors import ConfigError, FaspGraphError
-from passes.lazy import Lazy, whole
+from passes.lazy import Lazy, materialized
 
 SHARD = 20_000
 CONFIG = fg.Config(sparsity=0.4, method="fasp")
@@ -172,7 +172,7 @@ def test_a_lazy_weight_reads_for_numbers_only():
     promise = Lazy((3, 4), torch.float32, read)
     moved = promise.double().index_select(1, torch.tensor([3, 0])).clone()
     assert moved.shape == (3, 2) and moved.dtype == torch.float64 and not reads
-    assert torch.equal(whole(moved), read().double()[:, [3, 0]])
+    assert torch.equal(materialized(moved), read().double()[:, [3, 0]])
     assert torch.equal(promise @ torch.ones(4), read().sum(1))
     with pytest.raises(RuntimeError, match="lazy"):
         promise.add_(1)

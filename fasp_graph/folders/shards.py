@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from passes.errors import FaspGraphError
-from passes.lazy import Lazy, whole
+from passes.lazy import Lazy, materialized
 
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100_000_000  # bytes, as the format says
@@ -152,7 +152,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, s
     with path.open("wb", buffering=0) as file:
         _put(file, len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
-            held = whole(tensor).detach().cpu().contiguous()
+            held = materialized(tensor).detach().cpu().contiguous()
             if held.numel():
                 _put(file, held.reshape(-1).view(torch.uint8).numpy())
         os.fsync(file.fileno())
