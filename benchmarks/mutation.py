@@ -1,21 +1,24 @@
 """The mutation score of the compiler's core: how many small errors in its code the tests notice.
 
-    python -m benchmarks.mutation [--files labels,rewrite] [--sample 100] [--seed 0] [--seconds 600]
+    python -m benchmarks.mutation [--files labels,rewrite] [--sample 12] [--seed 0] [--seconds 600]
 
 A mutant is one function of passes/ in which one operator is another one: `<` for `<=`, `+` for
 `-`, `and` for `or`, a number one larger, a condition turned. It is noticed if a random program then
-fails, has other groups, or is refused (tests/trial.py: two references besides the verifier).
-Functions that no program runs are not drawn: line coverage counts these. What survives is listed,
-to be read: many are equivalent, since a limit, a message or a short cut is not a result.
+fails, has other groups, or is refused (tests/trial.py: two references besides the verifier), or
+if one of TESTS fails. Functions that neither runs are not drawn: line coverage counts these. What
+survives is listed, to be read: many are equivalent, since a limit, a message or a short cut is no
+result.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib
 import inspect
+import io
 import json
 import random
 import signal
@@ -28,13 +31,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from .soak import ROOT  # importing it puts tests/ on sys.path
 
-CORE = ("labels", "moves", "routing", "couple", "groups", "removal", "rewrite", "edits", "verify")
-PROGRAMS = tuple(range(40, 48))  # seeds of tests/programs.py
-PATIENCE = 60  # seconds for all programs; a mutant that hangs is noticed
+CORE = ("labels", "axes", "moves", "couple", "rewrite", "select", "restore")
+TESTS = ("test_restore_errors.py", "test_passes.py")
+PROGRAMS = tuple(range(40, 44))  # seeds of tests/programs.py
+PATIENCE = 300  # seconds for programs and tests; a mutant that hangs is noticed
 OTHER: dict[type, type] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
     **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In},
@@ -129,16 +134,28 @@ def outcomes() -> list[Any]:
     return found
 
 
-def noticed(mutant: Mutant, expected: list[Any]) -> bool:
-    """Whether the programs fail, hang or show anything else."""
+def tests_pass() -> bool:
+    """Whether TESTS pass, in this process; the first failure ends them."""
+    paths = [str(ROOT / "tests" / name) for name in TESTS]
+    quiet = ["-x", "-qq", "--no-summary", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return pytest.main([*quiet, *paths]) == 0
+
+
+def noticed(mutant: Mutant, expected: list[Any], run_by_programs: bool) -> str:
+    """What fails, hangs or shows anything else: `programs`, `tests`, or nothing."""
     right = mutant.function.__code__
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(PATIENCE)
+    judge = "programs"
     try:
         mutant.function.__code__ = mutant.code
-        return outcomes() != expected
+        if run_by_programs and outcomes() != expected:
+            return judge
+        judge = "tests"
+        return "" if tests_pass() else judge
     except Exception:  # whatever it is, it is seen
-        return True
+        return judge
     finally:
         signal.alarm(0)
         mutant.function.__code__ = right
@@ -161,7 +178,7 @@ def traced(call: Callable[[], Any]) -> tuple[set[types.CodeType], Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", default=",".join(CORE))
-    parser.add_argument("--sample", type=int, default=100)
+    parser.add_argument("--sample", type=int, default=12, help="mutants of each file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no mutant after these")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "mutation.json")
@@ -169,17 +186,30 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     end = time.monotonic() + options.seconds
-    ran, expected = traced(outcomes)
-    every = [mutant for name in options.files.split(",") for mutant in mutants(name, ran)]
-    drawn = random.Random(options.seed).sample(every, min(options.sample, len(every)))
-    result: dict[str, Any] = {"mutants": len(every), "tried": 0, "noticed": 0, "survived": []}
+    outcomes()  # imports and caches, so that the traced run is like those with mutants
+    by_programs, expected = traced(outcomes)
+    by_tests, right = traced(tests_pass)
+    if not right:
+        raise RuntimeError(f"without a mutant, {', '.join(TESTS)} fail")
+    names, ran = options.files.split(","), by_programs | by_tests
+    every = {name: list(mutants(name, ran)) for name in names}
+    draw = random.Random(options.seed)
+    drawn = [
+        m for held in every.values() for m in draw.sample(held, min(len(held), options.sample))
+    ]
+    draw.shuffle(drawn)
+    result: dict[str, Any] = {
+        "mutants": {name: len(held) for name, held in every.items()},
+        **{"tried": 0, "noticed": 0, "by programs": 0, "by tests": 0, "survived": []},
+    }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for mutant in drawn:
         if time.monotonic() > end:
             break
         result["tried"] += 1
-        if noticed(mutant, expected):
+        if judge := noticed(mutant, expected, mutant.function.__code__ in by_programs):
             result["noticed"] += 1
+            result[f"by {judge}"] += 1
         else:
             result["survived"].append(mutant.what)
         result["score"] = round(result["noticed"] / result["tried"], 3)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from passes.capture import Args, Captured, as_args
 from passes.errors import CalibrationError, ConfigError
@@ -24,8 +25,10 @@ def needs_data(config: Config) -> bool:
     return passes.score in NEEDS_DATA or passes.restore != "none" or passes.allocation != "uniform"
 
 
-def batches_of(calibration: Any, config: Config) -> list[Args]:
-    """The batches as arguments; CalibrationError if there are none."""
+def batches_of(calibration: Any, inputs: Args, config: Config) -> list[Args]:
+    """The batches as arguments of the form of `inputs`; CalibrationError if there are none, or if
+    one has another form.
+    """
     if calibration is None:
         p = config.passes
         raise CalibrationError(
@@ -37,10 +40,51 @@ def batches_of(calibration: Any, config: Config) -> list[Args]:
             f"calibration is {type(calibration).__name__}, not an iterable of batches · help: "
             f"give a list of inputs"
         )
-    batches = [as_args(batch) for batch in calibration]
+    batches = [alike(as_args(batch), inputs, number) for number, batch in enumerate(calibration)]
     if not batches:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
     return batches
+
+
+def alike(batch: Args, inputs: Args, number: int) -> Args:
+    """The batch with the entries of its dicts in the order of `inputs`, since a graph binds by
+    position; CalibrationError where names, counts or constants differ.
+    """
+    ordered = _ordered(batch, inputs)
+    held, wanted = pytree.tree_flatten(ordered), pytree.tree_flatten(inputs)
+    same = held[1] == wanted[1] and all(
+        isinstance(old, Tensor) or type(new) is type(old) and new == old
+        for new, old in zip(held[0], wanted[0], strict=True)
+    )
+    if not same:
+        raise CalibrationError(
+            f"calibration batch {number} is {_form(batch)}, but the model was captured with "
+            f"{_form(inputs)} · help: give batches of the same form as `inputs`"
+        )
+    return ordered
+
+
+def _ordered(value: Any, like: Any) -> Any:
+    if type(value) is not type(like) or not isinstance(value, (dict, list, tuple)):
+        return value
+    if isinstance(value, dict):
+        if value.keys() != like.keys() or type(value) is not dict:
+            return value
+        return {key: _ordered(value[key], held) for key, held in like.items()}
+    if len(value) != len(like) or type(value) not in (list, tuple):
+        return value
+    return type(value)(_ordered(one, other) for one, other in zip(value, like, strict=True))
+
+
+def _form(args: Args) -> str:
+    """Types and shapes in place of tensors: ('float32 [6, 7]', 2), {'mask': 'int64 [6, 7]'}."""
+
+    def kind(value: Any) -> Any:
+        tensor = isinstance(value, Tensor)
+        return f"{value.dtype} {list(value.shape)}".removeprefix("torch.") if tensor else value
+
+    told = pytree.tree_map(kind, args)
+    return ", ".join(f"{part}" for part in told if part) or "empty"
 
 
 def shared_batches(batches: list[Args], config: Config) -> list[Args]:

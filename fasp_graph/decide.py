@@ -89,7 +89,7 @@ def decide(
     budget = settled(deps, groups, budget, shared, config)
     nodes = nodes_by_name(captured.graph_module.graph.nodes)
     found = {group.name: views(group, deps, nodes) for group in groups}
-    every = batches_of(calibration, config) if needs_data(config) else []
+    every = batches_of(calibration, captured.inputs, config) if needs_data(config) else []
     key = fingerprint(captured.graph_module, every, config) if work else ""
     batches, config = affordable(captured, shared_batches(every, config) if every else [], config)
     batches = microbatches(captured, batches, config.max_memory)

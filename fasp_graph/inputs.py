@@ -9,8 +9,23 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import CaptureError, ConfigError
 from passes.lazy import is_lazy
+from passes.skeleton import has_numbers
 
 from .config import Config
+
+
+def refuse_modelless(model: object) -> None:
+    """CaptureError if what is given is no module, or has weights without numbers."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"model is {model!r:.80}, not a torch.nn.Module · help: pass the model itself; names "
+            "and folders are for the command line"
+        )
+    if not has_numbers(model):
+        raise CaptureError(
+            f"{type(model).__name__} has weights without numbers (on the meta device), which can "
+            "be analysed but not pruned · help: load the weights first"
+        )
 
 
 def refuse_unmergeable(model: nn.Module) -> None:

@@ -22,13 +22,11 @@ from torch.fx import GraphModule
 from passes.analysis import analysis
 from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
-from passes.errors import CaptureError
 from passes.kernels import widen
 from passes.lazy import is_lazy, replace
 from passes.removal import removal
 from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
-from passes.skeleton import has_numbers
 from passes.verify import verify
 
 from .calibration import few_tokens
@@ -38,7 +36,7 @@ from .emit.layout import Said, uniform_groups
 from .emit.modules import Emission, emit_model
 from .emit.standin import stand_in
 from .evaluate import flops
-from .inputs import refuse_unmergeable, refuse_unstreamable
+from .inputs import refuse_modelless, refuse_unmergeable, refuse_unstreamable
 from .report import Frozen, GroupReport, Report
 
 
@@ -116,11 +114,7 @@ def prune(
     FaspGraphError: CaptureError, BudgetError, CalibrationError, VerificationError...
     """
     config = config or Config()
-    if not has_numbers(model):
-        raise CaptureError(
-            f"{type(model).__name__} has weights without numbers (on the meta device), which can "
-            "be analysed but not pruned · help: load the weights first"
-        )
+    refuse_modelless(model)
     refuse_unmergeable(model)
     refuse_unstreamable(model, config)
     program = program or read(model, inputs, config.check, progress)

@@ -32,7 +32,8 @@ def views(group: Group, deps: DependencyGraph, nodes: dict[str, Node]) -> list[V
     for consumer in group.consumers:
         node = nodes[consumer.node]
         source = _source([s for s in sites if s.node.name == consumer.node], consumer, deps)
-        if source is None or not _plain(node, source, len(deps.parameters[consumer.parameter])):
+        shape = deps.parameters.get(consumer.parameter, ())  # a buffer is not refitted
+        if source is None or not _plain(node, source, len(shape)):
             return []
         name, dim = nodes[source.node.name], source.dim
         found.append(View(node, consumer.parameter, consumer.dim, name, dim))

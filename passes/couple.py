@@ -17,6 +17,7 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+from torch.fx import Node
 
 from .errors import module_of, user_line
 from .groups import Consumer, DependencyGraph, Group, Layer, Member
@@ -110,7 +111,16 @@ def _groups(layer: Layer, number: int) -> list[Group]:
         footprint[units] += keys.integers(1, 2**62, dtype=np.uint64)
         sites.append((site, units))
     wanted = owned & notes.flags["blocked"] if number else owned
-    return _Builder(layer, number, notes, sources, sites).build(wanted, footprint)
+    return _Builder(layer, number, notes, sources, sites, _fed(labels)).build(wanted, footprint)
+
+
+def _fed(labels: Labels) -> set[Node]:
+    """Nodes whose numbers depend on an input; the others are made of weights alone."""
+    fed: set[Node] = set()
+    for node in labels.values:
+        if node.op == "placeholder" or not fed.isdisjoint(node.all_input_nodes):
+            fed.add(node)
+    return fed
 
 
 def _flat(array: Tensor) -> np.ndarray:
@@ -124,6 +134,7 @@ class _Builder:
     notes: _Notes
     sources: list[Source]
     sites: list[tuple[Site, np.ndarray]]
+    fed: set[Node]
 
     def build(self, wanted: np.ndarray, footprint: np.ndarray) -> list[Group]:
         component, count = self.layer.component, len(wanted)
@@ -211,8 +222,12 @@ class _Builder:
             return ("frozen" if self.number else "width"), mixed
         if self.number:
             return "head", ""
-        weighed = all(len(s.operands) > 1 and sum(o.data for o in s.operands) == 1 for s in sites)
+        weighed = all(len(s.operands) > 1 and self._read(s) == 1 for s in sites)
         return ("chain", "") if weighed else ("bilinear", "")
+
+    def _read(self, site: Site) -> int:
+        """How many operands are activations; a sum over weights alone (a norm of them) has none."""
+        return sum(operand.data and operand.node in self.fed for operand in site.operands)
 
 
 def _split(units: np.ndarray, rank: np.ndarray, count: int) -> list[np.ndarray]:

@@ -194,9 +194,6 @@ class _Propagation:
         if "conv" in name and (visit.given.get("groups") or 1) > 1:
             return places.grouped_convolution(visit)
         routing.settle(visit)
-        compared = routing.where_equal(visit)
-        if compared is not None:
-            return [compared]
         if name in self.rules:
             return apply_rule(visit, self.rules[name])
         if is_pointwise(visit.node):

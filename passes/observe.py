@@ -162,12 +162,7 @@ class Walk:
         mirror(gram)
         gram, total = self.room.total(gram), self.room.total(total)
         tokens = int(self.room.total(torch.tensor(tokens, device=gram.device)))
-        if not bool(torch.isfinite(gram).all()):
-            raise CalibrationError(
-                f"non-finite activations reach {view.parameter} · {where(view.node)} · help: "
-                f"check the model in this "
-                "precision and the calibration data"
-            )
+        check_sums(view, tokens, gram)
         return Moments(gram, total / tokens, tokens)
 
     def step(self, node: Node) -> None:
@@ -186,6 +181,20 @@ class Walk:
                 is_leaf=lambda a: isinstance(a, Node),
             )
             environment[node] = called(node, args, kwargs)
+
+
+def check_sums(view: View, tokens: int, *sums: Tensor) -> None:
+    """CalibrationError if a consumer saw no tokens, or numbers that are not finite."""
+    if not tokens:
+        raise CalibrationError(
+            f"no tokens reach {view.parameter}: every calibration batch is empty there · "
+            f"{where(view.node)} · help: give batches with at least one row"
+        )
+    if not all(bool(torch.isfinite(held).all()) for held in sums):
+        raise CalibrationError(
+            f"non-finite activations reach {view.parameter} · {where(view.node)} · help: check the "
+            "model in this precision and the calibration data"
+        )
 
 
 def called(node: Node, args: Any, kwargs: Any) -> Any:

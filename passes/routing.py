@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from . import moves, places
@@ -165,29 +164,7 @@ def one_hot(visit: Visit) -> list[Arrays]:
     return [arrays]
 
 
-def where_equal(visit: Visit) -> Arrays | None:
-    """j == arange(n): the compared dim is the axis that j points at. None: an ordinary op."""
-    values = list(visit.values())
-    if visit.name.rstrip("_") != "eq" or len(values) != 2:
-        return None
-    for value, other in (values, values[::-1]):
-        if other.const is None or value.domain is None:
-            continue
-        dims = [d for d, n in enumerate(other.shape) if n > 1]
-        counting = torch.arange(len(value.domain))
-        if len(dims) != 1 or not torch.equal(other.const.reshape(-1), counting):
-            continue
-        rank, dim = len(visit.shape), dims[0] + len(visit.shape) - len(other.shape)
-        visit.labels.unite(value.domain, other.arrays[dims[0]].reshape(-1))
-        shift = rank - len(value.shape)
-        arrays = {
-            d + shift: a.reshape([1] * shift + list(a.shape)) for d, a in value.arrays.items()
-        }
-        return {**arrays, dim: along(value.domain, dim, rank)}
-    return None
-
-
-LOOKUPS = {"index", "index_select", "gather", "scatter", "scatter_add", "one_hot", "eq"}
+LOOKUPS = {"index", "index_select", "gather", "scatter", "scatter_add", "one_hot"}
 HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
     "index": look_up,
     **dict.fromkeys(("gather", "scatter", "scatter_add"), gather),

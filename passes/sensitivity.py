@@ -28,8 +28,8 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .drift import rows_of, summand
-from .errors import CalibrationError, where
-from .observe import Moments, View, called, environments
+from .errors import CalibrationError
+from .observe import Moments, View, called, check_sums, environments
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,7 @@ def sense(
     found = {}
     for view in sites.values():
         s = sums[view.node.name]
-        if not bool(torch.isfinite(s.gram).all() & torch.isfinite(s.metric).all()):
-            raise CalibrationError(
-                f"non-finite activations reach {view.parameter} · {where(view.node)} · help: "
-                "check the model in this precision and the calibration data"
-            )
+        check_sums(view, s.tokens, s.gram, s.metric)
         moments = Moments(s.gram, s.total / s.tokens, s.tokens)
         found[view.node.name] = Sensed(
             moments,

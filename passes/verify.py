@@ -55,6 +55,7 @@ def _compare(
     with torch.no_grad(), _default_dtype(torch.float64 if precise else torch.get_default_dtype()):
         expected = _run(reference, args, "masked dense")
         actual = _run(compact, args, "compact")
+    _refuse_undefined(reference, expected, args)
     worst = max((difference(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
     tolerance = 1e-9 if precise else 2e-2 if tensors(expected)[0].dtype != torch.float32 else 1e-3
     if not worst <= tolerance:
@@ -65,6 +66,31 @@ def _compare(
             "written · help: this is a bug of fasp_graph, please report it with the model"
         )
     return worst
+
+
+def _refuse_undefined(reference: GraphModule, expected: list[Tensor], args: Args) -> None:
+    """VerificationError where the dense model's own outputs leave nothing to compare with."""
+    if not any(tensor.numel() for tensor in expected):
+        raise VerificationError(
+            "the model gives no numbers at these inputs, so nothing can be verified · help: give "
+            "`inputs` with at least one row, and a model that returns tensors"
+        )
+    if any(bool(tensor.isnan().any()) for tensor in expected):
+        raise VerificationError(
+            f"the dense model itself gives NaN, first at {_first_nan(reference, args)} · nothing "
+            "was written · help: check its weights, and that it takes numbers drawn from N(0, 1)"
+        )
+
+
+def _first_nan(module: GraphModule, args: Args) -> str:
+    recorder = _Recorder(module)
+    with torch.no_grad():
+        recorder.run(*pytree.tree_leaves(args))
+    for node in module.graph.nodes:
+        value = recorder.record.get(node.name)
+        if isinstance(value, Tensor) and bool(value.isnan().any()):
+            return str(node.target) if node.op == "get_attr" else where(node)
+    return "the output"
 
 
 def _run(module: GraphModule, args: Args, name: str) -> list[Tensor]:
@@ -133,6 +159,8 @@ def as_float64(module: GraphModule) -> GraphModule:
 
 
 class _Recorder(Interpreter):
+    """Keeps every node's value."""
+
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.record: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations, parametrize
 
 import fasp_graph as fg
+from fasp_graph.calibration import alike
 from passes.capture import tensors
 
 X = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
@@ -71,6 +72,32 @@ def counts(m, x):
 def writes_into_its_input(m, x):
     x.mul_(2)
     return whole(m, x)
+
+
+def noisy(m, x):
+    return whole(m, x) + torch.randn(7)
+
+
+class Scaled(nn.Module):
+    """A module that also takes a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x, by):
+        return self.inner(x) * by
+
+
+class Differs(nn.Module):
+    """A module of two inputs of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x, y):
+        return self.inner(x - 2 * y)
 
 
 def hooked(change):
@@ -154,14 +181,50 @@ REFUSED = {
     "calibration is a number": (lambda: run(mlp(), calibration=3), "calibration"),
     "batch is a word": (lambda: run(mlp(), calibration=["words"]), "does not run"),
     "NaN in calibration": (lambda: run(mlp(), calibration=[X / 0 * 0]), "finite"),
-    "NaN in a weight": (lambda: run(changed("0.weight", lambda w: w.fill_(float("nan")))), "."),
-    "infinite weight": (lambda: run(changed("0.weight", lambda w: w[0].fill_(float("inf")))), "."),
+    "rows of no tokens": (lambda: run(mlp(), calibration=[X[:0]]), "no tokens reach 2.weight"),
+    "no tokens without sensing": (
+        lambda: run(mlp(), calibration=[X[:0]], method="fasp"),
+        "no tokens reach 2.weight",
+    ),
+    "inputs without a row": (lambda: run(mlp(), inputs=X[:0]), "gives no numbers at these inputs"),
+    "other names": (lambda: run(mlp(), calibration=[{"y": X}]), r"batch 0 is \{'y': 'float32"),
+    "another constant": (
+        lambda: run(Scaled(), (X, 2), [(X, 2), (X, 3)]),
+        r"batch 1 is \('float32 \[6, 7\]', 3\), but .* \('float32 \[6, 7\]', 2\)",
+    ),
+    "activations that overflow": (
+        lambda: run(changed("0.weight", lambda w: w.mul_(1e38))),
+        "non-finite activations reach 2.weight",
+    ),
+    "NaN in a weight": (
+        lambda: run(changed("0.weight", lambda w: w.fill_(float("nan")))),
+        "non-finite activations reach 2.weight",
+    ),
+    "NaN in a weight, without data": (
+        lambda: run(changed("2.weight", lambda w: w[1].fill_(float("nan"))), method="magnitude"),
+        "the dense model itself gives NaN, first at 2.weight",
+    ),
+    "infinite weight": (
+        lambda: run(changed("0.weight", lambda w: w[0].fill_(float("inf")))),
+        "non-finite activations reach 2.weight",
+    ),
+    "a model's name": (lambda: run("gpt2"), "model is 'gpt2', not a torch.nn.Module"),
+    "a model's class": (lambda: run(nn.Linear), "not a torch.nn.Module"),
+    "weight_norm by hooks": (
+        lambda: run(normed(torch.nn.utils.weight_norm)),
+        "torch.nn.utils.weight_norm",
+    ),
+    "spectral_norm by hooks": (
+        lambda: run(normed(torch.nn.utils.spectral_norm)),
+        "no group can be pruned",
+    ),
+    "random numbers in forward": (lambda: run(Calls(noisy)), "."),
     "no inputs": (lambda: run(mlp(), inputs=()), "no tensor"),
     "inputs of another width": (lambda: run(mlp(), inputs=X[:, :2]), "cannot capture"),
     "sparsity 0": (lambda: run(mlp(), sparsity=0.0), "sparsity"),
     "sparsity above 1": (lambda: run(mlp(), sparsity=1.5), "sparsity"),
     "sparsity NaN": (lambda: run(mlp(), sparsity=float("nan")), "sparsity"),
-    "impossible sparsity": (lambda: run(mlp(), sparsity=0.999), "."),
+    "impossible sparsity": (lambda: run(mlp(), sparsity=0.999), "0.835 is the largest"),
     "nothing to prune": (lambda: run(nn.Linear(7, 5)), "no group can be pruned"),
     "groups of one unit": (
         lambda: run(nn.Sequential(nn.Linear(7, 1), nn.ReLU(), nn.Linear(1, 5))),
@@ -177,7 +240,7 @@ REFUSED = {
     "flattened by FSDP": (lambda: sharded(flattened), "wrapped by FSDP"),
     "two devices": (on_two_devices, "spread over cpu, cuda"),
     "an input that is written to": (lambda: run(Calls(writes_into_its_input)), "writes into its"),
-    "quantised layers": (lambda: run(quantised()), "."),
+    "quantised layers": (lambda: run(quantised()), "is qint8: quantised weights cannot be cut"),
     "the meta device": (
         lambda: run(nn.Sequential(mlp(), nn.Linear(5, 2, device="meta"))),
         "without numbers",
@@ -244,6 +307,19 @@ def test_fewer_tokens_than_channels_lean_on_the_ridge_and_say_so(method):
 def test_enough_tokens_or_no_solve_say_nothing():
     assert run(mlp(), calibration=[torch.cat([X, X[:2]])]).report.notes == ()
     assert run(mlp(), calibration=[X[:2]], method="flap").report.notes == ()
+
+
+def test_the_order_of_a_batch_is_of_no_matter():
+    """A graph binds by position; names decide, in nested dicts too."""
+    pair = {"x": X, "y": X.flip(0)}
+    turned = {"y": X.flip(0), "x": X}
+    expected = run(Differs(), pair, [pair], method="fasp").model.state_dict()
+
+    found = run(Differs(), pair, [turned], method="fasp").model.state_dict()
+
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    batch, like = ((), {"outer": [turned, True]}), ((), {"outer": [pair, True]})
+    assert list(alike(batch, like, 0)[1]["outer"][0]) == ["x", "y"]
 
 
 def test_the_same_seed_gives_the_same_bytes():

@@ -1,0 +1,132 @@
+"""Ops that few models use: each finds its chain and prunes it exactly, or says why it is frozen.
+
+Exact is: verified by the run itself (compact graph against masked dense graph, float64), and equal
+to the user's own module with zeros where its weights read a removed unit.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from trial import zeroed
+
+import fasp_graph as fg
+from passes.capture import tensors
+
+X = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
+TURNED = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])
+
+
+class Calls(nn.Module):
+    """Layers by name, and a forward that is a function of them and x."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        torch.manual_seed(0)
+        made = {"a": (7, 8), "b": (8, 5)} | layers
+        for name, made_of in made.items():
+            setattr(self, name, nn.Linear(*made_of) if isinstance(made_of, tuple) else made_of())
+        self.call = forward
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def rows(x):
+    """A row's number for each row, read from the data."""
+    return (x[:, 0].abs() * 10).long() % 6
+
+
+def written_by_index(m, x):
+    h = torch.relu(m.a(x))
+    return m.b(h.index_put((rows(x),), torch.tanh(h)))
+
+
+def written_by_mask(m, x):
+    h = torch.relu(m.a(x))
+    return m.b(h.index_put((h > 0.5,), torch.tensor(0.5)))
+
+
+def one_hot(m, x):
+    return m.b(F.one_hot(m.a(x).argmax(-1), 8).to(x.dtype))
+
+
+def compared(m, x):
+    chosen = m.a(x).argmax(-1, keepdim=True)
+    return m.b((chosen == torch.arange(8)).to(x.dtype))
+
+
+def a_number(m, x):
+    h = m.a(x)
+    return m.b(h * h.argmax(-1, keepdim=True))
+
+
+CHAINS = {
+    "glu": (Calls(lambda m, x: m.b(F.glu(m.a(x))), a=(7, 16)), 8),
+    "turned by a table": (Calls(lambda m, x: m.b(torch.relu(m.a(x))[:, TURNED])), 8),
+    "index_select": (Calls(lambda m, x: m.b(torch.relu(m.a(x)).index_select(1, TURNED))), 8),
+    "written by an index": (Calls(written_by_index), 8),
+    "repeat": (Calls(lambda m, x: m.b(torch.relu(m.a(x)).repeat(1, 2)), b=(16, 5)), 8),
+    "pixel_shuffle": (
+        Calls(lambda m, x: m.b(F.pixel_shuffle(m.a(x).view(6, 8, 1, 1), 2).flatten(1)), b=(8, 5)),
+        2,
+    ),
+    "two LSTMs": (Calls(lambda m, x: m.b(m.r(x[None])[0]), r=lambda: nn.LSTM(7, 8, 2)), 8),
+    "GRU both ways": (
+        Calls(lambda m, x: m.b(m.r(x[None])[0]), r=lambda: nn.GRU(7, 4, 2, bidirectional=True)),
+        4,
+    ),
+}
+FROZEN = {
+    "padded by ones": (
+        Calls(lambda m, x: m.b(F.pad(torch.relu(m.a(x)), (1, 1), value=1.0)), b=(10, 5)),
+        "padded by",
+    ),
+    "written by a mask": (Calls(written_by_mask), "index_put by data"),
+    "argmax over all": (Calls(lambda m, x: m.b(m.a(x)) * m.a(x).argmax()), "over all"),
+    "an index as a number": (Calls(a_number), "used as a number"),
+    "an index compared": (Calls(compared), "used as a number"),
+    "LSTM with projections": (
+        Calls(lambda m, x: m.b(m.r(m.a(x)[None])[0]), r=lambda: nn.LSTM(8, 9, proj_size=8)),
+        "with projections",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_chain_is_found_and_pruned_exactly(name):
+    model, size = CHAINS[name]
+    model.eval()
+
+    options = {"sparsity": 0.4, "method": "magnitude", "kinds": ("chain", "bilinear")}
+
+    result = fg.prune(model, X, None, fg.Config(check=True, **options))
+
+    kept = result.plan.kept
+    assert [result.deps[group].size for group in kept] == [size], result.deps.listing()
+    expected = zeroed(model, result.deps, {group: list(units) for group, units in kept.items()})
+    (found,), (wanted,) = tensors(result.graph_module(X)), tensors(expected(X))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_an_index_points_at_goes_with_it():
+    """A score, its place in one_hot and the column that reads it: verified with the rest kept."""
+    config = fg.Config(sparsity=0.3, method="magnitude", kinds=("head",), check=True)
+
+    result = fg.prune(Calls(one_hot).eval(), X, None, config)
+
+    (group,) = result.plan.kept
+    members = {(m.parameter, m.dim) for m in result.deps[group].members}
+    assert members == {("a.weight", 0), ("a.bias", 0), ("b.weight", 1)}
+    assert result.model.b.weight.shape == (5, len(result.plan.kept[group]))
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_cannot_go_says_why(name):
+    model, reason = FROZEN[name]
+
+    deps = fg.analyze(model.eval(), X, check=True)
+
+    mine = [g for g in deps.groups if any(m.parameter == "a.weight" for m in g.members)]
+    assert {g.kind for g in mine} == {"frozen"}, deps.listing()
+    assert any(reason in g.reason for g in mine), [g.reason for g in mine]
