@@ -38,6 +38,7 @@ from .emit.modules import Emission, emit_model
 from .emit.standin import stand_in
 from .evaluate import flops
 from .inputs import refuse_unmergeable, refuse_unstreamable
+from .memory import peak_cuda, peak_host, restart
 from .report import Frozen, GroupReport, Report
 
 
@@ -122,6 +123,7 @@ def prune(
         )
     refuse_unmergeable(model)
     refuse_unstreamable(model, config)
+    restart()
     program = program or read(model, inputs, config.check, progress)
     captured, deps, seconds = program.captured, program.deps, dict(program.seconds)
     groups = [g for g in deps.groups if g.kind in config.kinds]
@@ -227,4 +229,6 @@ def _report(
         error,
         left,
         decisions.forward_passes,
+        peak_host(),
+        peak_cuda(),
     )
