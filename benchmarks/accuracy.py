@@ -1,6 +1,6 @@
 """Accuracy against sparsity: every preset, and the default with one ingredient off at a time.
 
-    python benchmarks/accuracy.py --assets FOLDER --output benchmarks/results/accuracy.json
+    python -m benchmarks.accuracy --assets FOLDER --output benchmarks/results/accuracy.json
 
 Calibration and evaluation text are kept apart (benchmarks/accuracy_cases.py); `other` is text of
 another domain. Every method runs at the sparsity that uniform ratios (fasp) really reach: equal
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_cases import CASES, Case
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +29,8 @@ from passes.analysis import analysis
 from passes.capture import capture
 from passes.rewrite import attribute, removal, rewrite
 from passes.select import allocate
+
+from .accuracy_cases import CASES, Case
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {"method": name} for name in ("fasp", "best", "slimgpt", "flap", "wanda", "magnitude")

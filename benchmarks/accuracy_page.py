@@ -1,6 +1,6 @@
 """The tables and the plot of docs/accuracy.md, from the JSON of benchmarks/accuracy.py.
 
-    python benchmarks/accuracy_page.py benchmarks/results/accuracy.json docs/accuracy.md
+    python -m benchmarks.accuracy_page benchmarks/results/accuracy.json docs/accuracy.md
 
 What stands between `<!-- TABLE: begin -->` and `<!-- TABLE: end -->` is replaced, for the tables of
 `TABLES`; the plot goes beside the page. More JSON files are merged into the first one. A line is
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from accuracy import ABLATION, PRESETS, Row, key, read
+from .accuracy import ABLATION, PRESETS, Row, key, read
 
 SHORT = ("fasp", "best", "magnitude")
 # mark in the page -> rows, columns, whether on the calibration's own domain

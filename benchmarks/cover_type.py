@@ -8,9 +8,9 @@ far it came and, where it stopped, why.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 import time
 from typing import Any
 
@@ -143,8 +143,10 @@ def reason(error: Exception) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="One model type through the whole compiler.")
+    parser.add_argument("type", metavar="TYPE")
     torch.set_num_threads(1)
-    print("ROW " + json.dumps(cover(sys.argv[1])), flush=True)
+    print("ROW " + json.dumps(cover(parser.parse_args().type)), flush=True)
 
 
 if __name__ == "__main__":

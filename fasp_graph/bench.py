@@ -10,12 +10,10 @@ memory    growth of the peak resident memory of a fresh process that loads the m
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from torch import Tensor
 from passes.capture import Args, as_args, capture
 from passes.errors import FaspGraphError
 
+from . import memory as peaks
 from .data import Target, load_target
 from .evaluate import flops, latency, perplexity, size_of
 from .exports.onnx import export_graph, onnx_session, run_session
@@ -162,36 +161,13 @@ def peak_memory(text: str, batch: int, length: int) -> int:
 
 
 def _grown(text: str, batch: int, length: int) -> int:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    before = _reset_peak()
+    peaks.restart()
+    before = peaks.peak_host() or 0
     target = load_target(text)
     sample = sample_inputs(target, batch, length)
     with torch.no_grad():
         target.model(*sample[0], **sample[1])
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
-    return max(0, _peak_rss() - before)
-
-
-def _reset_peak() -> int:
-    """Make the peak the present size, where the system can (Linux), and return it."""
-    with suppress(OSError):  # elsewhere the peak of the imports is the start: less growth is seen
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak_rss()
-
-
-def _peak_rss() -> int:
-    """Bytes. Not getrusage on Linux: there a child starts with its parent's peak."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.M)
-        if found:
-            return int(found[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+    return peaks.peak_cuda() or max(0, (peaks.peak_host() or 0) - before)
 
 
 if __name__ == "__main__":

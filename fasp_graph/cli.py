@@ -24,12 +24,12 @@ from rich.table import Table
 
 from passes.capture import as_args
 from passes.errors import ConfigError, FaspGraphError
-from passes.groups import DependencyGraph
 from passes.lazy import is_lazy
 
 from .commands.demo import run_demo, table
 from .commands.dryrun import dry_run
 from .commands.flags import config_from, given_flags, with_config_flags
+from .commands.listing import groups_table
 from .commands.measuring import bench_command, eval_command, export_command, zoo_command
 from .commands.recovering import recover_command
 from .commands.terminal import (
@@ -84,7 +84,10 @@ def inspect_command(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show which weights are coupled, and why the others are frozen."""
+    """Show which weights are coupled, and why the others are frozen.
+
+    Names that differ by layer numbers only are one row (layers.0-31, x32); --json tells each.
+    """
     form = format or (output.suffix.lstrip(".") if output else None)
     form = {"mmd": "mermaid", "gv": "dot"}.get(form or "", form)
     if form is not None and form not in FORMATS:
@@ -106,20 +109,7 @@ def inspect_command(
     elif json:
         print(text(deps, "json"), end="")
     else:
-        wide_console().print(_groups_table(target.name, deps, frozen))
-
-
-def _groups_table(title: str, deps: DependencyGraph, frozen: bool) -> Table:
-    result = Table(title=escape(title), title_justify="left")
-    for heading in ("group", "kind", "units", "blocks", "members", "consumers", "reason"):
-        result.add_column(heading, overflow="fold")
-    for group in deps.groups:
-        if group.kind != "frozen" or frozen:
-            cells = (group.name, group.kind, str(group.size), str(group.blocks))
-            members = ", ".join(sorted({m.parameter for m in group.members}))
-            consumers = ", ".join(sorted({c.parameter or c.node for c in group.consumers}))
-            result.add_row(*map(escape, (*cells, members, consumers, group.reason)))
-    return result
+        wide_console().print(groups_table(target.name, deps, frozen))
 
 
 @app.command("prune")
@@ -214,6 +204,13 @@ def _show_dry_run(target: Target, options: Config, json: bool) -> None:
         f"parameters {found.params_before:,} -> {found.params_after:,}, {found.sparsity:.1%} of "
         f"those in scope; {len(found.frozen)} groups frozen; about {found.expected_seconds:.0f} s"
     )
+    if not found.exact:
+        wide_console().print(
+            f"The counts are those of uniform allocation. method={options.method} spreads the same "
+            f"sparsity over the groups by the calibration data (allocation="
+            f"{options.passes.allocation}), so a run keeps other numbers of each group; with "
+            "--allocation uniform it keeps these."
+        )
 
 
 def _figures(target: Target, pruned: Pruned) -> dict[str, Any]:

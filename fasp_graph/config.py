@@ -80,8 +80,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Config).items():
-            if not _fits(getattr(self, name), hint):
-                raise ConfigError(f"{name}={getattr(self, name)!r} has the wrong type: not {hint}")
+            if not _fits(held := getattr(self, name), hint):
+                raise ConfigError(
+                    f"{name}={held!r} has the wrong type: {type(held).__name__}, where "
+                    f"{_in_words(hint)} is expected · help: Config({name}=...), in a file {name} = "
+                    f"..., on the command line --{name.replace('_', '-')}"
+                )
         _one_of("method", self.method, tuple(METHODS))
         _one_of("score", self.score, (None, *SCORES))
         _one_of("restore", self.restore, (None, *RESTORES))
@@ -118,6 +122,16 @@ def _fits(value: Any, hint: Any) -> bool:
         kind = numbers.Integral if hint is int else numbers.Real
         return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    """What a field's annotation asks for, as a user would say it."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(_in_words, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple of which each is {_in_words(typing.get_args(hint)[0])}"
+    words = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False"}
+    return words.get(hint, "None" if hint is types.NoneType else str(hint))
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -25,6 +25,7 @@ from passes.errors import CalibrationError, FaspGraphError
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"})
 TABLES = frozenset({".jsonl", ".json", ".parquet"})
+TEXTS = frozenset({".txt", ".md", ".py", ".rst"})
 BYTES = 20_000_000  # of text at most: more than any calibration or perplexity run takes
 
 
@@ -69,26 +70,42 @@ def text_of(source: str, evaluation: bool = False) -> str:
         return _joined(_folder(path), source)
     if path.suffix.lower() in IMAGES:
         raise CalibrationError(f"{source} is an image, not text · help: give a text file")
-    if path.exists() or path.suffix or os.sep in source and source.startswith((".", os.sep)):
+    if path.exists() or _is_path(source):
         return _joined(_file(path), source)
     return _joined(_hub(source, evaluation), source)
+
+
+def refuse_missing(source: str) -> None:
+    """CalibrationError if `source` names a file or folder that is not there."""
+    if _is_path(source) and not Path(source).exists():
+        raise CalibrationError(f"cannot read {source}: no such file or folder")
+
+
+def _is_path(source: str) -> bool:
+    return bool(Path(source).suffix) or source.startswith((".", os.sep, "~"))
 
 
 def _joined(pieces: Iterable[str], source: str) -> str:
     found, size = [], 0
     for piece in pieces:
         found.append(piece)
-        size += len(piece)
+        size += len(piece.strip() and piece)
         if size >= BYTES:
             break
     if not size:
-        raise CalibrationError(f"{source} holds no text · help: give .txt, .jsonl or .parquet")
+        raise CalibrationError(f"{source} holds no text: {_lacking(Path(source))}")
     return "\n\n".join(found)
+
+
+def _lacking(path: Path) -> str:
+    if path.is_dir():
+        return f"no file with text in it ends in {', '.join(sorted(TABLES | TEXTS))}"
+    return "it is empty · help: give a file with text in it" if path.exists() else "no rows came"
 
 
 def _folder(path: Path) -> Iterator[str]:
     for held in sorted(p for p in path.rglob("*") if p.is_file()):
-        if held.suffix.lower() in TABLES or held.suffix.lower() in (".txt", ".md", ".py", ".rst"):
+        if held.suffix.lower() in TABLES | TEXTS:
             yield from _file(held)
 
 

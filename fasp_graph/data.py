@@ -20,7 +20,14 @@ from passes.capture import as_args
 from passes.errors import CalibrationError, FaspGraphError
 from passes.verify import fresh_inputs
 
-from .corpora import factory, image_batches, image_files, is_factory, text_of
+from .corpora import (
+    factory,
+    image_batches,
+    image_files,
+    is_factory,
+    refuse_missing,
+    text_of,
+)
 from .folders.huggingface import MANIFEST, load
 from .folders.lazyfolder import open_folder, return_freed_memory
 from .folders.manifest import checked_files, read_manifest
@@ -87,10 +94,11 @@ def calibration_batches(target: Target, source: str, length: int, count: int) ->
         return list(factory(source)())
     if files := image_files(source):
         return image_inputs(target, files[:count])
+    refuse_missing(source)
     if target.tokenizer is None:
         raise CalibrationError(
-            f"{target.name} has no tokenizer, so text cannot calibrate it · help: pass "
-            "package.module:factory, a function that returns batches like the inputs"
+            f"{target.name} has no tokenizer, so text cannot calibrate it{_absent(source)} · help: "
+            "pass package.module:factory, a function that returns batches like the inputs"
         )
     windows = windows_of(text_of(source), target.tokenizer, length, count, source)
     return [like(target.inputs, batch) for batch in windows.split(8)]
@@ -103,9 +111,17 @@ def heldout_tokens(target: Target, source: str, length: int, count: int | None) 
         if not isinstance(found, Tensor) or found.dim() != 2:
             raise FaspGraphError(f"{source} must return tokens [windows, length]")
         return found
+    refuse_missing(source)
     if target.tokenizer is None:
-        raise FaspGraphError(f"{target.name} has no tokenizer, so it has no perplexity on text")
+        raise FaspGraphError(
+            f"{target.name} has no tokenizer, so it has no perplexity on text{_absent(source)} · "
+            "help: pass package.module:factory, a function that returns tokens [windows, length]"
+        )
     return windows_of(text_of(source, evaluation=True), target.tokenizer, length, count, source)
+
+
+def _absent(source: str) -> str:
+    return "" if Path(source).exists() else f"; nor is {source} a file or folder here"
 
 
 def image_inputs(target: Target, files: list[Path]) -> list[Any]:

@@ -37,6 +37,7 @@ from .emit.modules import Emission, emit_model
 from .emit.standin import stand_in
 from .evaluate import flops
 from .inputs import refuse_modelless, refuse_unmergeable, refuse_unstreamable
+from .memory import peak_cuda, peak_host, restart
 from .report import Frozen, GroupReport, Report
 
 
@@ -117,6 +118,7 @@ def prune(
     refuse_modelless(model)
     refuse_unmergeable(model)
     refuse_unstreamable(model, config)
+    restart()
     program = program or read(model, inputs, config.check, progress)
     captured, deps, seconds = program.captured, program.deps, dict(program.seconds)
     groups = [g for g in deps.groups if g.kind in config.kinds]
@@ -223,4 +225,6 @@ def _report(
         left,
         decisions.forward_passes,
         few_tokens(decisions.seen),
+        peak_host(),
+        peak_cuda(),
     )

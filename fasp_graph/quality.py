@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import ConfigError
 
-from .corpora import factory, image_files, is_factory, text_of
+from .corpora import factory, image_files, is_factory, refuse_missing, text_of
 from .data import Target, image_inputs, like, load_target, windows_of
 from .evaluate import perplexity
 from .measures import accuracy, similarity
@@ -61,6 +61,7 @@ class Quality:
         }
 
     def _windows(self, data: str) -> Any:
+        refuse_missing(data)
         if self.target.tokenizer is None:
             raise ConfigError(f"{self.target.name} has no tokenizer, so it cannot read text")
         text = text_of(data, evaluation=True)

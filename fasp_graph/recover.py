@@ -48,6 +48,19 @@ class _Training:
     rate: float
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and its course: steps, tokens (for inputs that are no ids: samples) and the
+    loss of the first and of the last step, each before its update.
+    """
+
+    model: nn.Module
+    steps: int
+    tokens: int
+    loss_first: float
+    loss_last: float
+
+
 def recover(
     pruned: Pruned | nn.Module,
     data: Iterable[Any],
@@ -64,18 +77,9 @@ def recover(
     `data`: batches like the calibration's. `tokens`: how many are trained on (for inputs that are
     no ids: samples); None: each batch once. `distill`: the dense model. `weight`: w above.
     """
-    batches = list(data)
-    if not batches:
-        raise CalibrationError("no data to recover on · help: give at least one batch of inputs")
-    if tokens is not None and tokens < 1:
-        raise FaspGraphError(f"tokens={tokens} must be positive, or None")
-    if lora < 0 or not 0 <= weight <= 1 or learning_rate <= 0:
-        raise FaspGraphError("lora must be >= 0, weight between 0 and 1, learning_rate positive")
     model = pruned.model if isinstance(pruned, Pruned) else pruned
-    order = _order([_size(batch) for batch in batches], tokens, seed)
-    training = _Training(batches, distill, weight, order, learning_rate)
     started = time.perf_counter()
-    trained = _trained(copy.deepcopy(model), training, lora, seed, progress)
+    trained = train(model, data, tokens, lora, distill, weight, learning_rate, seed, progress).model
     if not isinstance(pruned, Pruned):
         return trained
     graph = _synchronised(pruned, trained)
@@ -84,21 +88,50 @@ def recover(
     return replace(pruned, model=trained, graph_module=graph, report=report)
 
 
+def train(
+    model: nn.Module,
+    data: Iterable[Any],
+    tokens: int | None = None,
+    lora: int = 8,
+    distill: nn.Module | None = None,
+    weight: float = 0.5,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Trained:
+    """`recover` for a model alone, with the course of its training."""
+    batches = list(data)
+    if not batches:
+        raise CalibrationError("no data to recover on · help: give at least one batch of inputs")
+    if tokens is not None and tokens < 1:
+        raise FaspGraphError(f"tokens={tokens} must be positive, or None")
+    if lora < 0 or not 0 <= weight <= 1 or learning_rate <= 0:
+        raise FaspGraphError("lora must be >= 0, weight between 0 and 1, learning_rate positive")
+    sizes = [_size(batch) for batch in batches]
+    order = _order(sizes, tokens, seed)
+    training = _Training(batches, distill, weight, order, learning_rate)
+    trained, losses = _trained(copy.deepcopy(model), training, lora, seed, progress)
+    seen = sum(sizes[chosen] for chosen in order)
+    return Trained(trained, len(order), seen, losses[0], losses[-1])
+
+
 def _trained(
     model: nn.Module, training: _Training, lora: int, seed: int, progress: Progress | None
-) -> nn.Module:
-    """`model` itself after training, without adapters; requires_grad and the mode are put back."""
+) -> tuple[nn.Module, list[float]]:
+    """`model` itself after training, without adapters, and the losses; requires_grad and the mode
+    are put back.
+    """
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     mode = model.training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = _adapted(model, lora) if lora else model.requires_grad_(True)
-        _train(wrapped.eval(), training, progress)
+        losses = _train(wrapped.eval(), training, progress)
     model = wrapped.merge_and_unload() if lora else model  # type: ignore[operator]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted[name])
         parameter.grad = None
-    return model.train(mode)
+    return model.train(mode), losses
 
 
 def _adapted(model: nn.Module, rank: int) -> nn.Module:
@@ -130,7 +163,8 @@ def _adaptable(model: nn.Module, module: nn.Module) -> bool:
     return len(holders) == 1
 
 
-def _train(model: nn.Module, training: _Training, progress: Progress | None) -> None:
+def _train(model: nn.Module, training: _Training, progress: Progress | None) -> list[float]:
+    """The loss of each step."""
     accelerate = _library("accelerate")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.rate, weight_decay=0.0)
@@ -145,10 +179,12 @@ def _train(model: nn.Module, training: _Training, progress: Progress | None) -> 
     teacher = training.teacher
     if teacher is not None:
         teacher = copy.deepcopy(teacher).to(accelerator.device).eval()
+    losses: list[float] = []
     for step, chosen in enumerate(training.steps):
         args, kwargs = _moved(as_args(training.batches[chosen]), accelerator.device)
         loss = _loss(model, teacher, args, kwargs, training.weight)
         reached = loss.detach().item()
+        losses.append(reached)
         if not math.isfinite(reached):
             raise FaspGraphError(
                 f"the loss is {reached} at step {step + 1} · help: a lower learning_rate"
@@ -160,6 +196,7 @@ def _train(model: nn.Module, training: _Training, progress: Progress | None) -> 
         schedule.step()
         if progress:
             progress(f"recover, loss {reached:.3f}", step + 1, total)
+    return losses
 
 
 def _loss(

@@ -38,6 +38,9 @@ class Report:
     example inputs. `forward_passes`: what deciding cost, in plain forward passes over the
     calibration batches (a backward pass counts as two). `notes`: what the user should know of
     this run, each with a way out.
+    calibration batches (a backward pass counts as two). `peak_memory`: bytes of resident memory
+    that the process held at most during the run, all that was there before included;
+    `peak_memory_cuda`: the allocator's peak, None without a GPU (fasp_graph/memory.py).
     """
 
     params_before: int
@@ -53,6 +56,8 @@ class Report:
     frozen: tuple[Frozen, ...]
     forward_passes: float = 0.0
     notes: tuple[str, ...] = ()
+    peak_memory: int | None = None
+    peak_memory_cuda: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; tuples become lists."""
@@ -70,5 +75,9 @@ class Report:
             f"{len(self.groups)} groups keep {kept} of {units} units, {len(self.frozen)} groups "
             f"were left alone, "
             f"verified to {self.verify_max_error:.1e}, {self.forward_passes:g} forward passes, "
-            f"{sum(self.seconds.values()):.1f} s"
+            f"{sum(self.seconds.values()):.1f} s{self._memory()}"
         )
+
+    def _memory(self) -> str:
+        named = ((self.peak_memory, "memory"), (self.peak_memory_cuda, "GPU memory"))
+        return "".join(f", {held / 1e6:,.0f} MB of {name} at most" for held, name in named if held)

@@ -84,5 +84,10 @@ def gpt_oss() -> Entry:
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=4,
+        rope_parameters={
+            **GptOssConfig().rope_parameters,  # YaRN, stretched fourfold to the length of _COMMON
+            "factor": 4.0,
+            "original_max_position_embeddings": _COMMON["max_position_embeddings"] // 4,
+        },
     )
     return _entry("gpt-oss", lambda: GptOssForCausalLM(config))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 import functools
 import inspect
 import io
@@ -37,6 +38,9 @@ from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
 Args = tuple[tuple[Any, ...], dict[str, Any]]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
 HALF = 2e-2
+# All leaves of torch's tree specs are one object, of a class that is deprecated to build anew. A
+# graph holds its specs, so that a copy of a graph would build it: a copy of the leaf is the leaf.
+copyreg.pickle(type(pytree.tree_structure(0)), lambda leaf: (pytree.tree_structure, (0,)))
 
 
 @dataclass(frozen=True)

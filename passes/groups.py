@@ -23,6 +23,7 @@ import networkx as nx
 import numpy as np
 
 from .errors import FaspGraphError
+from .names import folded, pattern
 from .values import Labels
 
 KINDS = ("chain", "bilinear", "head", "width", "frozen")
@@ -144,7 +145,7 @@ class DependencyGraph:
 
     def explain(self, parameter: str) -> str:
         """For a weight: the groups of its dims, what goes with each index, why it is or is
-        not prunable.
+        not prunable. Layers that repeat are told as one (passes/names.py).
         """
         if parameter not in self.parameters:
             near = [name for name in self.parameters if parameter in name][:5]
@@ -174,17 +175,19 @@ def _explained(group: Group, member: Member) -> list[str]:
         f"  dim {member.dim}: group {group.name} ({group.kind}, {group.size} units in "
         f"{group.blocks} blocks)"
     ]
-    others = [
+    others = folded(
         f"{m.parameter}[{m.dim}] {_positions(m.indices[0])}"
         for m in group.members
         if m is not member
-    ]
+    )
     mine = _positions(member.indices[0])
     lines.append(f"    index {mine} goes with: {', '.join(others) or 'nothing else'}")
+    alike: dict[tuple[str, str], list[Consumer]] = {}
     for consumer in group.consumers:
-        lines.append(
-            f"    summed away at %{consumer.node} {consumer.module} {consumer.line}".rstrip()
-        )
+        alike.setdefault((pattern(consumer.module), consumer.line), []).append(consumer)
+    for (_, line), held in alike.items():
+        (module,) = folded(consumer.module for consumer in held)
+        lines.append(f"    summed away at %{held[0].node} {module} {line}".rstrip())
     if group.reason:
         lines.append(f"    reason: {group.reason}")
     return lines

@@ -106,7 +106,8 @@ def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
     assert plan["sparsity"] == pytest.approx(report["sparsity"])
     kept = {group["name"]: group["kept"] for group in report["groups"]}
     assert plan["keep"].keys() == kept.keys() and plan["expected_seconds"] > 0
-    assert "Plan, nothing pruned" in run(*asked, "--dry-run")[1]
+    words = run(*asked, "--dry-run")[1]
+    assert plan["exact"] and "Plan, nothing pruned" in words and "a run keeps other" not in words
 
 
 def little():
@@ -254,7 +255,7 @@ def test_a_factory(run, tmp_path, monkeypatch):
         (("inspect", "./no/such/folder"), "no folder ./no/such/folder"),
         (("prune", "zoo:resnet", "--sparsity", "7"), "sparsity=7.0"),
         (("prune", "zoo:resnet", "--method", "guess"), "best, fasp"),
-        (("prune", "zoo:resnet", "--calibration", "text.txt"), "no tokenizer"),
+        (("prune", "zoo:resnet", "--calibration", "text.txt"), "cannot read text.txt"),
         (("prune", "--sparsity", "0.2"), "without MODEL"),
         (("prune", "--dry-run", "--evaluation", "t.txt"), "--evaluation, --dry-run without MODEL"),
         (("prune", "zoo:resnet", "--config", "no.toml"), "cannot read no.toml"),
@@ -262,7 +263,7 @@ def test_a_factory(run, tmp_path, monkeypatch):
         (("inspect", "zoo:resnet", "--explain", "conv"), "close names"),
         (("inspect", "zoo:resnet", "--html", "no/such/graph.html"), "create it first"),
         (("bench", "zoo:resnet", "zoo:opt-random"), "cannot be compared"),
-        (("eval", "zoo:resnet", "--data", "text.txt"), "no tokenizer"),
+        (("eval", "zoo:resnet", "--data", "text.txt"), "cannot read text.txt"),
     ],
 )
 def test_errors_are_one_message_and_exit_code_2(run, monkeypatch, arguments, message):

@@ -118,7 +118,9 @@ def test_the_command_writes_a_folder_that_loads(pruned, tmp_path):
     )
 
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["folder"] == str(output)
+    said = json.loads(done.stdout)
+    assert said["folder"] == str(output) and (said["steps"], said["tokens"]) == (1, 64)
+    assert said["loss_first"] == said["loss_last"] > 0
     before, after = (fg.load(tmp_path / name) for name in ("small", "better"))
     changed = [
         n for n, p in before.named_parameters() if not torch.equal(p, after.get_parameter(n))

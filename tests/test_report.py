@@ -46,6 +46,17 @@ def test_a_curve_for_each_group_ends_where_the_plan_stopped(run):
         assert heights == sorted(heights, reverse=True)  # more removed, more error: upwards
 
 
+def test_memory_is_told(run):
+    report = run[0].report
+    held = report.to_dict()["peak_memory"]
+
+    assert held > report.bytes_before and held > 50e6  # torch alone takes more
+    assert f"{held / 1e6:,.0f} MB of memory at most" in report.to_text()
+    page = report_page("llama", {**report.to_dict(), "peak_memory_cuda": 3_000_000}, {})
+    assert f"<td>peak memory</td><td>{held / 1e6:,.0f} MB</td>" in page
+    assert "<td>peak GPU memory</td><td>3 MB</td>" in page
+
+
 def test_without_curves_the_page_says_so_and_names_stay_data(run):
     report = run[0].report.to_dict()
     name = "<img src=x onerror=alert(1)>'"

@@ -6,6 +6,9 @@
                        * (1 + FLOPs of the Gram matrices / FLOPs of the forward pass)
 
 A Gram matrix of a consumer with n columns costs 2 n^2 FLOPs a token, its own product 2 n m.
+
+Counts are those of uniform allocation. Where the method spreads the sparsity by the calibration
+data (`exact` is false), a run removes as much in all, but other numbers of each group.
 """
 
 from __future__ import annotations
@@ -22,13 +25,16 @@ from passes.select import Plan, allocate
 
 from ..config import Config
 from ..data import Target
+from ..emit.layout import Said, settled, uniform_groups
 from ..pages.view import shapes_after
 from ..prune import analyze
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """Sizes in parameters; `keep`: group -> units that each of its blocks keeps."""
+    """Sizes in parameters; `keep`: group -> units that each of its blocks keeps; `exact`: whether
+    a run keeps as many of each group.
+    """
 
     params_before: int
     params_after: int
@@ -37,6 +43,7 @@ class DryRun:
     sizes: dict[str, int]
     frozen: dict[str, str]
     expected_seconds: float
+    exact: bool
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -49,7 +56,11 @@ def dry_run(target: Target, config: Config) -> DryRun:
     deps = analyze(target.model, target.inputs, config.check)
     analysed = time.perf_counter() - started
     groups = [group for group in deps.groups if group.kind in config.kinds]
+    shared: list[Said] = []
+    if config.layout == "uniform":
+        groups, shared = uniform_groups(target.model, groups)
     budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep)
+    budget = settled(deps, groups, budget, shared, config)
     blocks = {group.name: group.blocks for group in groups}
     kept = {name: range(count * blocks[name]) for name, count in budget.keep.items()}
     plan = Plan(
@@ -68,6 +79,7 @@ def dry_run(target: Target, config: Config) -> DryRun:
         {group.name: group.size // group.blocks for group in groups},
         {group.name: group.reason for group in deps.groups if group.kind == "frozen"},
         round(2 * analysed + _forward(target) * (1 + _gram_share(deps, set(plan.kept))), 2),
+        config.passes.allocation == "uniform",
     )
 
 

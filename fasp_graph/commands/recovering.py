@@ -12,7 +12,7 @@ from passes.errors import ConfigError
 from ..data import calibration_batches, load_target
 from ..evaluate import perplexity
 from ..folders.huggingface import MANIFEST, refuse_foreign, resave
-from ..recover import recover
+from ..recover import train
 from .terminal import DATA_HELP, Debug, Json, Length, Windows, show, stages
 
 
@@ -52,7 +52,7 @@ def recover_command(
         figures: dict[str, Any] = {}
         if target.heldout is not None:
             figures["perplexity_before"] = perplexity(target.model, target.heldout)
-        trained = recover(
+        trained = train(
             target.model,
             batches,
             tokens,
@@ -63,6 +63,8 @@ def recover_command(
             progress=progress,
         )
         if target.heldout is not None:
-            figures["perplexity_after"] = perplexity(trained, target.heldout)
-    figures["folder"] = str(resave(folder, trained, output))
+            figures["perplexity_after"] = perplexity(trained.model, target.heldout)
+    course = ("steps", "tokens", "loss_first", "loss_last")
+    figures |= {name: getattr(trained, name) for name in course}
+    figures["folder"] = str(resave(folder, trained.model, output))
     show(figures, json)

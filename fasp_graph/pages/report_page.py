@@ -55,6 +55,8 @@ def report_page(name: str, report: Mapping[str, Any], figures: Mapping[str, Any]
         _groups(report["groups"]),
         "<h2>Error curves</h2>",
         _curves(report["groups"]),
+        "<h2>What it took</h2>",
+        _table(("", ""), _cost(report)),
         "<h2>Seconds</h2>",
         _table(("stage", "seconds"), [(k, f"{v:.2f}") for k, v in report["seconds"].items()]),
         "<h2>Left alone, and why</h2>",
@@ -82,6 +84,14 @@ def _before_after(figures: Mapping[str, Any]) -> str:
         title = key.removesuffix("_before").replace("_", " ")
         rows.append((title, _figure(before), _figure(after), change))
     return _table(("", "before", "after", "change"), rows)
+
+
+def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Memory, time and passes of the run; what was not measured is left out."""
+    named = {"peak memory": "peak_memory", "peak GPU memory": "peak_memory_cuda"}
+    rows = [(name, f"{held / 1e6:,.0f} MB") for name, key in named.items() if (held := report[key])]
+    rows.append(("forward passes over the calibration data", f"{report['forward_passes']:g}"))
+    return [*rows, ("seconds", f"{sum(report['seconds'].values()):.1f}")]
 
 
 def _number(value: Any) -> TypeGuard[int | float]:

@@ -1,0 +1,58 @@
+"""The table of `inspect`: one row for the groups of layers that repeat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable
+
+from rich.markup import escape
+from rich.table import Table
+
+from passes.groups import Consumer, DependencyGraph, Group
+from passes.names import folded, pattern
+
+HEADS = ("group", "kind", "units", "blocks", "members", "consumers", "reason")
+
+
+def groups_table(title: str, deps: DependencyGraph, frozen: bool) -> Table:
+    """The prunable groups, and the frozen ones if asked; names as in passes/names.py."""
+    result = Table(title=escape(title), title_justify="left")
+    for heading in HEADS:
+        result.add_column(heading, overflow="fold")
+    alike: dict[Hashable, list[Group]] = {}
+    for group in deps.groups:
+        if group.kind != "frozen" or frozen:
+            alike.setdefault(_form(group), []).append(group)
+    for held in alike.values():
+        result.add_row(*map(escape, _cells(held)))
+    return result
+
+
+def _form(group: Group) -> Hashable:
+    """What the groups of one row have in common."""
+    members = frozenset((pattern(m.parameter), m.dim) for m in group.members)
+    consumers = frozenset(pattern(_where(c)) for c in group.consumers)
+    reason = re.sub(r"\d+", "#", group.reason)
+    return pattern(group.name), group.kind, group.size, group.blocks, members, consumers, reason
+
+
+def _cells(groups: list[Group]) -> tuple[str, ...]:
+    first = groups[0]
+    members = _sorted(m.parameter for group in groups for m in group.members)
+    consumers = _sorted(_where(c) for group in groups for c in group.consumers)
+    (name,) = folded(group.name for group in groups)
+    return (
+        *(name, first.kind, str(first.size), str(first.blocks)),
+        *(", ".join(folded(names)) for names in (members, consumers)),
+        first.reason,
+    )
+
+
+def _where(consumer: Consumer) -> str:
+    """The weight; between activations the module."""
+    return consumer.parameter or consumer.module or consumer.node
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """By the numbers' value: layer 2 before layer 10."""
+    return sorted(set(names), key=lambda name: [p.zfill(9) for p in re.split(r"(\d+)", name)])

@@ -1,0 +1,66 @@
+"""Layers that repeat are told once, in the terminal and in explanations; JSON tells all."""
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import fasp_graph as fg
+from fasp_graph.commands.listing import groups_table
+from passes.names import folded, pattern
+
+LAYERS = 12
+
+
+@pytest.fixture(scope="module")
+def deps():
+    torch.manual_seed(0)
+    layers = [
+        nn.ModuleDict({"up": nn.Linear(6, 10), "down": nn.Linear(10, 6)}) for _ in range(LAYERS)
+    ]
+
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer["down"](torch.relu(layer["up"](x)))
+            return x
+
+    return fg.analyze(Stack(), torch.randn(3, 6))
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["a.0.w", "a.1.w", "a.2.w"], ["a.0-2.w (x3)"]),
+        (["a.0.w", "b", "a.7.w"], ["a.*.w (x2)", "b"]),
+        (["fc1.w", "fc2.w"], ["fc1.w", "fc2.w"]),
+        (["a.0.e.0", "a.0.e.1", "a.1.e.0", "a.1.e.1"], ["a.0-1.e.0-1 (x4)"]),
+        (["a.9", "a.10", "a.9"], ["a.9-10 (x2)"]),
+        ([], []),
+    ],
+)
+def test_names_that_differ_by_numbers_are_one(names, told):
+    assert folded(names) == told
+    assert {pattern(name) for name in names} >= {pattern(name) for name in names[:1]}
+
+
+def test_the_table_has_one_row_for_the_layers(deps):
+    console, table = Console(width=200), groups_table("stack", deps, frozen=True)
+    with console.capture() as said:
+        console.print(table)
+    words = said.get()
+
+    assert table.row_count <= 3
+    assert "layers.0-11.up.weight (x12)" in words and "layers.0-11.down.weight (x12)" in words
+    assert sum(group["kind"] == "chain" for group in deps.to_dict()["groups"]) == LAYERS
+
+
+def test_an_explanation_names_the_others_once(deps):
+    words = deps.explain("layers.3.down.weight")
+
+    assert "layers.*.down.weight[0] 0, 1, 2, 3, 4, 5 (x11)" in words
+    assert "layers.4.down.weight" not in words and len(words) < 1000
