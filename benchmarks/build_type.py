@@ -12,8 +12,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto as auto
 
+from .policies import POLICIES, Policy
 from .sample_inputs import candidates
-from .shrink import POLICIES, Policy, shrunk
+from .shrink import shrunk
 
 LARGEST = 60_000_000  # parameters of a shrunken model
 PREFERRED = (

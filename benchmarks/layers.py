@@ -112,7 +112,10 @@ def _operand(node: Node) -> Any:
 def _is_depthwise(node: Node, deps: DependencyGraph) -> bool:
     """A convolution of each channel by itself sums nothing away."""
     bound = bind(node, node.args, node.kwargs)
-    return (bound.get("groups") or 1) > 1 and deps.labels.values[bound["weight"]].shape[1] == 1
+    groups = bound.get("groups") or 1
+    if isinstance(groups, Node):  # as many as samples: each has a kernel of its own
+        return False
+    return groups > 1 and deps.labels.values[bound["weight"]].shape[1] == 1
 
 
 @dataclass(frozen=True)

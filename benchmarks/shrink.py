@@ -15,32 +15,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from transformers import ResNetConfig
 
+from .meanings import NOT_WIDTH, WIDTH, is_head_width, is_heads, is_layers, shares
+from .policies import Policy
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-WIDTH = _words(
-    "hidden dim dims d embd embed emb embedding ffn ff inner channels units filters rank width "
-    "planes intermediate projection latent latents feats feature dff scalar"
-)
-NOT_WIDTH = _words(
-    "kernel window image patch vocab layers layer heads stride strides dilation position "
-    "positions token tokens id ids index act ratio mult period dropout prob std eps epsilon "
-    "length cardinality frames mel blocks depth depths padding loss scale temporal time group"
-)
-HEAD_WIDTH = _words("head_dim d_kv key_dim rotary_dim headdim head_size kv_channels v_head d_head")
-LAYER = _words("layers layer depth depths blocks")
-NOT_LAYER = _words(
-    "feature period interval offset offsets step kernel size norm skip ratio act dropout id ids "
-    "index indices mult scale init type types dense shared tpu max_depth separable"
-)
 REFERENCE = (
     "hidden_size",
     "d_model",
@@ -53,42 +35,6 @@ REFERENCE = (
 )
 ABSENT = {"num_experts_per_tok": 2, "prediction_length": 8, "num_experts_per_token": 2}
 VOCABULARY, WORDS = 128, 100  # ids from WORDS on are special tokens
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How far to shrink. `width`: smallest hidden size to reach (0: leave all widths); `heads`:
-    smallest count of heads and `groups` of KV heads; `head_width`: whether heads become narrower,
-    or only fewer.
-    """
-
-    width: int = 32
-    heads: int = 2
-    groups: int = 2
-    head_width: bool = True
-    layers: int = 2
-    vocabulary: bool = True
-    positions: bool = True
-    image: bool = True
-    experts: bool = True
-    equal_heads: bool = False  # `heads` heads everywhere
-    fill: bool = False  # give a value to what the default configuration leaves at None
-
-
-POLICIES = (
-    Policy(),
-    Policy(width=64),
-    Policy(width=64, image=False),
-    Policy(width=64, heads=4, layers=4, positions=False),
-    Policy(width=64, head_width=False, image=False),
-    Policy(width=64, groups=1, head_width=False, image=False),
-    Policy(width=64, image=False, positions=False, equal_heads=True),
-    Policy(width=64, positions=False, image=False, vocabulary=False),
-    Policy(width=128, layers=4, positions=False, image=False, vocabulary=False, experts=False),
-    Policy(fill=True),
-    Policy(width=0, layers=2, positions=False, image=False),
-    Policy(width=0, layers=8, positions=False, image=False, vocabulary=False, experts=False),
-)
 
 
 def shrunk(config: Any, policy: Policy) -> Any:
@@ -152,7 +98,7 @@ def _scale(tree: dict[str, Any], policy: Policy) -> int:
 def _head_scale(tree: dict[str, Any], largest: int, policy: Policy) -> int:
     """s_h for all configurations of the tree at once."""
     found = [_head_scale(v, largest, policy) for v in tree.values() if isinstance(v, dict)]
-    if any(_is_heads(name) and isinstance(value, (int, list)) for name, value in tree.items()):
+    if any(is_heads(name) and isinstance(value, (int, list)) for name, value in tree.items()):
         found.append(_Shrink(policy, largest).heads(tree))
     return min(found, default=largest)
 
@@ -183,7 +129,7 @@ class _Shrink:
     def _head_width(self, small: dict[str, Any]) -> dict[str, Any]:
         """A width of heads that is left open is said where hidden size / heads gets too small."""
         heads, width = small.get("num_attention_heads"), small.get("hidden_size")
-        said = any(_is_head_width(str(name)) for name in small)
+        said = any(is_head_width(str(name)) for name in small)
         if said or not isinstance(heads, int) or not isinstance(width, int) or width // heads >= 4:
             return {}
         return {"head_dim": 4}
@@ -202,7 +148,7 @@ class _Shrink:
         counts = []
         for name, value in tree.items():
             values = value if isinstance(value, (list, tuple)) else [value]
-            if _is_heads(name):
+            if is_heads(name):
                 short = "kv" if "key" in name or "kv" in name else "q"
                 counts += [(short, v) for v in values if isinstance(v, int) and v > 1]
         scale = 1
@@ -229,7 +175,7 @@ class _Shrink:
 
     def _kept_layers(self, tree: dict[str, Any]) -> tuple[int, list[int]]:
         """The old count of layers and those that stay: every kind of layer is among them."""
-        counts = [v for n, v in tree.items() if _is_layers(n) and isinstance(v, int) and v > 2]
+        counts = [v for n, v in tree.items() if is_layers(n) and isinstance(v, int) and v > 2]
         named = tree.get("num_hidden_layers")
         total = named if isinstance(named, int) and named > 2 else max(counts, default=0)
         first: dict[str, int] = {}
@@ -239,7 +185,7 @@ class _Shrink:
                 for position, kind in enumerate(value):
                     first.setdefault(str(kind), position)
                     last[str(kind)] = position
-        found = {*first.values(), *(last.values() if _shares(tree) else ())}
+        found = {*first.values(), *(last.values() if shares(tree) else ())}
         chosen = sorted(found)[: 2 * self.policy.layers + 2] if len(first) < 8 else []
         for position in range(total):
             if len(chosen) >= self.policy.layers:
@@ -260,9 +206,9 @@ class _Shrink:
             return ABSENT[name]
         if isinstance(value, bool) or not isinstance(value, int):
             return value
-        if _shares({name: value}):
+        if shares({name: value}):
             return min(value, max(1, len(chosen) // 2))
-        if _is_layers(name):
+        if is_layers(name):
             return len(chosen) if value == total and chosen else min(value, self.policy.layers)
         return self._number(name, value, heads)
 
@@ -286,11 +232,11 @@ class _Shrink:
             return 1
         if name in ("image_size", "img_size"):
             return self._image(value)
-        if _is_heads(name):
+        if is_heads(name):
             if self.policy.equal_heads:
                 return min(value, self.policy.heads)
             return max(1, value // heads)
-        if _is_head_width(name):
+        if is_head_width(name):
             return max(4, value // (self.scale // heads)) if value > 4 else value
         return self._width(name, value)
 
@@ -338,7 +284,7 @@ class _Shrink:
             return mapped or ([len(chosen) - 1] if chosen and value else value)
         if total and len(value) == total and chosen:
             return [self._item(name, value[k], heads, kept) for k in chosen]
-        if _is_layers(name) or words & {"repeats"}:
+        if is_layers(name) or words & {"repeats"}:
             return [min(v, self.policy.layers) if isinstance(v, int) else v for v in value]
         return [self._item(name, v, heads, kept) for v in value]
 
@@ -346,33 +292,3 @@ class _Shrink:
         if isinstance(value, int) and not isinstance(value, bool):
             return self._number(name, value, heads)
         return self.value(name, value, heads, kept) if isinstance(value, (list, dict)) else value
-
-
-def _is_heads(name: str) -> bool:
-    name = str(name)
-    words = name.split("_")
-    return (
-        bool({"heads", "head", "ngroups"} & set(words))
-        and not _is_head_width(name)
-        and (bool({"num", "n", "heads", "kv"} & set(words)))
-        or name in ("num_key_value_heads", "num_query_groups", "mamba_n_groups", "n_groups")
-    )
-
-
-def _is_head_width(name: str) -> bool:
-    if name in HEAD_WIDTH or name.endswith(("head_dim", "d_head", "headdim", "head_size")):
-        return True
-    return "dim_head" in name
-
-
-def _shares(tree: dict[str, Any]) -> bool:
-    """Whether the last layers use what earlier ones of their kind made."""
-    return any(
-        {"shared", "layers"} <= set(str(name).split("_")) and isinstance(value, int) and value > 0
-        for name, value in tree.items()
-    )
-
-
-def _is_layers(name: str) -> bool:
-    words = set(name.split("_"))
-    return bool(words & LAYER) and not words & NOT_LAYER and "heads" not in words

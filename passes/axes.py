@@ -65,7 +65,7 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
             mark = "mixed" if kind == "mixed" else "frozen"
             reason = visit.reason(f"{kind} by {visit.name}")
             labels.mark(mark, [merged[axis]], reason, visit.node)
-        if axis in carried and visit.name in ("batch_norm", "instance_norm"):
+        if axis in carried and visit.name in ("batch_norm", "instance_norm", "prelu"):
             labels.mark("bent", [merged[axis]], "a scale per channel")
     return [
         _result(visit, merged, order, names, out)

@@ -11,13 +11,10 @@ analysed but not run; then nothing can be compared, and all axes are static.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import copyreg
 import functools
 import inspect
-import io
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -34,6 +31,7 @@ from .lazy import is_lazy, replace
 from .normalize import normalize
 from .refuse import depends_on_data, explain, refuse
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
+from .tracing import traceable, with_whole_numbers
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
@@ -107,7 +105,7 @@ def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
     compared = has_numbers(model)
     real = compared and not is_lazy(model)
     twin = _prepared(copy.deepcopy(model) if real else fake_twin(model), args)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), traceable():
         program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
@@ -121,18 +119,6 @@ def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
     if compared:
         _compare(module, model, args, free)
     return Captured(module, args, shapes if free else None, compared)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Where it fails, torch.export logs and prints the whole graph; the error says enough."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _prepared(twin: nn.Module, args: Args) -> nn.Module:
@@ -150,6 +136,7 @@ def _prepared(twin: nn.Module, args: Args) -> nn.Module:
         twin.set_attn_implementation("sdpa")
     forward = _without_cache(twin.forward, args)
     signature = inspect.signature(forward)
+    forward = functools.wraps(forward)(with_whole_numbers(forward, twin))
 
     @functools.wraps(forward)
     def plain_forward(*positional: Any, **keyword: Any) -> Any:

@@ -25,11 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from . import moves, places, recurrent, routing
+from . import moves, pairs, places, recurrent, routing, windows
 from .axes import apply_rule
 from .capture import Args
-from .errors import UnsupportedOp, where
-from .lazy import Lazy
+from .covered import check_covered
+from .errors import where
+from .fakes import as_fake, executed, real_like
 from .pointwise import is_pointwise, meet_pointwise
 from .rules import table
 from .values import (
@@ -49,6 +50,7 @@ from .visit import Visit, bind, op_name
 __all__ = ["Labels", "Mark", "Operand", "Site", "Source", "Value", "propagate"]
 
 CREATION = {"new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"}
+SPECIAL = tuple(m.HANDLERS for m in (places, routing, recurrent, pairs, windows))
 SHAPELESS = {"sym_size", "sym_numel", "sym_stride", "item", "_local_scalar_dense"}
 
 
@@ -91,21 +93,12 @@ class _Propagation:
         return self.labels
 
     # ---------------------------------------------------------------- leaves
-    def _fake(self, tensor: Tensor) -> Tensor:
-        foreign = isinstance(tensor, FakeTensor) and tensor.fake_mode is not self.fakes
-        if foreign or isinstance(tensor, Lazy):
-            with self.fakes:
-                return torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-                )
-        return tensor if isinstance(tensor, FakeTensor) else self.fakes.from_tensor(tensor)
-
     def _input(self, node: Node, position: int, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         arrays = self.labels.all_fixed(value.shape, f"an axis of the input {node.name}")
         free = [d for d in self.open_axes.inputs.get(position, ()) if value.shape[d] > 1]
-        return Value(self._fake(value), arrays | self._open(node, value.shape, free))
+        return Value(as_fake(self.fakes, value), arrays | self._open(node, value.shape, free))
 
     def _open(self, node: Node, shape: Iterable[int], free: list[int]) -> Arrays:
         """Labels of axes that may shrink, as if a reshape had split one axis into them."""
@@ -129,11 +122,12 @@ class _Propagation:
         if not tensor.is_floating_point() and not tensor.is_complex():
             if isinstance(tensor, FakeTensor):
                 reason = f"an index table without numbers: {node.target}"
-                return Value(self._fake(tensor), self.labels.all_fixed(tensor.shape, reason))
-            return Value(self._fake(tensor), {}, tensor)
+                fixed = self.labels.all_fixed(tensor.shape, reason)
+                return Value(as_fake(self.fakes, tensor), fixed)
+            return Value(as_fake(self.fakes, tensor), {}, tensor)
         if id(tensor) not in self.seen:
             arrays = self.labels.arrays_for("parameter", str(node.target), tensor.shape)
-            self.seen[id(tensor)] = Value(self._fake(tensor), arrays, weight=True)
+            self.seen[id(tensor)] = Value(as_fake(self.fakes, tensor), arrays, weight=True)
         return self.seen[id(tensor)]
 
     def _output(self, node: Node) -> None:
@@ -158,7 +152,7 @@ class _Propagation:
             return node.target(*args[0], **args[1])  # type: ignore[operator]
         if all(v.const is not None for v in values) or name in CREATION:
             return self._constant(node, args)
-        fake = self._execute_fake(node, args)
+        fake = executed(self.fakes, node, args)
         if not isinstance(fake, (Tensor, tuple, list)):
             return fake
         outs = (fake,) if isinstance(fake, Tensor) else tuple(fake)
@@ -178,7 +172,7 @@ class _Propagation:
             for out, arrays, domain in zip(outs, found, domains, strict=True)
         ]
         if self.check:
-            check_covered(node, visit, results)
+            check_covered(node, results)
         self._note_write(node, results[0])
         return results[0] if isinstance(fake, Tensor) else results
 
@@ -188,7 +182,7 @@ class _Propagation:
             return self._frozen_write(visit)
         if name in moves.MOVEMENT and _movable(name, values):
             return moves.move(visit)
-        for handlers in (places.HANDLERS, routing.HANDLERS, recurrent.HANDLERS):
+        for handlers in SPECIAL:
             if name in handlers:
                 return handlers[name](visit)
         if "conv" in name and (visit.given.get("groups") or 1) > 1:
@@ -207,29 +201,13 @@ class _Propagation:
             is_leaf=_is_value,
         )
         if op_name(node) in CREATION:
-            plain = (tuple(_real_like(a) for a in plain[0]), plain[1])
+            plain = (tuple(real_like(a) for a in plain[0]), plain[1])
         with torch.no_grad():
             result = node.target(*plain[0], **plain[1])  # type: ignore[operator]
         result = list(result) if isinstance(result, tuple) else result
         return pytree.tree_map(
-            lambda t: Value(self._fake(t), {}, t) if isinstance(t, Tensor) else t, result
+            lambda t: Value(as_fake(self.fakes, t), {}, t) if isinstance(t, Tensor) else t, result
         )
-
-    def _execute_fake(self, node: Node, args: Any) -> Any:
-        """Results as fake tensors at the example's sizes: recorded by torch.export, else run."""
-        recorded = _from_meta(node, self.fakes)
-        if recorded is not None:
-            return recorded
-        plain = pytree.tree_map(
-            lambda v: v.fake if isinstance(v, Value) else v, args, is_leaf=_is_value
-        )
-        try:
-            with self.fakes, torch.no_grad():
-                return node.target(*plain[0], **plain[1])  # type: ignore[operator]
-        except Exception as error:
-            raise UnsupportedOp(
-                f"cannot infer the shape of {node.target}: {error} · {where(node)}"
-            ) from error
 
     def _label_constant(self, node: Node) -> None:
         """A constant gets labels when it meets labelled data (so that it can be gathered)."""
@@ -278,59 +256,9 @@ def _writes_a_view(node: Node) -> bool:
     return node.args[0].op == "call_function" and op_name(node.args[0]) in moves.MOVEMENT
 
 
-# -------------------------------------------------------------------- checks
-def check_covered(node: Node, visit: Visit, results: list[Any]) -> None:
-    """Every dim of size > 1 has a label array that fits the value's shape."""
-    for value in results:
-        if not isinstance(value, Value):
-            continue
-        for dim, size in enumerate(value.shape):
-            array = value.arrays.get(dim)
-            if size > 1 and array is None:
-                raise UnsupportedOp(f"axis {dim} of size {size} lost its labels · {where(node)}")
-            if array is not None and not _fits(array, value.shape):
-                raise UnsupportedOp(
-                    f"labels of shape {tuple(array.shape)} on {value.shape} · {where(node)}"
-                )
-
-
-def _fits(array: Tensor, shape: tuple[int, ...]) -> bool:
-    return array.dim() == len(shape) and all(
-        a in (1, n) for a, n in zip(array.shape, shape, strict=True)
-    )
-
-
 def _is_node(item: Any) -> bool:
     return isinstance(item, Node)
 
 
 def _is_value(item: Any) -> bool:
     return isinstance(item, Value)
-
-
-def _real_like(item: Any) -> Any:
-    """A creation op reads only dtype and device of its first argument."""
-    if isinstance(item, FakeTensor):
-        return torch.empty(0, dtype=item.dtype, device=item.device)
-    return item
-
-
-def _from_meta(node: Node, fakes: FakeTensorMode) -> Any:
-    """What torch.export recorded, at the sizes of the example; None where a size has none."""
-    value = node.meta.get("val")
-    leaves = pytree.tree_leaves(value)
-    if value is None or not all(isinstance(leaf, Tensor) for leaf in leaves):
-        return None
-    sizes = [[_hint(n) for n in leaf.shape] for leaf in leaves]
-    if any(n is None for shape in sizes for n in shape):
-        return None
-    with fakes:
-        made = [
-            torch.empty(shape, dtype=leaf.dtype, device=leaf.device)  # type: ignore[arg-type]
-            for shape, leaf in zip(sizes, leaves, strict=True)
-        ]
-    return made[0] if isinstance(value, Tensor) else made
-
-
-def _hint(size: Any) -> int | None:
-    return size if isinstance(size, int) else size.node.hint

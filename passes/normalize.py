@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .constants import separate
+from .joins import join, shape_of
 from .visit import bind, op_name
 
 aten = torch.ops.aten
@@ -32,7 +33,7 @@ def normalize(module: GraphModule) -> GraphModule:
     """Take fused dims apart before they are reshaped (in place)."""
     for node in list(module.graph.nodes):
         if node.target is aten.slice_scatter.default:
-            _join(node)
+            join(node)
     for node in list(module.graph.nodes):
         parts = _parts(module, node)
         if parts is not None:
@@ -49,88 +50,11 @@ def normalize(module: GraphModule) -> GraphModule:
     return module
 
 
-def _join(node: Node) -> None:
-    """Writes that cover a dim from end to end are a concatenation of what was written; those at
-    every k-th place, one for each remainder, are a stack, flattened.
-    """
-    shape = _shape(node)
-    dim = bind(node, node.args, node.kwargs)["dim"] or 0
-    written = _written(node, dim, shape)
-    if written is None or shape is None:
-        return
-    step, pieces = written
-    parts = _end_to_end(pieces, shape[dim]) if step == 1 else _remainders(pieces, step, shape[dim])
-    if parts is None or not all(_same_but(p, shape, dim) for p in parts):
-        return
-    graph = node.graph
-    with graph.inserting_before(node):
-        if step == 1:
-            joined = graph.call_function(aten.cat.default, (parts, dim))
-        else:
-            after = dim % len(shape) + 1
-            beside = graph.call_function(aten.stack.default, (parts, after))
-            joined = graph.call_function(aten.flatten.using_ints, (beside, after - 1, after))
-    joined.meta = dict(node.meta)
-    node.replace_all_uses_with(joined)
-    node.graph.erase_node(node)
-
-
-Pieces = dict[int, tuple[int, Node]]
-"""Where a write starts -> where it ends, and what is written."""
-
-
-def _written(node: Node, dim: int, shape: tuple[Any, ...] | None) -> tuple[int, Pieces] | None:
-    """The common step of a chain of writes along `dim`, and the last write to each place."""
-    pieces: Pieces = {}
-    step = bind(node, node.args, node.kwargs)["step"]
-    at: Any = node
-    while isinstance(at, Node) and at.target is aten.slice_scatter.default:
-        bound = bind(at, at.args, at.kwargs)
-        bounds = (bound["start"], bound["end"])
-        if (bound["dim"] or 0) != dim or bound["step"] != step or shape is None:
-            return None
-        if not isinstance(shape[dim], int) or any(isinstance(b, Node) for b in bounds):
-            return None
-        low, high, _ = slice(*bounds).indices(shape[dim])
-        pieces.setdefault(low, (high, bound["src"]))
-        at = bound["self"]
-    return step, pieces
-
-
-def _end_to_end(pieces: Pieces, size: int) -> list[Node] | None:
-    low, parts = 0, []
-    while low in pieces and low < size:
-        low, part = pieces[low]
-        parts.append(part)
-    return parts if low == size else None
-
-
-def _remainders(pieces: Pieces, step: int, size: int) -> list[Node] | None:
-    whole = set(pieces) == set(range(step)) and all(high == size for high, _ in pieces.values())
-    return [pieces[low][1] for low in range(step)] if whole and size % step == 0 else None
-
-
-def _same_but(part: Node, shape: tuple[Any, ...], dim: int) -> bool:
-    """Whether a written part needed no broadcast."""
-    held = _shape(part)
-    if held is None or len(held) != len(shape):
-        return False
-    at = dim % len(shape)
-    return all(
-        str(a) == str(b) for k, (a, b) in enumerate(zip(held, shape, strict=True)) if k != at
-    )
-
-
-def _shape(node: Any) -> tuple[Any, ...] | None:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
 def _parts(module: GraphModule, node: Node) -> tuple[int, list[tuple[int, int]]] | None:
     """The dim that a node takes apart, and the ranges of positions that it takes."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None
-    shape, name = _shape(node.args[0]), op_name(node)
+    shape, name = shape_of(node.args[0]), op_name(node)
     if shape is None or name not in (
         "select",
         "unbind",
@@ -213,7 +137,7 @@ def _chain(node: Node, dim: int) -> Chain | None:
         at = at.args[0]
     if not isinstance(at, Node) or at.op != "call_function" or op_name(at) not in RESHAPES:
         return None
-    shape, source = _shape(at), _shape(at.args[0])
+    shape, source = shape_of(at), shape_of(at.args[0])
     if shape is None or source is None or not all(isinstance(n, int) for n in shape[dim:]):
         return None
     splits = dim < len(shape) - 1 and len(shape) > len(source)
@@ -222,7 +146,11 @@ def _chain(node: Node, dim: int) -> Chain | None:
 
 def _before(node: Node, dim: int) -> int | None:
     """The dim of a node's source that its result's `dim` is, None if it is a new one."""
-    bound, shape, source = bind(node, node.args, node.kwargs), _shape(node), _shape(node.args[0])
+    bound, shape, source = (
+        bind(node, node.args, node.kwargs),
+        shape_of(node),
+        shape_of(node.args[0]),
+    )
     if shape is None or source is None:
         return None
     name, rank = op_name(node), len(shape)
@@ -248,7 +176,7 @@ def _before(node: Node, dim: int) -> int | None:
 
 def _replace(node: Node, chain: Chain, ranges: list[tuple[int, int]]) -> None:
     moves, reshape, dim = chain
-    shape, source = _shape(reshape), _shape(reshape.args[0])
+    shape, source = shape_of(reshape), shape_of(reshape.args[0])
     assert shape is not None and source is not None
     rest = shape[dim + 1 :]
     inner, graph = math.prod(rest), node.graph
@@ -289,7 +217,7 @@ def _stride(node: Node, dim: int, ranges: list[tuple[int, int]]) -> None:
     reshape: Any = node.args[0]
     if reshape.op != "call_function" or op_name(reshape) not in RESHAPES:
         return
-    shape, source = _shape(reshape), _shape(reshape.args[0])
+    shape, source = shape_of(reshape), shape_of(reshape.args[0])
     if shape is None or source is None or dim != len(shape) - 1 or len(shape) <= len(source):
         return
     last = len(source) - 1

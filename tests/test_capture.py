@@ -234,6 +234,30 @@ def test_other_numbers_than_the_model_are_refused():
         capture(Sloppy(), torch.randn(3, 6))
 
 
+class Careful(nn.Module):
+    """Casts a part of itself to what it is; its stride is a number in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("stride", torch.tensor(2))
+
+    def forward(self, x):
+        self.linear = self.linear.to(x.dtype)
+        missing = int(-x.shape[-1] % self.stride)
+        return nn.functional.avg_pool1d(nn.functional.pad(self.linear(x), (0, missing)), 2)
+
+
+def test_casts_without_effect_and_numbers_in_buffers_are_no_obstacle():
+    model = Careful().eval()
+
+    captured = capture(model, torch.randn(4, 3, 6))
+
+    x = torch.randn(4, 3, 6)
+    assert torch.equal(captured.graph_module(x), model(x))
+    assert model.stride.item() == 2 and nn.Module.to.__module__ == "torch.nn.modules.module"
+
+
 def quantised():
     model = nn.Sequential(nn.Linear(6, 6))
     model[0].weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.int8), requires_grad=False)

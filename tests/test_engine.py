@@ -115,6 +115,60 @@ def test_writes_by_strides_that_cover_a_tensor_are_a_stack():
     assert kind_of(deps, "frequencies", 0) == {"bilinear"}
 
 
+class Turning(nn.Module):
+    """Rotary positions as complex numbers: neighbours of a head are a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 16) for _ in range(3))
+        self.o = nn.Linear(16, 6)
+        angle = torch.outer(torch.arange(5.0), torch.rand(4)).double()
+        self.register_buffer("turn", torch.polar(torch.ones_like(angle), angle))
+
+    def heads(self, x):
+        return x.view(*x.shape[:2], 2, 8)
+
+    def turned(self, x):
+        pairs = torch.view_as_complex(self.heads(x).unflatten(-1, (4, 2)))
+        return torch.view_as_real(pairs * self.turn[:, None]).flatten(-2).to(x.dtype)
+
+    def forward(self, x):
+        q, k, v = self.turned(self.q(x)), self.turned(self.k(x)), self.heads(self.v(x))
+        y = ((q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1) @ v.transpose(1, 2)).mT
+        return self.o(y.flatten(1, 2).mT)
+
+
+def test_the_two_parts_of_a_complex_number_go_together():
+    deps = halved(Turning(), torch.randn(3, 5, 6), "bilinear", "head", "chain")
+
+    (group,) = [g for g in deps.groups if g.kind == "bilinear"]
+    owned = {m.parameter: m.indices for m in group.members}
+    assert owned["turn"].shape == (4, 1)
+    assert (owned["q.weight"] % 8 // 2 == owned["turn"]).all()  # 2 heads, 2 parts each
+    assert owned["q.weight"].shape == owned["k.weight"].shape == (4, 4)
+
+
+class Windows(nn.Module):
+    """Patches by unfold; channels leave by fold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 4, 1), nn.Linear(4 * 9, 6 * 9)
+        self.out = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        rows = nn.functional.unfold(self.conv(x).relu(), 3, padding=1)
+        rows = self.mix(rows.transpose(1, 2)).transpose(1, 2)
+        return self.out(nn.functional.fold(rows, x.shape[-2:], 3, padding=1))
+
+
+def test_a_channel_goes_with_all_rows_of_its_windows():
+    deps = halved(Windows(), torch.randn(2, 3, 5, 5), "chain")
+
+    chains = [g for g in deps.groups if g.kind == "chain"]
+    assert [(g.size, g.members[-1].indices.shape[1]) for g in chains] == [(4, 9), (6, 1)]
+
+
 class EveryOther(Middle):
     """Only the even places of the hidden axis are overwritten."""
 

@@ -79,6 +79,26 @@ ROWS = [
         F.conv3d,
         "b i x y w, o i k l r -> b o X Y W; fixed x y w k l r",
     ),
+    (
+        "conv2d",
+        "b i x y, o i",
+        lambda x, w: F.conv2d(x, w[:, :, None, None]),
+        "b i x y, o i -> b o x y",
+    ),
+    (
+        "conv1d",
+        "b i x, o i",
+        lambda x, w: F.conv1d(x, w[:, :, None], stride=2),
+        "b i x, o i -> b o X; fixed x",
+    ),
+    ("prelu", "b c x, c", F.prelu, "b c x, c -> b c x"),
+    ("prelu", "b c", lambda x: F.prelu(x, x.new_full((1,), 0.3)), "b c -> b c"),
+    (
+        "_weight_norm",
+        "o i",
+        lambda v: torch._weight_norm(v, v.new_ones(v.shape[0], 1), 0),
+        "o i -> o i; mixed i",
+    ),
     ("convolution", "b i x y, o i k l", F.conv2d, "b i x y, o i k l -> b o X Y; fixed x y k l"),
     ("conv_transpose1d", "b i x, i o k", F.conv_transpose1d, "b i x, i o k -> b o X; fixed x k"),
     (

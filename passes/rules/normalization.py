@@ -36,12 +36,32 @@ def _softmax(call: Call) -> str:
     return f"{joined} -> {joined}; mixed {names[call['dim'] % rank]}" if rank else " -> "
 
 
+def _prelu(call: Call) -> str:
+    """One slope for all, or one per channel (dim 1): zero stays zero."""
+    names = [f"a{k}" for k in range(len(call["self"]))]
+    slope = names[1] if len(names) > 1 and call["weight"][-1:] == call["self"][1:2] else "s"
+    joined = " ".join(names)
+    return f"{joined}, {slope} -> {joined}"
+
+
+def _weight_norm(call: Call) -> str:
+    """g v / ||v||: the norm runs over all dims but `dim`."""
+    names = [f"a{k}" for k in range(len(call["v"]))]
+    at = call.get("dim", 0) % len(names) if call.get("dim", 0) >= 0 else None
+    scale = " ".join(name if k == at else f"g{k}" for k, name in enumerate(names))
+    others = " ".join(name for k, name in enumerate(names) if k != at)
+    joined = " ".join(names)
+    return f"{joined}, {scale} -> {joined}; mixed {others}"
+
+
 RULES: dict[str, Rule] = {
     "layer_norm": _trailing,
     "rms_norm": _trailing,
     "batch_norm": _batch,
     "group_norm": _group,
     "instance_norm": _instance,
+    "prelu": _prelu,
+    "_weight_norm": _weight_norm,
     "softmax": _softmax,
     "_softmax": _softmax,
     "log_softmax": _softmax,

@@ -1,0 +1,73 @@
+"""Shapes of results without numbers: what torch.export recorded, at the sizes of the example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from .errors import UnsupportedOp, where
+from .lazy import Lazy
+from .values import Value
+
+
+def as_fake(fakes: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake tensor of this mode with the tensor's shape, strides and dtype."""
+    foreign = isinstance(tensor, FakeTensor) and tensor.fake_mode is not fakes
+    if foreign or isinstance(tensor, Lazy):
+        with fakes:
+            return torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+    return tensor if isinstance(tensor, FakeTensor) else fakes.from_tensor(tensor)
+
+
+def executed(fakes: FakeTensorMode, node: Node, args: Any) -> Any:
+    """Results as fake tensors at the example's sizes: recorded by torch.export, else run."""
+    recorded = _from_meta(node, fakes)
+    if recorded is not None:
+        return recorded
+    plain = pytree.tree_map(
+        lambda v: v.fake if isinstance(v, Value) else v,
+        args,
+        is_leaf=lambda v: isinstance(v, Value),
+    )
+    try:
+        with fakes, torch.no_grad():
+            return node.target(*plain[0], **plain[1])  # type: ignore[operator]
+    except Exception as error:
+        raise UnsupportedOp(
+            f"cannot infer the shape of {node.target}: {error} · {where(node)}"
+        ) from error
+
+
+def real_like(item: Any) -> Any:
+    """A creation op reads only dtype and device of its first argument."""
+    if isinstance(item, FakeTensor):
+        return torch.empty(0, dtype=item.dtype, device=item.device)
+    return item
+
+
+def _from_meta(node: Node, fakes: FakeTensorMode) -> Any:
+    """What torch.export recorded, at the sizes of the example; None where a size has none."""
+    value = node.meta.get("val")
+    leaves = pytree.tree_leaves(value)
+    if value is None or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return None
+    sizes = [[_hint(n) for n in leaf.shape] for leaf in leaves]
+    if any(n is None for shape in sizes for n in shape):
+        return None
+    with fakes:
+        made = [
+            torch.empty(shape, dtype=leaf.dtype, device=leaf.device)  # type: ignore[arg-type]
+            for shape, leaf in zip(sizes, leaves, strict=True)
+        ]
+    return made[0] if isinstance(value, Tensor) else made
+
+
+def _hint(size: Any) -> int | None:
+    return size if isinstance(size, int) else size.node.hint

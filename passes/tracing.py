@@ -1,0 +1,76 @@
+"""tracing: what a model's forward does around the numbers, made harmless while it is exported.
+
+self.router.to(self.dtype)       a cast to what the weights are already changes nothing
+int(self.stride), a buffer       a whole number that sizes are computed from is a constant
+log lines, printed graphs        silenced: where torch.export fails, the error says enough
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def traceable() -> Iterator[None]:
+    """The context in which torch.export runs."""
+    cast = nn.Module.to
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    nn.Module.to = _cast_once(cast)  # type: ignore[method-assign]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        nn.Module.to = cast  # type: ignore[method-assign]
+        logging.disable(before)
+
+
+def _cast_once(cast: Callable[..., Any]) -> Callable[..., Any]:
+    """Module.to that leaves a module alone whose tensors are what is asked for: traced parameters
+    cannot be exchanged.
+    """
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        held = [*self.parameters(), *self.buffers()]
+        same = all(device is None or t.device == device for t in held)
+        if same and all(dtype is None or t.dtype == dtype or not _real(t) for t in held):
+            return self
+        return cast(self, *args, **kwargs)
+
+    return to
+
+
+def _real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def with_whole_numbers(forward: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+    """`forward` that finds the integers which `model` holds as buffers without a dim as constants
+    of the trace, so that sizes computed from them are numbers.
+    """
+    numbers = [
+        (module, name, held.item(), held.dtype)
+        for module in model.modules()
+        for name, held in module._buffers.items()
+        if held is not None and held.dim() == 0 and not _real(held) and not held.is_meta
+    ]
+
+    def with_constants(*args: Any, **kwargs: Any) -> Any:
+        before = [module._buffers[name] for module, name, _, _ in numbers]
+        for module, name, number, dtype in numbers:
+            module._buffers[name] = torch.tensor(number, dtype=dtype)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for (module, name, _, _), held in zip(numbers, before, strict=True):
+                module._buffers[name] = held
+
+    return with_constants
