@@ -233,14 +233,20 @@ def _facts(
 ) -> dict[str, Any]:
     """Lines of the model card: what was measured, and on what."""
     own = f"that of {target.name}"
-    found = {"model": target.source or target.name}
+    found = {"model": _public(target.source or target.name)}
     if target.calibration:
-        found["calibration data"] = f"{calibration or own}, {len(target.calibration)} batches"
+        data = _public(calibration or own)
+        found["calibration data"] = f"{data}, {len(target.calibration)} batches"
     if "perplexity_before" in figures:
-        found["evaluation data"] = evaluation or own
+        found["evaluation data"] = _public(evaluation or own)
         found["perplexity before"] = f"{figures['perplexity_before']:.2f}"
         found["perplexity after"] = f"{figures['perplexity_after']:.2f}"
     return found
+
+
+def _public(source: str) -> str:
+    """A source as a card may name it: of a path on this machine, only its last part."""
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def _write(

@@ -3,6 +3,9 @@
 zoo:NAME                  a model of models_zoo
 FOLDER                    a Hugging Face folder, or one that `save` wrote
 package.module:factory    a function that returns (model, inputs) or (model, inputs, calibration)
+FOLDER@package.module:factory
+                          what `save` wrote of the factory's model: a class of the user's own, of
+                          which a folder holds weights and sizes only
 owner/name                a model of the Hugging Face hub
 """
 
@@ -72,6 +75,8 @@ def load_target(
         target = _streamed(text)
     elif text.startswith("zoo:"):
         target = _zoo(text.removeprefix("zoo:"))
+    elif (named := folder_of(text))[1]:
+        target = _own(*named)
     elif Path(text).is_dir():
         target = _transformers(text)
     elif is_factory(text):
@@ -86,6 +91,13 @@ def load_target(
     if evaluation is not None:
         target = replace(target, heldout=heldout_tokens(target, str(evaluation), length, count))
     return target
+
+
+def folder_of(text: str) -> tuple[Path, str]:
+    """(folder, factory) of a target's text; the factory is empty where none stands behind an @."""
+    folder, _, build = text.rpartition("@")
+    own = is_factory(build) and Path(folder, MANIFEST).is_file()
+    return (Path(folder), build) if own else (Path(text), "")
 
 
 def calibration_batches(target: Target, source: str, length: int, count: int) -> list[Any]:
@@ -204,6 +216,12 @@ def _factory(text: str) -> Target:
     return Target(text, result[0].eval(), result[1], calibration)
 
 
+def _own(folder: Path, build: str) -> Target:
+    """The pruned form, in `folder`, of the factory's model."""
+    dense = _factory(build)
+    return replace(dense, name=folder.name, model=load(folder, dense.model))
+
+
 def _streamed(text: str) -> Target:
     if not Path(text).is_dir():
         raise FaspGraphError(
@@ -250,6 +268,7 @@ def _auto_model(text: str, local: bool) -> nn.Module:
     if not local and text.startswith((".", "/", "~")):
         raise FaspGraphError(f"no folder {text} · help: zoo:NAME, a folder, package.module:factory")
     options = {"local_files_only": local, "trust_remote_code": False, "dtype": torch.float32}
+    config = None
     try:
         config = transformers.AutoConfig.from_pretrained(
             text, local_files_only=local, trust_remote_code=False
@@ -258,6 +277,12 @@ def _auto_model(text: str, local: bool) -> nn.Module:
         auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         model: nn.Module = auto.from_pretrained(text, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
+        if method := quantised_by(config):
+            raise FaspGraphError(
+                f"{text} is quantised ({method}), and what reads such weights is not here: "
+                f"{str(error).splitlines()[0]} · help: quantised models cannot be pruned; take it "
+                "in its original precision, prune it, then quantise the result"
+            ) from error
         raise FaspGraphError(
             f"{text} is no folder here and the hub gave no model: {str(error).splitlines()[0]} · "
             "help: give a local "

@@ -15,6 +15,8 @@ import fasp_graph as fg
 from fasp_graph import bench, cli, data
 from fasp_graph.commands import demo, terminal
 
+PERPLEXITIES = ("perplexity_before", "perplexity_after")
+
 
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -238,13 +240,42 @@ def test_a_factory(run, tmp_path, monkeypatch):
         "    model = torch.nn.Sequential(\n"
         "        torch.nn.Linear(6, 9), torch.nn.GELU(), torch.nn.Linear(9, 2))\n"
         "    return model, torch.randn(4, 6), [torch.randn(32, 6)]\n"
+        "def more():\n"
+        "    return [torch.randn(8, 6)]\n"
     )
     monkeypatch.chdir(tmp_path)
 
-    code, out, error = run("prune", "my_factory:build", "--json")
+    code, out, error = run("prune", "my_factory:build", "--json", "--output", "small")
 
     assert code == 0, error
-    assert json.loads(out)["verify_max_error"] < 1e-9
+    report = json.loads(out)
+    assert report["verify_max_error"] < 1e-9
+    code, _, error = run("eval", "small")
+    assert code == 2 and "small@package.module:factory" in error
+    small = "small@my_factory:build"
+    code, out, error = run("eval", small, "--json")
+    assert code == 0, error
+    assert json.loads(out)["parameters"] == report["params_after"]
+    code, out, error = run("export", small, "small.onnx", "--json")
+    assert code == 0, error
+    code, _, error = run(
+        *("recover", small, "--data", "my_factory:more", "--distill", "my_factory:build"),
+        *("--lora", 0, "--output", tmp_path / "better"),
+    )
+    assert code == 0, error
+    assert (tmp_path / "better" / "fasp_graph.json").is_file()
+
+
+def test_a_card_names_no_path_of_this_machine(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    target = data.Target("small", torch.nn.Linear(2, 2), None, [None], source=str(tmp_path))
+
+    facts = cli._facts(target, str(texts), "wikitext2", dict.fromkeys(PERPLEXITIES, 2.0))
+
+    assert facts["model"] == tmp_path.name
+    assert facts["calibration data"] == "texts, 1 batches"
+    assert facts["evaluation data"] == "wikitext2"
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def export_command(
         options = Options(cache, dtype, tokens, external_data_bytes)
         progress("capture, write, compare")
         form = format or ("pt2" if output.suffix == ".pt2" else "onnx")
-        found = export_source(source_of(target), output, form, options)
+        found = export_source(source_of(target, cache), output, form, options)
     show(found.to_dict(), json)
 
 

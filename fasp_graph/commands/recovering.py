@@ -9,7 +9,7 @@ import typer
 
 from passes.errors import ConfigError
 
-from ..data import calibration_batches, load_target
+from ..data import calibration_batches, folder_of, load_target
 from ..evaluate import perplexity
 from ..folders.huggingface import MANIFEST, refuse_foreign, resave
 from ..recover import train
@@ -40,7 +40,8 @@ def recover_command(
     debug: Debug = False,
 ) -> None:
     """Train a pruned FOLDER for a short while, by LoRA, on text or towards the dense model."""
-    if not (folder / MANIFEST).is_file():
+    root, _ = folder_of(str(folder))
+    if not (root / MANIFEST).is_file():
         raise ConfigError(f"{folder} is no folder that prune wrote · help: prune --output first")
     refuse_foreign(output.resolve())
     with stages("load") as progress:
@@ -66,5 +67,5 @@ def recover_command(
             figures["perplexity_after"] = perplexity(trained.model, target.heldout)
     course = ("steps", "tokens", "loss_first", "loss_last")
     figures |= {name: getattr(trained, name) for name in course}
-    figures["folder"] = str(resave(folder, trained.model, output))
+    figures["folder"] = str(resave(root, trained.model, output))
     show(figures, json)

@@ -23,7 +23,7 @@ def known_models(incomplete: str) -> list[str]:
     return [f"zoo:{n}" for n in models_zoo.names() if f"zoo:{n}".startswith(incomplete)]
 
 
-MODEL_HELP = "zoo:NAME, folder, package.module:factory or hub id"
+MODEL_HELP = "zoo:NAME, folder, package.module:factory, folder@package.module:factory or hub id"
 DATA_HELP = (
     "a text, jsonl or parquet file, a folder of texts or images, wikitext2, c4, ptb, owner/name, "
     "package.module:factory"

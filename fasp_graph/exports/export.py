@@ -25,7 +25,7 @@ from passes.errors import ConfigError
 from passes.groups import DependencyGraph
 from passes.kernels import narrow
 
-from ..data import Target
+from ..data import Target, folder_of
 from ..emit.dense import Twin, dense_shell, dense_twin
 from ..folders.manifest import MANIFEST, read_manifest
 from ..jsontext import to_json
@@ -132,15 +132,17 @@ def export(
     return export_source(source, Path(path), format, Options(**options))
 
 
-def source_of(target: Target) -> Source:
-    """A model of the command line, pruned or not."""
+def source_of(target: Target, cache: bool = False) -> Source:
+    """A model of the command line, pruned or not. `cache`: it will be exported with its cache,
+    which takes an analysis of the dense form.
+    """
     found = capture(target.model, target.inputs)
     source = Source(found.graph_module, found.inputs, found.dynamic_shapes, target.model)
-    folder = Path(target.source)
+    folder, _ = folder_of(target.source)
     if not (folder / MANIFEST).is_file():
         return source
     manifest = read_manifest(folder)
-    if not manifest["emission"]["shapes"]:  # the class was built at the pruned sizes
+    if not cache or not manifest["emission"]["shapes"]:  # no shapes: built at the pruned sizes
         return replace(source, plan=manifest["plan"])
     dense = capture(dense_shell(target.model), target.inputs)
     deps = analysis(dense.graph_module, dense.inputs)
