@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -61,10 +62,19 @@ def _quantised(model: nn.Module) -> Iterator[tuple[str, str]]:
         for leaf in pytree.tree_leaves(held):
             if isinstance(leaf, Tensor) and leaf.is_quantized:
                 yield f"weight {name}", _kind(leaf)
-    stated = getattr(getattr(model, "config", None), "quantization_config", None)
-    if stated:
-        found = stated if isinstance(stated, dict) else vars(stated)
-        yield type(model).__name__, str(found.get("quant_method", type(stated).__name__))
+    method = quantised_by(getattr(model, "config", None))
+    if method:
+        yield type(model).__name__, method
+
+
+def quantised_by(config: Any) -> str:
+    """The method that a transformers configuration names; empty: none."""
+    stated = getattr(config, "quantization_config", None)
+    if not stated:
+        return ""
+    found = stated if isinstance(stated, dict) else vars(stated)
+    method = found.get("quant_method", type(stated).__name__)
+    return str(getattr(method, "value", method))
 
 
 def refuse_unstreamable(model: nn.Module, config: Config) -> None:

@@ -1,6 +1,7 @@
 """Quantised, half-precision, adapted and tied models: refused with a way out, or taken exactly."""
 
 import copy
+import json
 import types
 
 import families
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 import fasp_graph as fg
+from fasp_graph.data import load_target
+from fasp_graph.inputs import refuse_unmergeable
 
 X = torch.linspace(-1, 1, 28).view(4, 7)
 
@@ -44,6 +47,18 @@ def by_transformers(model):
 def test_quantised_models_are_refused(mlp, quantise):
     with pytest.raises(fg.FaspGraphError, match="original precision, then quantise"):
         run(quantise(mlp))
+
+
+def test_quantised_folders_are_refused_as_such(tmp_path):
+    model, _, _ = families.program("llama")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    for stream in (False, True):
+        with pytest.raises(fg.FaspGraphError, match=r"quantised \(awq\).*original precision"):
+            refuse_unmergeable(load_target(str(tmp_path), stream=stream).model)
 
 
 def test_low_rank_adapters_must_be_merged(mlp):

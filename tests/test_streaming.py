@@ -95,9 +95,15 @@ def test_what_cannot_be_streamed_is_refused(dense, tmp_path):
     partial.mkdir()
     (partial / "config.json").write_bytes((dense / "config.json").read_bytes())
     held = {name: found.lazy() for name, found in folder_tensors(dense).items()}
-    held.pop("model.decoder.layers.0.fc2.weight")
+    shape = held.pop("model.decoder.layers.0.fc2.weight").shape
     write_shard(partial / "model.safetensors", held, {})
     with pytest.raises(FaspGraphError, match=r"layers.0.fc2.weight .* lacks it"):
+        open_folder(partial)
+    coded = Lazy(shape, torch.int8, lambda: torch.zeros(shape, dtype=torch.int8))
+    write_shard(
+        partial / "model.safetensors", held | {"model.decoder.layers.0.fc2.weight": coded}, {}
+    )
+    with pytest.raises(FaspGraphError, match=r"torch.int8, which stands for other numbers"):
         open_folder(partial)
     os.truncate(partial / "model.safetensors", 5000)
     with pytest.raises(FaspGraphError, match="cut short"):

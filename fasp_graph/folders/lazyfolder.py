@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from passes.errors import FaspGraphError
 from passes.lazy import replace
 
+from ..inputs import quantised_by
 from ..scale.skeleton import from_config
 from .shards import Stored, folder_tensors
 
@@ -32,6 +33,11 @@ def open_folder(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float
         model = from_config(config)
     except (OSError, ValueError, ImportError) as error:
         raise FaspGraphError(f"{root} cannot be opened: {str(error).splitlines()[0]}") from error
+    if method := quantised_by(config):
+        raise FaspGraphError(
+            f"the weights in {root} are quantised ({method}) and cannot be cut or repaired · help: "
+            "take the model in its original precision, prune it, then quantise the result"
+        )
     if (root / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(root)
     prefix = str(getattr(model, "base_model_prefix", "") or "")
@@ -55,6 +61,11 @@ def _promise_parameters(
                 f"parameter {name} {list(parameter.shape)}: {root} {what} · help: the folder must "
                 "hold the weights as this version of transformers names and shapes them; load the "
                 "model and save it again"
+            )
+        if parameter.is_floating_point() and not found.dtype.is_floating_point:
+            raise FaspGraphError(
+                f"parameter {name}: {root} holds it as {found.dtype}, which stands for other "
+                "numbers · help: take the model in its original precision"
             )
         return found.lazy(dtype if parameter.is_floating_point() else None)
 
