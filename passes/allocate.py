@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .couple import DependencyGraph, Group
 from .errors import BudgetError
-from .select import Budget, least, removed_parameters, scope_size, step
+from .select import Budget, least, removed_parameters, scope_size, steps
 
 ALLOCATIONS = ("uniform", "sensitivity", "curves", "standardised", "influence")
 
@@ -58,7 +58,8 @@ def allocate_by_error(
     """
     total = scope_size(deps)
     open_ = [g for g in groups if g.name in curves]
-    choices = {g.name: _choices(g, len(curves[g.name]), align, min_keep) for g in open_}
+    multiple = steps(deps, open_, align)
+    choices = {g.name: _choices(g, len(curves[g.name]), multiple[g.name], min_keep) for g in open_}
     price = {g.name: 1.0 if per_unit else _price(deps, g) for g in open_}
     errors = {g.name: torch.tensor(curves[g.name], dtype=torch.float64) for g in open_}
 
@@ -85,13 +86,13 @@ def allocate_by_error(
     return Budget(keep, uniform.ratio, reached, total)
 
 
-def _choices(group: Group, length: int, align: int, min_keep: int) -> Tensor:
-    """Removable counts per block: what stays is a multiple of `align`, or everything."""
+def _choices(group: Group, length: int, step: int, min_keep: int) -> Tensor:
+    """Removable counts per block: what stays is a multiple of `step`, or everything."""
     size = group.size // group.blocks
     removable = [
         k
         for k in range(min(length, size - least(group, min_keep) + 1))
-        if k == 0 or (size - k) % step(group, align) == 0
+        if k == 0 or (size - k) % step == 0
     ]
     return torch.tensor(removable)
 

@@ -5,13 +5,13 @@
 
 Uniform allocation: one ratio r for every pruned group, solved so that the sparsity is met; since
 scope also holds Q and K, which stay, r is larger than the sparsity. A group's `lean` multiplies its
-ratio. In each block the units of least utility go.
+ratio. In each block the units of least utility go. Counts are multiples of the group's step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import Tensor
 from .couple import DependencyGraph, Group
 from .errors import BudgetError
 from .pieces import with_every_piece
+
+ROWS = 8  # of stacked weights: torch's grouped product takes rows of 16 bytes, 8 of half precision
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,12 @@ def allocate(
     if not 0 < sparsity < 1:
         raise BudgetError(f"sparsity {sparsity} is not between 0 and 1")
 
+    multiple = steps(deps, groups, align)
+
     def at(ratio: float) -> tuple[dict[str, int], float]:
         by = {g.name: min(1.0, ratio * leans.get(g.name, 1.0)) for g in groups}
-        keep = {g.name: _count(g, by[g.name], align, min_keep) for g in groups} | dict(fixed or {})
+        keep = {g.name: _count(g, by[g.name], multiple[g.name], min_keep) for g in groups}
+        keep |= dict(fixed or {})
         return keep, removed_parameters(deps, groups, keep) / total
 
     leans = lean or {}
@@ -113,20 +118,31 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _count(group: Group, ratio: float, align: int, min_keep: int) -> int:
+def _count(group: Group, ratio: float, step: int, min_keep: int) -> int:
     size = group.size // group.blocks
     count = round((1 - ratio) * size)
     if count < size:
-        count = round(count / step(group, align)) * step(group, align)
+        count = round(count / step) * step
     return max(min(count, size), least(group, min_keep))
 
 
-def step(group: Group, align: int) -> int:
-    """What kept counts per block are multiples of, so that all blocks together keep a multiple of
-    `align`; 1 where a block has fewer than four such steps.
+def steps(deps: DependencyGraph, groups: list[Group], align: int) -> dict[str, int]:
+    """Group name -> what its kept counts per block are multiples of, so that all blocks together
+    keep a multiple of `align`; 1 where a block has fewer than four such steps. Chains inside stacked
+    weights, one matrix for each expert, keep a multiple of ROWS as well.
     """
-    found = align // math.gcd(align, group.blocks)
-    return found if group.blocks == 1 or group.size // group.blocks >= 4 * found else 1
+    routed = [g for g in deps.groups if g.kind == "head" and not g.consumers]
+    stacked = {m.parameter for g in routed for m in g.members if m.dim == 0}
+    stacked = {name for name in stacked if len(deps.parameters.get(name, ())) == 3}
+    return {g.name: _step(g, align, stacked) for g in groups}
+
+
+def _step(group: Group, align: int, stacked: Container[str]) -> int:
+    found, size = align // math.gcd(align, group.blocks), group.size // group.blocks
+    if group.kind == "chain" and any(m.parameter in stacked and m.dim > 0 for m in group.members):
+        wide = math.lcm(found, ROWS)
+        found = wide if size >= 4 * wide else found
+    return found if group.blocks == 1 or size >= 4 * found else 1
 
 
 def least(group: Group, min_keep: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 import fasp_graph as fg
@@ -247,3 +248,33 @@ def test_a_model_that_was_pruned_before_is_not_saved_as_a_folder_that_no_one_can
     with pytest.raises(fg.FaspGraphError, match=r"before it was pruned here.* · help: prune"):
         twice.save(tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_configuration_with_a_number_that_json_lacks(tmp_path):
+    config = tf.Mamba2Config(
+        **{"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8},
+        **{"num_heads": 8, "head_dim": 4, "n_groups": 1, "chunk_size": 4},
+    )
+    torch.manual_seed(0)
+    model, ids = tf.Mamba2ForCausalLM(config).eval(), torch.arange(24).view(3, 8)
+    pruned = fg.prune(model, ids, None, fg.Config(0.3, method="magnitude", kinds=("head",)))
+
+    loaded = fg.load(pruned.save(tmp_path / "small"))
+
+    assert loaded.config.time_step_limit[1] == config.time_step_limit[1] == float("inf")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, pruned.model(ids).logits)
+
+
+def test_experts_are_run_as_they_were_when_the_model_was_pruned(tmp_path):
+    entry = models_zoo.load("mixtral")
+    entry.model.set_experts_implementation("batched_mm")  # asks nothing of the number of experts
+    config = fg.Config(sparsity=0.12, method="magnitude", kinds=("head",))
+    pruned = fg.prune(entry.model, entry.inputs, None, config)
+
+    loaded = fg.load(pruned.save(tmp_path / "small"))
+
+    assert pruned.report.params_after < pruned.report.params_before
+    with torch.no_grad():
+        expected, found = pruned.model(**entry.inputs).logits, loaded(**entry.inputs).logits
+    assert torch.equal(found, expected)

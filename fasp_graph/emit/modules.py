@@ -78,13 +78,11 @@ def _choose(search: _Search) -> dict[str, Way] | None:
     native: dict[str, Way] = {group.name: NATIVE for group in search.weights.groups}
     if search.agrees(native):
         return native
-    chosen: dict[str, Way] = {}
-    if not search.agrees(chosen):  # zeros do not stand for removed units of these kinds
-        chosen = {
-            g.name: NATIVE for g in search.weights.groups if g.kind not in ("chain", "bilinear")
-        }
-        if not search.agrees(chosen):
-            return None
+    chosen: dict[str, Way] | None = {}
+    if not search.agrees({}):
+        chosen = _beyond_zeros(search)
+    if chosen is None:
+        return None
     families: dict[str, list[Group]] = {}
     for group in search.weights.groups:
         if group.name not in chosen:
@@ -95,6 +93,21 @@ def _choose(search: _Search) -> dict[str, Way] | None:
             return None
         chosen |= found
     return chosen
+
+
+def _beyond_zeros(search: _Search) -> dict[str, Way] | None:
+    """A common way for the groups for which zeros do not stand, so that they cannot wait: a router
+    may choose an expert of zeros; then all but chains, such as the residual stream.
+    """
+    groups = search.weights.groups
+    routed = [g for g in groups if g.kind == "head" and not g.consumers]
+    for family in (routed, [g for g in groups if g.kind not in ("chain", "bilinear")]):
+        sets = attribute_sets(search.weights.model, family)
+        for way in (NATIVE, *(("attributes", *names) for names in sets)):
+            trial: dict[str, Way] = {group.name: way for group in family}
+            if family and search.agrees(trial):
+                return trial
+    return None
 
 
 def _ways_of(search: _Search, family: list[Group], chosen: dict[str, Way]) -> dict[str, Way] | None:

@@ -145,6 +145,7 @@ def _write(
         "format": FORMAT,
         "class": type(model).__name__ if _is_transformers(model) else None,
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        "experts": getattr(getattr(model, "config", None), "_experts_implementation", None),
         "plain": plain,
         "weights": weights,
         "settings": settings,

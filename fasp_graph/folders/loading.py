@@ -22,6 +22,7 @@ from .manifest import MANIFEST, checked_files, read_manifest
 
 _READ = ("config.json", "generation_config.json")
 _ATTENTION = ("eager", "sdpa")
+_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 _MISFITS = (
     *(RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError),
     ArithmeticError,
@@ -65,7 +66,8 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
     if name is None:
         raise FaspGraphError(
             f"{root} holds a model of the user's own class · help: load(folder, model=a fresh "
-            "dense instance)"
+            f"dense instance); on the command line {root.name}@package.module:factory, a function "
+            "that returns (model, inputs)"
         )
     import transformers
 
@@ -84,6 +86,8 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
         config = _config(root, found.config_class)
         if manifest.get("attention") in _ATTENTION:
             config._attn_implementation = manifest["attention"]
+        if manifest.get("experts") in _EXPERTS:  # each asks its own of the experts' sizes
+            config._experts_implementation = manifest["experts"]
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model: nn.Module = found(config)
         if (root / "generation_config.json").is_file():
@@ -102,7 +106,16 @@ def _config(root: Path, kind: Any) -> Any:
     """The dense configuration: config.json itself, or what it holds for a folder of ours."""
     held = read_object(root / "config.json")
     dense = held.get("dense") if held.get("model_type") == "fasp_graph" else None
-    return kind.from_dict(dense) if isinstance(dense, dict) else kind.from_pretrained(root)
+    return kind.from_dict(_floats(dense)) if isinstance(dense, dict) else kind.from_pretrained(root)
+
+
+def _floats(held: Any) -> Any:
+    """Numbers that JSON lacks, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(held, dict):
+        text = held.get("__float__")
+        plain = {name: _floats(value) for name, value in held.items()}
+        return float(text) if isinstance(text, str) and len(held) == 1 else plain
+    return [_floats(value) for value in held] if isinstance(held, list) else held
 
 
 def _check_emission(model: nn.Module, emission: dict[str, Any], state: dict[str, Tensor]) -> None:
