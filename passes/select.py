@@ -128,8 +128,8 @@ def _count(group: Group, ratio: float, step: int, min_keep: int) -> int:
 
 def steps(deps: DependencyGraph, groups: list[Group], align: int) -> dict[str, int]:
     """Group name -> what its kept counts per block are multiples of, so that all blocks together
-    keep a multiple of `align`; 1 where a block has fewer than four such steps. Chains inside stacked
-    weights, one matrix for each expert, keep a multiple of ROWS as well.
+    keep a multiple of `align`; 1 where a block has fewer than four such steps. Chains inside
+    stacked weights, one matrix for each expert, keep a multiple of ROWS as well.
     """
     routed = [g for g in deps.groups if g.kind == "head" and not g.consumers]
     stacked = {m.parameter for g in routed for m in g.members if m.dim == 0}
