@@ -34,6 +34,7 @@ from .corpora import (
 from .folders.huggingface import MANIFEST, load
 from .folders.lazyfolder import open_folder, return_freed_memory
 from .folders.manifest import checked_files, read_manifest
+from .inputs import quantised_by
 from .jsontext import read_object
 
 EXAMPLE = (
