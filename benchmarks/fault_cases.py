@@ -2,7 +2,8 @@
 
 full disk     a tmpfs too small for the folder where this process may mount one; else a limit on
               the size of a file
-altered       a byte of the weights changed, or their end cut off, at random: `load` refuses
+altered       a byte of weights or configuration changed, or the end cut off: `load` refuses
+resumes       runs with a journal, killed twice (benchmarks/fault_resume.py)
 two writers   two processes save to one folder, again and again: what is there is always whole
 lost rank     one of two processes of torchrun is killed: the other ends too, and says why
 """
@@ -24,7 +25,7 @@ import torch
 
 import fasp_graph as fg
 
-from . import faults
+from . import fault_resume, faults
 from .faults import PATIENCE, ROOT, Bench, Lost
 
 
@@ -33,8 +34,9 @@ def all_cases(found: Bench, seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
     return {
         "full disks": full_disks(found, draw, 6),
-        "altered weights refused": altered(found, draw, 200),
+        "altered files refused": altered(found, draw, 200),
         "saves by two writers": two_writers(found, 20),
+        **fault_resume.resumes(found, draw, 20),
         "lost ranks": sum(lost_rank(found, draw) for _ in range(3)),
     }
 
@@ -88,22 +90,21 @@ def _tmpfs(found: Bench) -> int:
 
 
 def altered(found: Bench, draw: random.Random, rounds: int) -> int:
-    """Changed and truncated weights; every second time the manifest states their new sha256, so
-    that only the file itself can tell. How many were refused, of those that had to be.
-    """
+    """Changed and truncated weights, every fourth time configurations; how many were refused."""
     folder = found.scratch / "altered"
     shutil.copytree(found.scratch / "later", folder, dirs_exist_ok=True)
-    weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    for _ in range(rounds):
+    for number in range(rounds):
+        path = folder / ("model.safetensors" if number % 4 else "config.json")
+        whole = path.read_bytes()
         at = draw.randrange(len(whole))
         flipped = whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
-        weights.write_bytes(draw.choice([whole[:at], flipped, whole + b"\0", flipped]))
+        path.write_bytes(draw.choice([whole[:at], flipped, whole + b"\0", flipped]))
         try:
             fg.load(folder)
         except fg.FaspGraphError:
+            path.write_bytes(whole)
             continue
-        raise Lost(f"weights altered at byte {at} pass load")
+        raise Lost(f"{path.name} altered at byte {at} passes load")
     shutil.rmtree(folder)
     return rounds
 

@@ -10,7 +10,7 @@ write   the same, at an event after the first one that writes
 After each kill: the source folder has the same bytes; the target is missing (only where none was),
 or is, byte for byte, the earlier folder or the new one; no draft beside it passes `load` with other
 weights. Then the run is repeated: it must give the same bytes as an undisturbed one, and sweep the
-draft away. The other faults are those of benchmarks/fault_cases.py.
+draft away. The other faults are those of benchmarks/fault_cases.py and fault_resume.py.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ class Bench:
         return self.scratch / "work" / "small"
 
 
-def source(folder: Path) -> nn.Module:
+def source(folder: Path, layers: int = 1) -> nn.Module:
     """A ConvNeXt of one layer, as transformers saves it: captured in a second."""
     torch.manual_seed(0)
-    config = transformers.ConvNextConfig(hidden_sizes=[8], depths=[1], num_stages=1, image_size=16)
+    sizes = {"hidden_sizes": [8], "depths": [layers], "num_stages": 1, "image_size": 16}
+    config = transformers.ConvNextConfig(**sizes)
     model: nn.Module = transformers.ConvNextModel(config).eval()
     model.save_pretrained(folder)
     return model
@@ -161,17 +162,17 @@ def bench(scratch: Path) -> Bench:
     model, target, log = scratch / "source", scratch / "work" / "small", scratch / "log"
     target.parent.mkdir(parents=True)
     fg.prune(source(model), torch.randn(2, 3, 16, 16), None, fg.Config(method="magnitude"))
-    _undisturbed(lambda: command(arguments(model, target, 0.15)), log)
+    undisturbed(lambda: command(arguments(model, target, 0.15)), log)
     shutil.copytree(target, scratch / "earlier")
     counted, started = scratch / "events", time.monotonic()
-    _undisturbed(lambda: command(arguments(model, target), _counting(counted)), log)
+    undisturbed(lambda: command(arguments(model, target), counting(counted)), log)
     seconds, names = time.monotonic() - started, counted.read_text().split()
     earlier, later = digests(scratch / "earlier"), digests(target)
     shutil.copytree(target, scratch / "later")
     return Bench(scratch, earlier, later, seconds, len(names), names.index("os.mkdir"))
 
 
-def _counting(path: Path) -> Callable[[int, str], None]:
+def counting(path: Path) -> Callable[[int, str], None]:
     """Writes each event's name into a file that is opened beforehand."""
     handle = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 
@@ -181,7 +182,7 @@ def _counting(path: Path) -> Callable[[int, str], None]:
     return note
 
 
-def _undisturbed(work: Callable[[], Any], log: Path) -> None:
+def undisturbed(work: Callable[[], Any], log: Path) -> None:
     if ended(forked(work, log)):
         raise Lost(f"an undisturbed run failed: {log.read_text()[-500:]}")
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks import fault_cases, faults
+from benchmarks import fault_cases, fault_resume, faults
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,13 @@ def test_a_full_disk_is_told_and_changes_nothing(bench):
     assert fault_cases.full_disks(bench, random.Random(0), 1) >= 1
 
 
-def test_altered_weights_do_not_load(bench):
+def test_a_run_that_is_killed_while_it_resumes_gives_the_same_bytes(bench):
+    counts = fault_resume.resumes(bench, random.Random(3), 2)
+
+    assert counts["kills while resuming"] >= 3 and counts["stops taken over"] >= 1
+
+
+def test_altered_files_do_not_load(bench):
     assert fault_cases.altered(bench, random.Random(0), 40) == 40
 
 
