@@ -1,5 +1,6 @@
 """Data: every form that the command line takes, and what it says when one is wrong."""
 
+import gzip
 import json
 from types import SimpleNamespace
 
@@ -76,6 +77,46 @@ def test_the_hub_is_asked_for_the_usual_split(monkeypatch, source):
     assert corpora.text_of(source) == corpora.text_of(source, evaluation=True) == "words"
     assert [split for _, split in asked][0] == "train"
     assert asked[1][1] == ("validation" if source == "c4" else "test")
+
+
+@pytest.mark.parametrize(
+    ("source", "folder", "suffixes"),
+    [
+        ("wikitext2", "wikitext-2-raw-v1", (".parquet", ".parquet")),
+        ("ptb", "penn_treebank", (".parquet", ".parquet")),
+        ("c4", "en", ("c4-train.00000-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz")),
+    ],
+)
+def test_the_usual_corpora_are_read_by_datasets_itself(
+    monkeypatch, tmp_path, source, folder, suffixes
+):
+    """Files laid out as on the hub, in a local folder that stands for the repository."""
+    import datasets
+
+    corpus, load = corpora.CORPORA[source], datasets.load_dataset
+    splits, files = (corpus.calibration, corpus.evaluation), {}
+    (tmp_path / folder).mkdir()
+    for split, suffix in zip(splits, suffixes, strict=True):
+        table = pyarrow.table({corpus.column: [f"words of {split}", "", "more"]})
+        name = suffix if source == "c4" else f"{split}-00000-of-00001{suffix}"
+        files[split] = str(tmp_path / folder / name)
+        if source != "c4":
+            parquet.write_table(table, files[split])
+            continue
+        with gzip.open(files[split], "wt") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
+    asked = dict(corpus.options.get("data_files", {}))
+    assert all(files[split].endswith(asked[split]) for split in asked)
+
+    def local(path, split, streaming, **options):
+        assert path == corpus.path and options.keys() <= {"name", "data_files", "revision"}
+        kind = "json" if source == "c4" else "parquet"
+        return load(kind, data_files=files, split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+
+    for evaluation, split in zip((False, True), splits, strict=True):
+        assert corpora.text_of(source, evaluation) == f"words of {split}\n\nmore"
 
 
 def test_without_a_network_the_error_says_what_to_pass(monkeypatch, target):
