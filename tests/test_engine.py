@@ -169,6 +169,27 @@ def test_a_channel_goes_with_all_rows_of_its_windows():
     assert [(g.size, g.members[-1].indices.shape[1]) for g in chains] == [(4, 9), (6, 1)]
 
 
+class Columns(nn.Module):
+    """Attention along columns: channels are split into heads, then into q, k and v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Conv1d(6, 24, 1), nn.Linear(12, 4)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(x.shape[0], 3, 8, x.shape[2]).split([2, 2, 4], 2)
+        scores = torch.einsum("bgci,bgcj->bgij", q, k).softmax(-1)
+        y = torch.einsum("bgij,bgcj->bgci", scores, v)
+        return self.o(y.reshape(x.shape[0], 12, -1).mT)
+
+
+def test_a_split_between_heads_and_places_stays():
+    deps = halved(Columns(), torch.randn(2, 6, 6), "chain", "bilinear", "head")
+
+    sizes = {g.kind: (g.size, g.blocks) for g in deps.groups if g.kind in ("chain", "bilinear")}
+    assert sizes == {"chain": (12, 3), "bilinear": (6, 3)}
+
+
 class EveryOther(Middle):
     """Only the even places of the hidden axis are overwritten."""
 
