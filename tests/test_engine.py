@@ -190,6 +190,31 @@ def test_a_split_between_heads_and_places_stays():
     assert sizes == {"chain": (12, 3), "bilinear": (6, 3)}
 
 
+class Stepping(nn.Module):
+    """Cells in a loop, one feeding the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTMCell(6, 10), nn.GRUCell(10, 8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h, c, g = (torch.zeros(x.shape[0], n) for n in (10, 10, 8))
+        for step in range(x.shape[1]):
+            h, c = self.first(x[:, step], (h, c))
+            g = self.second(h, g)
+        return self.out(g)
+
+
+def test_a_cell_takes_and_gives_the_same_places_of_its_state():
+    deps = halved(Stepping(), torch.randn(4, 3, 6), "bilinear")
+
+    found = {g.size: g for g in deps.groups if g.kind == "bilinear"}
+    assert set(found) == {10, 8}
+    rows = {m.parameter: m.indices.shape[1] for m in found[10].members}
+    assert rows["first.weight_ih"] == 4 and rows["second.weight_ih"] == 1
+
+
 class EveryOther(Middle):
     """Only the even places of the hidden axis are overwritten."""
 
