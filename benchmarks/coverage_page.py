@@ -1,8 +1,9 @@
 """coverage_page: rows of benchmarks.coverage -> benchmarks/results/coverage.json, docs/coverage.md.
 
-    python -m benchmarks.coverage_page [build/coverage.jsonl]
+    python -m benchmarks.coverage_page [build/coverage.jsonl] [--random]
 
-With rows: keep what the page needs of them. Without: write the page anew from what was kept.
+With rows: keep what the page needs of them, beside the types of earlier runs. Without: write the
+page anew from what was kept. The rows of a random order are counted by themselves as well.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ this page.
 
 {totals}
 
+{sample}
+
 *Verified*: every kind of group that the type has equals the masked dense model within {exact:.0e}.
 *Wrong*: a difference beyond that; the check after each prune reports it, nothing is written.
 A layer *has a chain* if the axis inside an MLP, or the values of an attention, can be pruned by
@@ -65,22 +68,33 @@ def main() -> None:
     """Write the results, if there are new rows, and the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rows", type=Path, nargs="?", help="the output of benchmarks.coverage")
+    parser.add_argument(
+        "--random", action="store_true", help="the rows are the first of a random order"
+    )
     parser.add_argument("--note", default="", help="how the types were chosen, if not all ran")
     options = parser.parse_args()
     if options.rows is not None:
         found = sorted(coverage.read(options.rows), key=lambda row: row["type"])
-        results = {**kept(found), "note": options.note}
+        before = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+        results = {**kept(found, before, options.random), "note": options.note}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(json.loads(RESULTS.read_text())))
 
 
-def kept(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page needs: versions, how many types there are, and a short form of each row."""
+def kept(
+    rows: list[dict[str, Any]], before: list[dict[str, Any]] | None = None, random: bool = False
+) -> dict[str, Any]:
+    """What the page needs: versions, how many types there are, and a short form of each row; of
+    the types in `before`, those that were not run anew.
+    """
+    anew = {row["type"] for row in rows}
+    short = [_short(row) | {"random": random} for row in rows]
+    held = [row for row in before or [] if row["type"] not in anew]
     return {
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
         "types": len(types()),
-        "rows": [_short(row) for row in rows],
+        "rows": sorted([*held, *short], key=lambda row: str(row["type"])),
     }
 
 
@@ -117,6 +131,7 @@ def page(results: dict[str, Any]) -> str:
         f"{len(rows)} of {results['types']} types were run.",
         note=results.get("note", ""),
         exact=coverage.EXACT,
+        sample=_sample([row for row in rows if row.get("random")]),
         totals=_markdown(("what", "types", "share"), _totals(rows)),
         layers=_markdown(("reason", "layers", "types"), _held(rows)),
         failures=_markdown(("reason", "types"), _failures(rows)),
@@ -142,6 +157,14 @@ def _totals(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
         ("a chain in each of them", len(whole), f"{_share(whole, layered)} of these"),
         ("wrong", sum(row["wrong"] for row in rows), ""),
     ]
+
+
+def _sample(rows: list[dict[str, Any]]) -> str:
+    """The same counts for the types of the random order: what they say holds for the others."""
+    if not rows:
+        return ""
+    lines = _markdown(("what", "types", "share"), _totals(rows))
+    return f"Of these, the {len(rows)} first of a random order of all types:\n\n{lines}"
 
 
 def _share(part: list[Any], whole: list[Any]) -> str:

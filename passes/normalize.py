@@ -141,7 +141,21 @@ def _chain(node: Node, dim: int) -> Chain | None:
     if shape is None or source is None or not all(isinstance(n, int) for n in shape[dim:]):
         return None
     splits = dim < len(shape) - 1 and len(shape) > len(source)
-    return (chain, at, dim) if splits and math.prod(shape[dim:]) > 0 else None
+    if not splits or math.prod(shape[dim:]) == 0 or _ends(source, math.prod(shape[dim + 1 :])):
+        return None
+    return chain, at, dim
+
+
+def _ends(source: tuple[Any, ...], inner: int) -> bool:
+    """Whether what lies inside the dim are whole dims of the source: then `dim` ends one, and its
+    parts are apart as they are.
+    """
+    size = 1
+    for number in reversed(source):
+        if size >= inner or not isinstance(number, int):
+            break
+        size *= number
+    return size == inner
 
 
 def _before(node: Node, dim: int) -> int | None:
@@ -183,7 +197,7 @@ def _replace(node: Node, chain: Chain, ranges: list[tuple[int, int]]) -> None:
     made: list[Node] = []
     with graph.inserting_before(node):
         flat = reshape.args[0]
-        if len(source) != dim + 1:
+        if [str(n) for n in source[:-1]] != [str(n) for n in shape[:dim]]:
             sizes = list(bind(reshape, reshape.args, reshape.kwargs).get("shape") or shape)
             if not all(isinstance(n, (int, Node)) for n in sizes[:dim]):
                 return

@@ -1,4 +1,4 @@
-"""Recurrent layers: LSTM, GRU and plain RNN cells as captured by torch.export.
+"""Recurrent layers: LSTM, GRU and plain RNN, whole or one step at a time (cells).
 
     w_ih (gates h) i, w_hh (gates h) k, b_ih, b_hh (gates h):  i is summed, k is summed, h = k
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import Arrays, Operand, Site, Value, along
+from .values import Arrays, Operand, Site, Value, along, varying
 from .visit import Visit
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -110,4 +110,32 @@ def _results(visit: Visit, last: Tensor, x: Value) -> list[Arrays]:
     return results
 
 
-HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = dict.fromkeys(GATES, recurrent)
+def one_step(visit: Visit) -> list[Arrays]:
+    """A cell: the state it takes and the state it gives lose the same places."""
+    names = [n for n in ("w_ih", "w_hh", "b_ih", "b_hh") if isinstance(visit.given[n], Value)]
+    params, nodes = [visit.given[n] for n in names], [visit.bound[n] for n in names]
+    hidden = _cell(visit, params, nodes, CELLS[visit.name])
+    x = visit.given["input"]
+    feature = len(x.shape) - 1
+    if feature in x.arrays:
+        _consume(visit, visit.bound["input"], feature, x.arrays[feature], params[0], nodes[0])
+    states = visit.given["hx"]
+    for state in states if isinstance(states, (list, tuple)) else [states]:
+        last = len(state.shape) - 1
+        visit.freeze([a for d, a in state.arrays.items() if d != last], "a state")
+        if last in state.arrays:
+            array = state.arrays[last]
+            for d in varying(array):
+                array = visit.labels.collapse(array, d) if d != last else array
+            visit.labels.unite(array.reshape(-1), hidden)
+    results = visit.all_fixed(f"an axis of {visit.name}")
+    for arrays, out in zip(results, visit.outs, strict=True):
+        arrays[out.dim() - 1] = along(hidden, out.dim() - 1, out.dim())
+    return results
+
+
+CELLS = {"lstm_cell": 4, "gru_cell": 3, "rnn_tanh_cell": 1, "rnn_relu_cell": 1}
+HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
+    **dict.fromkeys(GATES, recurrent),
+    **dict.fromkeys(CELLS, one_step),
+}

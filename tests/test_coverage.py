@@ -136,4 +136,11 @@ def test_what_is_kept_of_a_row(monkeypatch):
     assert [row["wrong"] for row in kept["rows"]] == [False, True]
     text = coverage_page.page(kept)
     assert "2 of 3 types were run" in text and "| wrong | 1 |" in text
+    more = coverage_page.kept([good | {"type": "none"}, bad], kept["rows"], random=True)
+    assert [(row["type"], row["random"]) for row in more["rows"]] == [
+        ("bert", False),
+        ("gpt2", True),
+        ("none", True),
+    ]
+    assert "the 2 first of a random order" in coverage_page.page(more)
     assert "| chain: VerificationError: differ by # | 1 |" in text

@@ -169,6 +169,52 @@ def test_a_channel_goes_with_all_rows_of_its_windows():
     assert [(g.size, g.members[-1].indices.shape[1]) for g in chains] == [(4, 9), (6, 1)]
 
 
+class Columns(nn.Module):
+    """Attention along columns: channels are split into heads, then into q, k and v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Conv1d(6, 24, 1), nn.Linear(12, 4)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(x.shape[0], 3, 8, x.shape[2]).split([2, 2, 4], 2)
+        scores = torch.einsum("bgci,bgcj->bgij", q, k).softmax(-1)
+        y = torch.einsum("bgij,bgcj->bgci", scores, v)
+        return self.o(y.reshape(x.shape[0], 12, -1).mT)
+
+
+def test_a_split_between_heads_and_places_stays():
+    deps = halved(Columns(), torch.randn(2, 6, 6), "chain", "bilinear", "head")
+
+    sizes = {g.kind: (g.size, g.blocks) for g in deps.groups if g.kind in ("chain", "bilinear")}
+    assert sizes == {"chain": (12, 3), "bilinear": (6, 3)}
+
+
+class Stepping(nn.Module):
+    """Cells in a loop, one feeding the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTMCell(6, 10), nn.GRUCell(10, 8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h, c, g = (torch.zeros(x.shape[0], n) for n in (10, 10, 8))
+        for step in range(x.shape[1]):
+            h, c = self.first(x[:, step], (h, c))
+            g = self.second(h, g)
+        return self.out(g)
+
+
+def test_a_cell_takes_and_gives_the_same_places_of_its_state():
+    deps = halved(Stepping(), torch.randn(4, 3, 6), "bilinear")
+
+    found = {g.size: g for g in deps.groups if g.kind == "bilinear"}
+    assert set(found) == {10, 8}
+    rows = {m.parameter: m.indices.shape[1] for m in found[10].members}
+    assert rows["first.weight_ih"] == 4 and rows["second.weight_ih"] == 1
+
+
 class EveryOther(Middle):
     """Only the even places of the hidden axis are overwritten."""
 
