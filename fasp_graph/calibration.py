@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,12 +12,16 @@ from torch.utils import _pytree as pytree
 
 from passes.capture import Args, Captured, as_args
 from passes.errors import CalibrationError, ConfigError
+from passes.lazy import is_lazy
 from passes.restore import TOWARDS
 from passes.score import NEEDS_DATA
 
 from .config import Config
+from .correction import PIECES
 from .scale.distributed import share, world
 from .scale.microbatch import cut, rows_apart, rows_of
+
+FEWER = {"outputs": PIECES, "residual": 2}  # repair -> batches that it needs, dearest first
 
 
 def needs_data(config: Config) -> bool:
@@ -101,11 +106,21 @@ def shared_batches(batches: list[Args], config: Config) -> list[Args]:
 def affordable(
     captured: Captured, batches: list[Args], config: Config
 ) -> tuple[list[Args], Config]:
-    """A single batch in halves, so that sensing costs half of it; else without the dense path."""
-    if len(batches) != 1 or not backward(config) or config.passes.restore not in TOWARDS:
+    """The batches in as many pieces as sensing and correcting on a share of them needs; else a
+    repair that needs fewer, unless the repair was asked for by name.
+    """
+    asked, rest = config.passes.restore, list(FEWER)
+    if not backward(config) or asked not in TOWARDS:
         return batches, config
-    if (rows_of(batches[0]) or 1) > 1 and rows_apart(captured):
-        return cut(batches[0], 2), config
+    apart = False
+    for name in [asked] if config.restore else rest[rest.index(asked) :]:
+        if name == "outputs" and not config.restore and is_lazy(captured.graph_module):
+            continue  # a backward pass holds all weights at once
+        pieces = math.ceil(FEWER.get(name, 2) / len(batches))
+        apart = apart or (pieces > 1 and rows_apart(captured))
+        if pieces == 1 or (apart and all((rows_of(b) or 1) >= pieces for b in batches)):
+            cuts = [piece for batch in batches for piece in cut(batch, pieces)]
+            return cuts, config if name == asked else replace(config, restore=name)
     return batches, config if config.restore else replace(config, restore="affine")
 
 

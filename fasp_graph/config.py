@@ -25,7 +25,7 @@ class Passes:
 
 
 METHODS: dict[str, Passes] = {
-    "best": Passes("obs", "residual", "sensitivity"),
+    "best": Passes("obs", "outputs", "sensitivity"),
     "fasp": Passes("fasp", "fasp"),
     "slimgpt": Passes("obs", "fasp"),
     "flap": Passes("flap", "bias", "standardised"),
@@ -46,7 +46,8 @@ class Config:
                and random from the literature (docs/accuracy.md)
     score      overrides the method's score: obs, fasp, wanda_l2, magnitude, flap, taylor,
                numerical, random
-    restore    overrides the method's repair: none, bias, fasp, affine, asymmetric, residual
+    restore    overrides the method's repair: none, bias, fasp, affine, asymmetric, residual,
+               outputs
     allocation overrides how the sparsity is spread over groups: uniform, sensitivity, curves,
                standardised, influence
     kinds      kinds of groups to prune: chain, bilinear (Q and K, scored by weight magnitude, not

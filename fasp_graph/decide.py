@@ -6,11 +6,13 @@
 With allocation=uniform the first three are skipped: the walk alone is one forward pass.
 Cost in plain forward passes over the calibration batches, a backward pass counting as two:
 
-    walk 1, the dense path beside it 1 (restore asymmetric, residual),
-    sense: 1/2 of the batches x 3 (allocation sensitivity, score taylor) or x 1 (the others)
+    walk 1, the dense path beside it 1 (restore asymmetric, residual, outputs),
+    sense: 1/2 of the batches (1/4 with restore outputs) x 3 (allocation sensitivity, score taylor)
+        or x 1 (the others)
+    restore outputs: 1/4 of the batches x 3, 1/8 x 4 (fasp_graph/correction.py)
 
-A single batch is halved along its rows; if it has but one, method="best" repairs with `affine`, so
-that no default costs more than 4.
+Few batches are cut along their rows; where they cannot be, method="best" repairs with `residual`
+or `affine`, so that no default costs more than 4.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from .calibration import (
     solving,
 )
 from .config import Config
+from .correction import corrected, correction_cost, sensed_on
 from .emit.layout import Said, settled
 from .scale.distributed import total
 from .scale.journal import Journal, fingerprint, open_journal, watch
@@ -131,20 +134,22 @@ def _room(config: Config) -> Room:
 def _sense(
     captured: Captured, found: dict[str, list[View]], batches: list[Args], config: Config
 ) -> dict[str, Sensed]:
-    """Dense statistics on every other batch, where they are needed."""
+    """Dense statistics on a share of the batches, where they are needed."""
     if not sensing(config):
         return {}
     sites = [view for several in found.values() for view in several]
-    return sense(captured.graph_module, batches[::2], sites, config.seed, backward(config))
+    chosen = [batches[number] for number in sensed_on(len(batches), config)]
+    return sense(captured.graph_module, chosen, sites, config.seed, backward(config))
 
 
 def _cost(job: Job, batches: int) -> float:
     config = job.config
     if not batches:
         return 0.0
-    share = len(range(0, batches, 2)) / batches if sensing(config) else 0.0
+    share = len(sensed_on(batches, config)) / batches if sensing(config) else 0.0
     dense = 1.0 * (config.passes.restore in TOWARDS)
-    return 1.0 + dense + share * (3 if backward(config) else 1) + _ahead(job)
+    after = correction_cost(batches) if config.passes.restore == "outputs" else 0.0
+    return 1.0 + dense + share * (3 if backward(config) else 1) + after + _ahead(job)
 
 
 def _ahead(job: Job) -> float:
@@ -192,6 +197,9 @@ def _walk(
     decided.weights = walk(
         module, batches if pending else [], pending, watched, report, _room(job.config)
     )
+    if dense is not None and towards == "outputs":
+        at = job.views, decided.kept, decided.weights
+        decided.weights = corrected(module, groups, *at, batches, dense)
 
 
 def _choose(
@@ -236,7 +244,7 @@ def _repair(
     stays[[*decided.kept[group.name], group.size]] = True
     gap = None
     if dense is not None and sum(view.parameter == v.parameter for v in several) == 1:
-        gap = drift(state, dense, view, method == "residual")
+        gap = drift(state, dense, view, method != "asymmetric")
     weight = state.weight(view.parameter).detach()
     offset = offset_of(view)
     bias = offset.read(state.weight(offset.name).detach()) if offset else None

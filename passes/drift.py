@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .observe import View, Walk, environments
@@ -61,11 +62,29 @@ class Twin:
             self.done += 1
         return self.walk.environments
 
+    @torch.no_grad()
+    def outputs(self, number: int) -> list[Tensor]:
+        """The dense model's floating-point outputs for one batch: the rest of its run."""
+        here = self.walk
+        rest = Walk(here.module, [dict(here.environments[number])], here.weights, here.room)
+        for node in self.nodes[self.done :]:
+            rest.step(node)
+        (end,) = (node for node in here.module.graph.nodes if node.op == "output")
+        leaves = pytree.tree_map(
+            lambda a: rest.value(rest.environments[0], a) if isinstance(a, Node) else a,
+            end.args,
+            is_leaf=lambda a: isinstance(a, Node),
+        )
+        found = [x for x in pytree.tree_leaves(leaves) if isinstance(x, Tensor)]
+        return [x for x in found if x.is_floating_point()]
+
 
 def twin(module: GraphModule, batches: Iterable[Args]) -> Twin:
     """A dense path at the start of the graph."""
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     last = {arg: node for node in nodes for arg in node.all_input_nodes}
+    for end in (node for node in module.graph.nodes if node.op == "output"):
+        last |= dict.fromkeys(end.all_input_nodes, end)
     return Twin(Walk(module, list(environments(module, batches))), nodes, last)
 
 

@@ -8,8 +8,10 @@ mean(diag G_KK).
     asymmetric  affine + F_:K (C_KK + dI)^-1,      F = cov(t - W x, x), b + mean(t - W x)
     residual    affine + F_:K (C_KK + dI)^-1 / 2
 
-The last two aim at t, what the dense model has there (passes/drift.py): asymmetric at the
-consumer's own output, residual at the sum that it enters. Half the way is what measured best:
+    outputs     residual, then one step of all consumers at once (passes/correct.py)
+
+These three aim at t, what the dense model has there (passes/drift.py): asymmetric at the
+consumer's own output, the others at the sum that it enters. Half the way is what measured best:
 all of it fits noise of the pruned path (docs/accuracy.md).
 
 b is changed only where the consumer has one; without, G takes the place of C and no bias is left.
@@ -25,8 +27,8 @@ from torch import Tensor
 from .drift import Drift
 from .observe import Moments
 
-RESTORES = ("none", "bias", "fasp", "affine", "asymmetric", "residual")
-TOWARDS = {"asymmetric": 1.0, "residual": 0.5}
+RESTORES = ("none", "bias", "fasp", "affine", "asymmetric", "residual", "outputs")
+TOWARDS = {"asymmetric": 1.0, "residual": 0.5, "outputs": 0.5}
 
 
 @dataclass(frozen=True)

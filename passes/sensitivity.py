@@ -16,7 +16,7 @@ loss gradients it replaces by output probes).
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,9 @@ from .capture import Args
 from .drift import rows_of, summand
 from .errors import CalibrationError
 from .observe import Moments, View, called, check_sums, environments
+
+Read = Callable[[str], Any]
+Watch = Callable[[Node, Callable[[Any], Any], Any], Any]
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,30 @@ def factor(metric: Tensor, damping: float = 1e-4) -> Tensor:
     return torch.linalg.cholesky(a + floor * identity).T
 
 
+def run(
+    module: GraphModule, environment: dict[Node, Any], read: Read, watch: Watch | None = None
+) -> list[Tensor]:
+    """Run one batch with the weights that `read` gives; its floating-point outputs. `watch(node,
+    value, result)` gives the result to go on with; `value(node)`: an earlier one.
+    """
+
+    def value(node: Any) -> Any:
+        if not isinstance(node, Node):
+            return node
+        return read(str(node.target)) if node.op == "get_attr" else environment[node]
+
+    for node in module.graph.nodes:
+        if node.op == "output":
+            leaves = pytree.tree_leaves(pytree.tree_map(value, node.args, is_leaf=_is_node))
+            return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+        if node.op != "call_function":
+            continue
+        args, kwargs = pytree.tree_map(value, (node.args, node.kwargs), is_leaf=_is_node)
+        result = called(node, args, kwargs)
+        environment[node] = watch(node, value, result) if watch else result
+    return []
+
+
 def _run(
     module: GraphModule,
     environment: dict[Node, Any],
@@ -99,29 +126,20 @@ def _run(
     """Run one batch; every consumer's output gets a zero summand to take the gradient at."""
     probes: dict[Node, Tensor] = {}
 
-    def value(node: Any) -> Any:
-        if not isinstance(node, Node):
-            return node
-        if node.op == "get_attr":
-            found = operator.attrgetter(str(node.target))(module)
-            return found.detach() if isinstance(found, Tensor) else found
-        return environment[node]
+    def read(name: str) -> Any:
+        found = operator.attrgetter(name)(module)
+        return found.detach() if isinstance(found, Tensor) else found
 
-    for node in module.graph.nodes:
-        if node.op == "output":
-            leaves = pytree.tree_leaves(pytree.tree_map(value, node.args, is_leaf=_is_node))
-            return probes, [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-        if node.op != "call_function":
-            continue
-        args, kwargs = pytree.tree_map(value, (node.args, node.kwargs), is_leaf=_is_node)
-        result = called(node, args, kwargs)
-        if node in sites:
-            _accumulate(sums, sites[node], value, result, environment)
-            if metric:
-                probes[node] = torch.zeros_like(result, requires_grad=True)
-                result = result + probes[node]
-        environment[node] = result
-    return probes, []
+    def watch(node: Node, value: Any, result: Any) -> Any:
+        if node not in sites:
+            return result
+        _accumulate(sums, sites[node], value, result, environment)
+        if not metric:
+            return result
+        probes[node] = torch.zeros_like(result, requires_grad=True)
+        return result + probes[node]
+
+    return probes, run(module, environment, read, watch)
 
 
 def _accumulate(

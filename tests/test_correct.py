@@ -1,0 +1,108 @@
+"""The step of all consumers at once, never taken where held-out rows speak against it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fasp_graph import Config, analyze, prune
+from passes.capture import as_args, capture
+from passes.consumers import offset_of, views
+from passes.correct import Sample, Site, _outputs, apart, correct, vocabularies
+from passes.removal import nodes_by_name
+from passes.rewrite import attribute
+
+
+class Words(nn.Module):
+    """Ids in, logits over the same ids out, through one MLP."""
+
+    def __init__(self, outputs=11):
+        super().__init__()
+        self.table, self.up = nn.Embedding(11, 8), nn.Linear(8, 24)
+        self.down, self.head = nn.Linear(24, 8), nn.Linear(8, outputs)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A model whose MLP lost 12 of 24 units without a repair: what `correct` needs to know."""
+    torch.manual_seed(0)
+    model = Words().eval()
+    ids = torch.randint(11, (6, 9))
+    captured = capture(model, ids)
+    module = captured.graph_module
+    deps = analyze(model, ids)
+    (group,) = [g for g in deps.groups if g.kind == "chain" and g.size == 24]
+    (view,) = views(group, deps, nodes_by_name(module.graph.nodes))
+    keep = torch.arange(24) < 12
+    weights = {"down.weight": model.down.weight.detach() * keep}
+
+    def read(name):
+        return weights.get(name, attribute(module, name).detach())
+
+    def samples(number):
+        with torch.no_grad():
+            made = [(x, model(x)) for x in torch.randint(11, (number, 6, 9))]
+        return [Sample(as_args(x), lambda y=y: [y]) for x, y in made]
+
+    return module, read, [Site(view, offset_of(view), keep)], samples
+
+
+def test_a_step_lowers_the_distance_and_leaves_removed_columns_at_zero(scene):
+    module, read, sites, samples = scene
+
+    found = correct(module, read, sites, samples(4), samples(2))
+
+    tried = dict(found.tried)
+    assert tried[found.rate] < 0.8 * tried[0.0]
+    assert set(found.weights) == {"down.weight", "down.bias"}
+    assert found.weights["down.weight"][:, 12:].abs().max() == 0
+    assert found.weights["down.weight"][:, :12].sub(read("down.weight")[:, :12]).abs().max() > 1e-4
+
+
+def test_no_step_is_taken_where_held_out_rows_want_another(scene):
+    module, read, sites, samples = scene
+    already = [Sample(s.batch, lambda s=s: _outputs(module, s.batch, read)) for s in samples(2)]
+
+    found = correct(module, read, sites, samples(4), already)
+
+    assert found.rate == 0.0 and found.weights == {}
+    assert all(lost > 0 for rate, lost in found.tried if rate)
+
+
+@pytest.mark.parametrize(("outputs", "form"), [(11, "kl"), (5, "squares")])
+def test_outputs_over_the_vocabulary_are_compared_as_distributions(outputs, form):
+    torch.manual_seed(0)
+    model, ids = Words(outputs).eval(), torch.randint(11, (6, 9))
+    words = vocabularies(capture(model, ids).graph_module)
+    dense, other = torch.randn(6, 9, outputs), torch.randn(6, 9, outputs)
+
+    found = apart([other], [dense], words)
+
+    logs = [x.log_softmax(-1) for x in (other, dense)]
+    exact = {
+        "kl": F.kl_div(*logs, log_target=True, reduction="sum"),
+        "squares": (other - dense).square().sum() / (2 * dense.square().mean()),
+    }
+    assert words == {11}
+    assert float(found) == pytest.approx(float(exact[form]), rel=1e-5)
+    assert float(apart([dense], [dense], words)) == pytest.approx(0, abs=1e-5)
+
+
+def test_best_ends_nearer_to_the_dense_model_than_without_the_step():
+    torch.manual_seed(0)
+    model = Words().eval()
+    batches = [torch.randint(11, (6, 9)) for _ in range(16)]
+    unseen = torch.randint(11, (40, 9))
+
+    def lost(restore):
+        small = prune(model, batches[0], batches, Config(sparsity=0.5, restore=restore))
+        with torch.no_grad():
+            return float(apart([small.model(unseen)], [model(unseen)], frozenset({11}))), small
+
+    (after, best), (before, _) = lost(None), lost("residual")
+    assert best.report.forward_passes == pytest.approx(4.0)
+    assert after < before
