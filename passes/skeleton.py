@@ -86,7 +86,7 @@ def fake_twin(model: nn.Module) -> nn.Module:
                 module._parameters[name] = fake(value, True)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = mode.from_tensor(buffer)
+                module._buffers[name] = mode.from_tensor(buffer, static_shapes=True)
     return twin
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import fasp_graph as fg
 from fasp_graph import cli, decide
@@ -19,6 +19,7 @@ from fasp_graph.folders.lazyfolder import open_folder
 from fasp_graph.folders.shards import folder_tensors, write_shard
 from fasp_graph.scale.journal import KEY, _begin, close, work_folder
 from fasp_graph.scale.streaming import prune_folder
+from passes.capture import capture, tensors
 from passes.errors import ConfigError, FaspGraphError
 from passes.lazy import Lazy, materialized
 
@@ -108,6 +109,21 @@ def test_what_cannot_be_streamed_is_refused(dense, tmp_path):
     os.truncate(partial / "model.safetensors", 5000)
     with pytest.raises(FaspGraphError, match="cut short"):
         open_folder(partial)
+
+
+def test_a_model_with_buffers_is_streamed(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 50}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()  # inv_freq is a buffer
+    model.save_pretrained(tmp_path)
+
+    captured = capture(open_folder(tmp_path), INPUTS)
+
+    assert captured.compared and captured.dynamic_shapes is not None
+    with torch.no_grad():
+        (found,) = tensors(captured.graph_module(**INPUTS))
+        assert torch.equal(found, model(**INPUTS).logits)
 
 
 def test_the_command_line_streams_folders_only(monkeypatch, capsys):

@@ -198,6 +198,7 @@ def _write_config(pruned: Pruned, folder: Path) -> bool:
         from .auto import FaspConfig
 
         dense = {**config.to_dict(), "architectures": [type(model).__name__]}
+        dense.pop("_name_or_path", None)  # where the dense model lay on this machine
         FaspConfig(dense=dense, architectures=["FaspModel"]).save_pretrained(folder)
         return False
     said.architectures = [type(model).__name__]
