@@ -99,12 +99,12 @@ def _changed(node: ast.AST) -> str | None:
 
 
 def _functions(module: Any) -> Iterator[types.FunctionType]:
-    """Functions and methods that a module defines."""
+    """Functions and methods written in a module's file (not those that dataclasses generate)."""
     for held in vars(module).values():
         inner = vars(held).values() if inspect.isclass(held) else (held,)
         for found in inner:
             found = getattr(found, "func", getattr(found, "fget", found))
-            if inspect.isfunction(found) and found.__module__ == module.__name__:
+            if inspect.isfunction(found) and found.__code__.co_filename == module.__file__:
                 yield found
 
 

@@ -7,7 +7,9 @@ programs     random programs, pruned at random, against two references (benchmar
 mutants      the compact graph or the engine broken on purpose (tests/mutants.py)
 bad_inputs   refused with a reason, or pruned exactly (tests/test_bad_input.py)
 readers      tests that fuzz readers and look at pages and sources (tests/test_fuzz.py, _security)
-faults       kills, full disks, altered weights, rivals, lost ranks (benchmarks/faults.py)
+faults       kills, resumed runs, full disks, altered files, rivals, lost ranks (faults.py)
+coverage     lines and branches that the whole suite runs: read from --coverage, which
+             `coverage json` wrote; none if there is no such file
 
 A part that is not named keeps the figures that the output file has. `--docs` writes the table of
 docs/trust.md from benchmarks/results/trust.json; a test holds the two together. Exit code 1 if
@@ -93,12 +95,34 @@ def all_faults(options: argparse.Namespace) -> Part:
     return {"kills": options.kills, "before the end": killed, "lost": 0, **counts, **others}
 
 
+def coverage(options: argparse.Namespace) -> Part:
+    """Package -> lines, branches, and how many of them the tests run."""
+    if not options.coverage.exists():
+        return {}
+    files = json.loads(options.coverage.read_text("utf-8"))["files"]
+    found: Part = {}
+    for package in ("passes", "fasp_graph"):
+        held = [file["summary"] for name, file in files.items() if name.startswith(f"{package}/")]
+        keys = ("num_statements", "covered_lines", "num_branches", "covered_branches")
+        found[package] = {key: sum(summary[key] for summary in held) for key in keys}
+    return found
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "faults": all_faults,  # it forks, so it comes before anything that starts threads
     "programs": programs,
     "mutants": mutants,
     "bad_inputs": bad_inputs,
     "readers": readers,
+    "coverage": coverage,
+}
+FAULTS = {  # counts of a fault -> name and outcome
+    "full disks": ("full disks", "old folder whole, one clear error"),
+    "altered weights refused": ("altered weights", "all refused"),
+    "altered files refused": ("altered weights and configurations", "all refused"),
+    "saves by two writers": ("saves by two writers at once", "one whole folder"),
+    "kills while resuming": ("kill -9 of runs that may resume", "the same bytes at the end"),
+    "lost ranks": ("ranks killed under torchrun", "the rest ends, the rank is named"),
 }
 
 
@@ -140,15 +164,20 @@ def table(found: dict[str, Part]) -> str:
             fault["kills"],
             f"{fault['lost']} lost; {fault['before the end']} hit before the run's end",
         ),
-        ("full disks", fault["full disks"], "old folder whole, one clear error"),
-        ("altered weights", fault["altered weights refused"], "all refused"),
-        ("saves by two writers at once", fault["saves by two writers"], "one whole folder"),
-        ("ranks killed under torchrun", fault["lost ranks"], "the rest ends, the rank is named"),
+        *((name, fault[key], said) for key, (name, said) in FAULTS.items() if key in fault),
         ("tests of readers, pages, sources", tested["passed"], f"{tested.get('failed', 0)} failed"),
+        *(_covered(name, held) for name, held in found.get("coverage", {}).items()),
     ]
     lines = [f"| {what} | {count:,} | {text} |" for what, count, text in rows]
     machine = found["machine"]
     return "\n".join(["| tried | count | outcome |", "|---|---|---|", *lines, "", machine["said"]])
+
+
+def _covered(name: str, held: Part) -> tuple[str, int, str]:
+    lines = held["covered_lines"] / held["num_statements"]
+    branches = held["covered_branches"] / held["num_branches"]
+    said = f"{lines:.1%} run by the tests; {branches:.1%} of {held['num_branches']:,} branches"
+    return f"lines of {name}/", held["num_statements"], said
 
 
 def page(text: str, found: dict[str, Part]) -> str:
@@ -170,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "trust.json")
+    parser.add_argument("--coverage", type=Path, default=ROOT / "build" / "coverage.json")
     parser.add_argument("--docs", action="store_true", help="write the table of docs/trust.md")
     options = parser.parse_args(argv)
     if options.docs:

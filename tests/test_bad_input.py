@@ -234,7 +234,6 @@ REFUSED = {
     "complex parameter": (lambda: run(with_parameter(torch.zeros(2, 2) + 1j)), "complex"),
     "integer parameter": (lambda: run(with_parameter(torch.zeros(2).int())), "is int32"),
     "lazy layer": (lambda: run(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 5))), "lazy"),
-    "weight_norm": (lambda: run(normed(parametrizations.weight_norm)), "no group can be pruned"),
     "spectral_norm": (lambda: run(normed(parametrizations.spectral_norm)), "no group can be"),
     "a DTensor": (lambda: sharded(lambda m: fully_shard(m)), "DTensor"),
     "flattened by FSDP": (lambda: sharded(flattened), "wrapped by FSDP"),
@@ -275,6 +274,7 @@ TAKEN = {
     "a weight that is expanded": lambda: laid_out(lambda w: w[:, :1].expand_as(w)),
     "a weight that is a window": lambda: laid_out(lambda w: torch.cat([w, w], 1)[:, 2:9]),
     "a parametrisation": parametrised,
+    "weight_norm": lambda: normed(parametrizations.weight_norm),
     "nested dicts": lambda: Calls(lambda m, x: {"a": {"b": [whole(m, x)]}}),
 }
 
