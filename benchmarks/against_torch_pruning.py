@@ -3,7 +3,7 @@
     pip install --no-deps torch-pruning
     python -m benchmarks.against_torch_pruning [--models gpt2,bert] [--output build/against.json]
 
-docs/comparison.md holds the table.
+Models that the output file holds are kept; `--page docs/comparison.md` writes the table there.
 
 Layers: each linear layer or convolution whose outputs fasp_graph finds prunable (chain or
 bilinear), one of those whose names differ by numbers only. Both tools are told nothing but the
@@ -35,7 +35,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -46,6 +45,8 @@ from passes.errors import FaspGraphError
 from passes.groups import Group
 from passes.removal import removal
 from passes.rewrite import rewrite
+
+from .accuracy_page import fill
 
 OUTCOMES = ("correct", "wrong", "nothing", "refused", "hang")
 KINDS = ("chain", "bilinear")
@@ -209,7 +210,7 @@ def result(parts: list[dict[str, Any]], names: list[str], seconds: int) -> dict[
         "torch": torch.__version__,
         "torch-pruning": importlib.metadata.version("torch-pruning"),
         "seconds": seconds,
-        "models": len(names),
+        "models": names,
         "layers": len(rows),
         "counts": counts(rows),
         "left_out": {name: why for part in parts for name, why in part["left_out"].items()},
@@ -217,26 +218,57 @@ def result(parts: list[dict[str, Any]], names: list[str], seconds: int) -> dict[
     }
 
 
+def earlier(path: Path) -> dict[str, Any]:
+    """What an earlier run found; models that it left out are tried again."""
+    if not path.is_file():
+        return {"models": [], "rows": [], "left_out": {}}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    models = [name for name in found["models"] if name not in found["left_out"]]
+    return {"models": models, "rows": found["rows"], "left_out": {}}
+
+
+def page_table(found: dict[str, Any]) -> str:
+    """The counts, and what makes the rows of a kind; as docs/comparison.md shows them."""
+    kinds = [("all", found["rows"])]
+    kinds += [(k, [row for row in found["rows"] if row["kind"] == k]) for k in KINDS]
+    lines = [f"| layers | tool | {' | '.join(OUTCOMES)} |", "|---" * (len(OUTCOMES) + 2) + "|"]
+    for kind, rows in kinds:
+        for tool, held in counts(rows).items():
+            cells = " | ".join(map(str, held.values()))
+            lines.append(f"| {kind} ({len(rows)}) | {tool} | {cells} |")
+    left = ", ".join(f"{name}: {why}" for name, why in found["left_out"].items()) or "none"
+    about = (
+        f"{len(found['rows'])} layers of {len(found['models'])} models; torch "
+        f"{found['torch'].partition('+')[0]}, Torch-Pruning {found['torch-pruning']}; "
+        f"{found['seconds']} s of processor time for each; left out: {left}."
+    )
+    return "\n".join([*lines, "", about])
+
+
 def main() -> None:
     """Compare, print the table, write JSON."""
     parser = argparse.ArgumentParser(description="Torch-Pruning and fasp_graph on the zoo.")
     parser.add_argument("--models", default=",".join(models_zoo.names()))
     parser.add_argument("--output", type=Path, default=Path("build/against.json"))
+    parser.add_argument("--page", type=Path, help="a page whose table is written anew")
     parser.add_argument("--seconds", type=int, default=10, help="of processor time for a layer")
     parser.add_argument("--limit", type=int, default=1800, help="seconds on the clock for a model")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.models.split(",")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    parts: list[dict[str, Any]] = []
-    for name in track(names, "models", console=Console(stderr=True)):
+    before = earlier(options.output)
+    parts, done = [before], before["models"]
+    for name in track([n for n in names if n not in done], "models", console=Console(stderr=True)):
         parts.append(apart(name, options.seconds, options.limit))
-        found = result(parts, names, options.seconds)
+        done = [*done, name]
+        found = result(parts, done, options.seconds)
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    table = Table("tool", *OUTCOMES, title=f"{len(found['rows'])} layers of {len(names)} models")
-    for tool, held in found["counts"].items():
-        table.add_row(tool, *map(str, held.values()))
-    Console().print(table)
+    found = result(parts, done, options.seconds)
+    if options.page is not None:
+        text = options.page.read_text(encoding="utf-8")
+        options.page.write_text(fill(text, "against", page_table(found)), encoding="utf-8")
+    print(page_table(found))
 
 
 if __name__ == "__main__":

@@ -206,10 +206,10 @@ def _show_dry_run(target: Target, options: Config, json: bool) -> None:
     )
     if not found.exact:
         wide_console().print(
-            f"The counts are those of uniform allocation. method={options.method} spreads the same "
+            f"The counts are those of uniform allocation. method={options.method} spreads the "
             f"sparsity over the groups by the calibration data (allocation="
-            f"{options.passes.allocation}), so a run keeps other numbers of each group; with "
-            "--allocation uniform it keeps these."
+            f"{options.passes.allocation}), so a run keeps other numbers of each group, and about "
+            "as many parameters; with --allocation uniform it keeps these."
         )
 
 

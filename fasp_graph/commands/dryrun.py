@@ -8,7 +8,7 @@
 A Gram matrix of a consumer with n columns costs 2 n^2 FLOPs a token, its own product 2 n m.
 
 Counts are those of uniform allocation. Where the method spreads the sparsity by the calibration
-data (`exact` is false), a run removes as much in all, but other numbers of each group.
+data (`exact` is false), a run removes about as much in all, and other numbers of each group.
 """
 
 from __future__ import annotations

@@ -17,14 +17,16 @@ HEADS = ("group", "kind", "units", "blocks", "members", "consumers", "reason")
 def groups_table(title: str, deps: DependencyGraph, frozen: bool) -> Table:
     """The prunable groups, and the frozen ones if asked; names as in passes/names.py."""
     result = Table(title=escape(title), title_justify="left")
-    for heading in HEADS:
-        result.add_column(heading, overflow="fold")
     alike: dict[Hashable, list[Group]] = {}
     for group in deps.groups:
         if group.kind != "frozen" or frozen:
             alike.setdefault(_form(group), []).append(group)
-    for held in alike.values():
-        result.add_row(*map(escape, _cells(held)))
+    rows = [_cells(held) for held in alike.values()]
+    heads = HEADS if any(row[-1] for row in rows) else HEADS[:-1]
+    for heading in heads:
+        result.add_column(heading, overflow="fold")
+    for row in rows:
+        result.add_row(*map(escape, row[: len(heads)]))
     return result
 
 
@@ -43,7 +45,7 @@ def _cells(groups: list[Group]) -> tuple[str, ...]:
     (name,) = folded(group.name for group in groups)
     return (
         *(name, first.kind, str(first.size), str(first.blocks)),
-        *(", ".join(folded(names)) for names in (members, consumers)),
+        *("\n".join(folded(names)) for names in (members, consumers)),
         first.reason,
     )
 
