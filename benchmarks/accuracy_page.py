@@ -25,6 +25,7 @@ TABLES = {
     "presets": ("presets", tuple(PRESETS), True),
     "other": ("presets", SHORT, False),
     "ablation": ("ablation", tuple(ABLATION), True),
+    "ablation of other text": ("ablation", tuple(ABLATION), False),
 }
 FIRST = {"accuracy", "heldout"}
 
