@@ -38,7 +38,9 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the larges
 HALF = 2e-2
 # All leaves of torch's tree specs are one object, of a class that is deprecated to build anew. A
 # graph holds its specs, so that a copy of a graph would build it: a copy of the leaf is the leaf.
-copyreg.pickle(type(pytree.tree_structure(0)), lambda leaf: (pytree.tree_structure, (0,)))
+_LEAF = type(pytree.tree_structure(0))
+if _LEAF is not pytree.TreeSpec:
+    copyreg.dispatch_table[_LEAF] = lambda _: (pytree.tree_structure, (0,))
 
 
 @dataclass(frozen=True)
