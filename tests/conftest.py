@@ -15,18 +15,6 @@ def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden listings")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests that share a model or a module's fixture run in one process (--dist loadgroup)."""
-    for item in items:
-        name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(found[-1].scope == "module" for found in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-        elif isinstance(name, str):
-            item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture
 def mlp():
     """Three linear layers with a ReLU between; a plain model of a user."""

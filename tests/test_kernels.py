@@ -9,7 +9,7 @@ from torch import nn
 
 from fasp_graph import Config, prune
 from passes.kernels import narrow, widen
-from passes.select import _count, step
+from passes.select import _count, _step
 
 attention = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -88,8 +88,11 @@ def test_a_graph_without_narrow_values_is_left_as_it_is():
 
 
 def test_blocks_keep_together_what_is_aligned():
+    def step(size, blocks, align):
+        return _step(SimpleNamespace(size=size, blocks=blocks, kind="chain", members=()), align, ())
+
     heads = SimpleNamespace(size=768, blocks=12, least=1)
-    assert step(heads, 16) == 4 and 12 * _count(heads, 0.36, 16, 1) == 480
-    assert step(heads, 1) == 1 and _count(heads, 0.36, 1, 1) == 41
-    assert step(SimpleNamespace(size=48, blocks=12, least=1), 64) == 1  # too coarse for 4 units
-    assert step(SimpleNamespace(size=3072, blocks=1, least=1), 64) == 64
+    assert step(768, 12, 16) == 4 and 12 * _count(heads, 0.36, 4, 1) == 480
+    assert step(768, 12, 1) == 1 and _count(heads, 0.36, 1, 1) == 41
+    assert step(48, 12, 64) == 1  # too coarse for 4 units
+    assert step(3072, 1, 64) == 64

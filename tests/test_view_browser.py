@@ -87,7 +87,8 @@ def test_a_click_on_a_weight_lights_what_goes_with_it(show, pruned):
     assert lit(browser, "member") == {mlp + "gate_proj", mlp + "up_proj"}
     assert lit(browser, "consumer") == {mlp + "down_proj"}
     detail = find(browser, "#detail")[0].text
-    assert mlp + "gate_proj.weight" in detail and "rows 0-79" in detail and "51 × 48" in detail
+    kept = pruned.model.model.layers[0].mlp.gate_proj.out_features
+    assert mlp + "gate_proj.weight" in detail and "rows 0-79" in detail and f"{kept} × 48" in detail
     assert mlp + "up_proj.weight" in detail
 
 

@@ -55,7 +55,7 @@ def say(desk, *words):
     return json.loads(done.stdout)
 
 
-def test_1_the_bundled_model(desk):
+def _the_bundled_model(desk):
     models = {row["name"] for row in say(desk, "zoo")}
     assert "zoo:opt" in models
 
@@ -78,7 +78,7 @@ def folders():
 
 
 @pytest.mark.parametrize(("folder", "text"), folders())
-def test_2_a_hugging_face_folder(desk, folder, text):
+def test_a_hugging_face_folder(desk, folder, text):
     asked = ("prune", folder, "--calibration", text, "--evaluation", text, "--length", 128)
     asked += ("--method", "fasp", "--sparsity", 0.2, "--windows", 16)
 
@@ -88,7 +88,7 @@ def test_2_a_hugging_face_folder(desk, folder, text):
     assert found["perplexity_after"] < 2 * found["perplexity_before"]
 
 
-def test_3_a_model_of_ones_own(desk):
+def _a_model_of_ones_own(desk):
     (desk / "mine.py").write_text(MINE)
 
     (desk / "options.toml").write_text('sparsity = 0.5\nallocation = "uniform"\n')
@@ -100,7 +100,7 @@ def test_3_a_model_of_ones_own(desk):
     assert found["verify_max_error"] < 1e-9
 
 
-def test_4_the_graph_and_the_report_in_a_browser(desk):
+def _the_graph_and_the_report_in_a_browser(desk):
     say(desk, "inspect", "mine:build", "--html", "graph.html")
     driver = chromium.start()
     try:
@@ -118,7 +118,7 @@ def test_4_the_graph_and_the_report_in_a_browser(desk):
         driver.quit()
 
 
-def test_5_the_result_in_onnx_runtime(desk):
+def _the_result_in_onnx_runtime(desk):
     say(desk, "export", "bundled", "bundled.onnx")
 
     session = onnxruntime.InferenceSession(str(desk / "bundled.onnx"))
@@ -131,3 +131,10 @@ def test_5_the_result_in_onnx_runtime(desk):
     asked = ("--runs", 2, "--no-memory", "--no-onnx")
     dense, small = say(desk, "bench", "zoo:opt", "bundled", *asked)
     assert small["flops"] < dense["flops"] and small["median"] > 0
+
+
+def test_a_newcomer_goes_all_the_way(desk):
+    _the_bundled_model(desk)
+    _a_model_of_ones_own(desk)
+    _the_graph_and_the_report_in_a_browser(desk)
+    _the_result_in_onnx_runtime(desk)

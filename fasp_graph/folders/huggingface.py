@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MANIFEST", "load", "push_to_hub", "resave", "save", "unique_state"]
 
+_MEASURED = ("seconds", "peak_memory", "peak_memory_cuda")  # what differs from run to run
 PLAIN = ("native", "attributes")  # ways that a class built from another configuration can repeat
 
 
@@ -152,7 +153,7 @@ def _write(
         "aliases": aliases,
         "emission": (Emission(ways=pruned.emission.ways) if plain else pruned.emission).to_dict(),
         "plan": pruned.plan.to_dict(),
-        "report": {key: held for key, held in report.items() if key != "seconds"},
+        "report": {key: held for key, held in report.items() if key not in _MEASURED},
         "versions": versions(),
         "files": sorted({*(path.name for path in folder.iterdir()), MANIFEST}),
     }
