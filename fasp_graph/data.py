@@ -34,7 +34,7 @@ from .corpora import (
 from .folders.huggingface import MANIFEST, load
 from .folders.lazyfolder import open_folder, return_freed_memory
 from .folders.manifest import checked_files, read_manifest
-from .inputs import quantised_by
+from .inputs import UNQUANTISED, quantised_by
 from .jsontext import read_object
 
 EXAMPLE = (
@@ -281,8 +281,7 @@ def _auto_model(text: str, local: bool) -> nn.Module:
         if method := quantised_by(config):
             raise FaspGraphError(
                 f"{text} is quantised ({method}), and what reads such weights is not here: "
-                f"{str(error).splitlines()[0]} · help: quantised models cannot be pruned; take it "
-                "in its original precision, prune it, then quantise the result"
+                f"{str(error).splitlines()[0]} · help: {UNQUANTISED}"
             ) from error
         raise FaspGraphError(
             f"{text} is no folder here and the hub gave no model: {str(error).splitlines()[0]} · "

@@ -198,8 +198,9 @@ def _walk(
         module, batches if pending else [], pending, watched, report, _room(job.config)
     )
     if dense is not None and towards == "outputs":
-        at = job.views, decided.kept, decided.weights
-        decided.weights = corrected(module, groups, *at, batches, dense)
+        decided.weights = corrected(
+            module, groups, job.views, decided.kept, decided.weights, batches, dense
+        )
 
 
 def _choose(

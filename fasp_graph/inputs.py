@@ -14,6 +14,8 @@ from passes.skeleton import has_numbers
 
 from .config import Config
 
+UNQUANTISED = "prune the model in its original precision, then quantise the result"
+
 
 def refuse_modelless(model: object) -> None:
     """CaptureError if what is given is no module, or has weights without numbers."""
@@ -33,8 +35,7 @@ def refuse_unmergeable(model: nn.Module) -> None:
     """CaptureError if weights are quantised, or low-rank adapters are not merged into them."""
     for name, what in _quantised(model):
         raise CaptureError(
-            f"{name} is {what}: quantised weights cannot be cut or repaired · help: prune the "
-            "model in its original precision, then quantise the result"
+            f"{name} is {what}: quantised weights cannot be cut or repaired · help: {UNQUANTISED}"
         )
     for name, module in model.named_modules():
         # PEFT's contract for a wrapped layer: `base_layer` holds the weight, `merged` tells

@@ -37,8 +37,7 @@ class Report:
     """Sizes in parameters, bytes and floating-point operations of one forward pass at the
     example inputs. `forward_passes`: what deciding cost, in plain forward passes over the
     calibration batches (a backward pass counts as two). `notes`: what the user should know of
-    this run, each with a way out.
-    calibration batches (a backward pass counts as two). `peak_memory`: bytes of resident memory
+    this run, each with a way out. `peak_memory`: bytes of resident memory
     that the process held at most during the run, all that was there before included;
     `peak_memory_cuda`: the allocator's peak, None without a GPU (fasp_graph/memory.py).
     """

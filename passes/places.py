@@ -189,8 +189,7 @@ def grouped_convolution(visit: Visit) -> list[Arrays]:
     if inner is None or out is None or visit.name.startswith("conv_transpose"):
         visit.freeze([a for a in (inner, *w.arrays.values()) if a is not None], "grouped")
         return [{**arrays, channel: visit.fixed("grouped")}]
-    for d in varying(inner):
-        inner = labels.collapse(inner, d) if d != channel else inner
+    inner = labels.alone(inner, channel)
     lanes = inner.expand([x.shape[d] if d == channel else 1 for d in range(rank)])
     lanes = lanes.reshape(groups, per_in)
     out = out.expand([outputs] + [1] * (out.dim() - 1)).reshape(groups, outputs // groups)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import Arrays, Operand, Site, Value, along, varying
+from .values import Arrays, Operand, Site, Value, along
 from .visit import Visit
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -80,9 +80,7 @@ def _cell(visit: Visit, params: list[Value], nodes: list[Any], gates: int) -> Te
 def _consume(
     visit: Visit, source: Any, dim: int, incoming: Tensor, weight: Value, node: Any
 ) -> None:
-    flat = incoming
-    for d in range(flat.dim()):
-        flat = visit.labels.collapse(flat, d) if d != dim else flat
+    flat = visit.labels.alone(incoming, dim)
     columns = weight.arrays[1]
     visit.labels.unite(flat.reshape(-1), columns.reshape(-1))
     if not visit.labels.is_fixed(incoming):
@@ -124,9 +122,7 @@ def one_step(visit: Visit) -> list[Arrays]:
         last = len(state.shape) - 1
         visit.freeze([a for d, a in state.arrays.items() if d != last], "a state")
         if last in state.arrays:
-            array = state.arrays[last]
-            for d in varying(array):
-                array = visit.labels.collapse(array, d) if d != last else array
+            array = visit.labels.alone(state.arrays[last], last)
             visit.labels.unite(array.reshape(-1), hidden)
     results = visit.all_fixed(f"an axis of {visit.name}")
     for arrays, out in zip(results, visit.outs, strict=True):

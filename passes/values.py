@@ -174,6 +174,12 @@ class Labels:
             self.unite(array.narrow(dim, 0, 1), array)
         return array.narrow(dim, 0, 1)
 
+    def alone(self, array: Tensor, dim: int) -> Tensor:
+        """`array` that varies along `dim` only: collapsed along every other dim."""
+        for other in range(array.dim()):
+            array = self.collapse(array, other) if other != dim else array
+        return array
+
     def meet(self, arrays: list[Tensor]) -> Tensor:
         """Arrays with the same home unite; a fixed one, else the one of fewest labels (united,
         the others say no more), stands for all.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .values import Arrays, varying
+from .values import Arrays, along
 from .visit import Visit
 
 
@@ -20,18 +20,15 @@ def _fixed_places(visit: Visit, channel: int) -> tuple[Arrays, Arrays]:
     value = next(visit.values())
     visit.freeze([a for d, a in value.arrays.items() if d > channel], f"a place of {visit.name}")
     lead = {d: a for d, a in value.arrays.items() if d < channel}
-    rank = len(visit.shape)
     places = {
         d: visit.fixed(f"a place of {visit.name}")
-        for d in range(channel + 1, rank)
+        for d in range(channel + 1, len(visit.shape))
         if visit.shape[d] > 1
     }
-    shape = [1] * rank
-    kept: Arrays = {}
-    for d, array in lead.items():
-        for inner in varying(array):
-            array = visit.labels.collapse(array, inner) if inner != d else array
-        kept[d] = array.reshape([array.shape[d] if k == d else n for k, n in enumerate(shape)])
+    kept = {
+        d: along(visit.labels.alone(array, d).reshape(-1), d, len(visit.shape))
+        for d, array in lead.items()
+    }
     return kept, places
 
 
@@ -41,8 +38,7 @@ def _channels(visit: Visit, channel: int) -> Arrays:
     array = value.arrays.get(channel)
     if array is None or visit.labels.is_fixed(array):
         return {} if array is None else {channel: array.reshape(-1)}
-    for d in varying(array):
-        array = visit.labels.collapse(array, d) if d != channel else array
+    array = visit.labels.alone(array, channel)
     return {channel: array.expand([n if k == channel else 1 for k, n in enumerate(value.shape)])}
 
 
@@ -55,8 +51,7 @@ def unfold(visit: Visit) -> list[Arrays]:
         times = math.prod(visit.given["kernel_size"])
         vector = array.reshape(-1)
         vector = vector.repeat_interleave(times) if len(vector) > 1 else vector
-        shape = [len(vector) if k == dim else 1 for k in range(len(visit.shape))]
-        result[dim] = vector.reshape(shape)
+        result[dim] = along(vector, dim, len(visit.shape))
     return [{d: a for d, a in result.items() if visit.shape[d] > 1}]
 
 
@@ -70,8 +65,7 @@ def fold(visit: Visit) -> list[Arrays]:
         if len(vector) > 1:
             rows = vector.reshape(visit.shape[dim], -1)
             vector = visit.labels.collapse(rows, 1).reshape(-1)
-        shape = [len(vector) if k == dim else 1 for k in range(len(visit.shape))]
-        result[dim] = vector.reshape(shape)
+        result[dim] = along(vector, dim, len(visit.shape))
     return [{d: a for d, a in result.items() if visit.shape[d] > 1}]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from passes.errors import FaspGraphError
 from passes.lazy import replace
 
-from ..inputs import quantised_by
+from ..inputs import UNQUANTISED, quantised_by
 from ..scale.skeleton import from_config
 from .shards import Stored, folder_tensors
 
@@ -36,7 +36,7 @@ def open_folder(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float
     if method := quantised_by(config):
         raise FaspGraphError(
             f"the weights in {root} are quantised ({method}) and cannot be cut or repaired · help: "
-            "take the model in its original precision, prune it, then quantise the result"
+            f"{UNQUANTISED}"
         )
     if (root / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(root)
@@ -65,7 +65,7 @@ def _promise_parameters(
         if parameter.is_floating_point() and not found.dtype.is_floating_point:
             raise FaspGraphError(
                 f"parameter {name}: {root} holds it as {found.dtype}, which stands for other "
-                "numbers · help: take the model in its original precision"
+                f"numbers · help: {UNQUANTISED}"
             )
         return found.lazy(dtype if parameter.is_floating_point() else None)
 

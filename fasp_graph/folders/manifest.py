@@ -22,7 +22,10 @@ FORMAT = 1
 MANIFEST = "fasp_graph.json"
 _PACKAGES = ("fasp-graph", "torch", "transformers", "safetensors")
 _WANTED: dict[str, type] = {
-    **{"weights": dict, "settings": dict, "aliases": dict, "emission": dict},
+    "weights": dict,
+    "settings": dict,
+    "aliases": dict,
+    "emission": dict,
     "files": list,
 }
 _PLAIN = re.compile(r"(?!\.\.?$)[^/\\\x00]+")
