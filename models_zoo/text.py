@@ -8,8 +8,10 @@ calibration.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import os
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -33,15 +35,22 @@ def split_of(module: str) -> Split:
 
 def documents(split: Split) -> list[str]:
     """Source texts of the standard library's modules in `split`, ordered by module name."""
+    paths = ((name, path) for name, path in _modules().items() if split_of(name) == split)
+    return [path.read_text(encoding="utf-8", errors="replace") for _, path in sorted(paths)]
+
+
+@functools.cache
+def _modules() -> dict[str, Path]:
+    """The standard library's modules by dotted name; skipped folders are not entered."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = {}
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        if not _SKIP.intersection(parts):
-            module = ".".join(parts)
-            if split_of(module) == split:
-                found[module] = path.read_text(encoding="utf-8", errors="replace")
-    return [found[module] for module in sorted(found)]
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in _SKIP]
+        for path in (Path(folder, file) for file in files if file.endswith(".py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if not _SKIP.intersection(parts):
+                found[".".join(parts)] = path
+    return found
 
 
 def token_stream(texts: list[str], tokenizer: Tokenizer) -> torch.Tensor:

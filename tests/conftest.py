@@ -8,11 +8,22 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+import models_zoo
+
 torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden listings")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """Tests of one named model run in one process, where it is captured once."""
+    for item in items:
+        name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+        if isinstance(name, str) and name in models_zoo.BUILDERS:
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture
