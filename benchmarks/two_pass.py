@@ -72,7 +72,7 @@ def _prune(module: nn.Module, gram: Tensor, ratio: float) -> None:
     """FASP's score and least squares; head balance is left out, which costs the reference less."""
     w, second = module.weight.detach().double(), gram.double()
     utility = w.abs().sum(0) * second.diagonal().sqrt()
-    keep = torch.zeros(len(utility), dtype=torch.bool)
+    keep = torch.zeros(len(utility), dtype=torch.bool, device=w.device)
     keep[utility.topk(round((1 - ratio) * len(utility))).indices] = True
     system = second[keep][:, keep]
     system.diagonal().add_(1e-2 * system.diagonal().mean())

@@ -98,9 +98,14 @@ def _result(
         seconds["median"],
         seconds["spread"],
         tokens / seconds["median"] if tokens else None,
-        peak_memory(target.source, batch, length) if eager and memory and target.source else None,
+        _memory(target, batch, length) if eager and memory and target.source else None,
         perplexity(target.model, target.heldout) if eager and target.heldout is not None else None,
     )
+
+
+def _memory(target: Target, batch: int, length: int) -> int:
+    device = next((held.device for held in target.model.parameters()), torch.device("cpu"))
+    return peak_memory(target.source, batch, length, str(device))
 
 
 def sample_inputs(target: Target, batch: int, length: int) -> Args:
@@ -111,12 +116,12 @@ def sample_inputs(target: Target, batch: int, length: int) -> Args:
         return args, kwargs
     high = int(found[0].max()) + 1
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, high, (batch, length), generator=generator)
+    ids = torch.randint(0, high, (batch, length), generator=generator).to(found[0].device)
 
     def resized(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape != found[0].shape:
             return value
-        return ids if value is found[0] else torch.ones(batch, length, dtype=value.dtype)
+        return ids if value is found[0] else torch.ones_like(ids, dtype=value.dtype)
 
     return tuple(map(resized, args)), {name: resized(value) for name, value in kwargs.items()}
 
@@ -151,19 +156,19 @@ def _onnx_call(target: Target, sample: Args, path: Path) -> Callable[[], Any]:
     return lambda: run_session(session, sample)
 
 
-def peak_memory(text: str, batch: int, length: int) -> int:
+def peak_memory(text: str, batch: int, length: int, device: str = "cpu") -> int:
     """Bytes by which a fresh process grows at most while it loads `text` and runs it once."""
-    command = [sys.executable, "-m", "fasp_graph.bench", text, str(batch), str(length)]
+    command = [sys.executable, "-m", "fasp_graph.bench", text, str(batch), str(length), device]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise FaspGraphError(f"measuring the memory of {text} failed: {done.stderr.strip()[-300:]}")
     return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_memory"])
 
 
-def _grown(text: str, batch: int, length: int) -> int:
+def _grown(text: str, batch: int, length: int, device: str) -> int:
     peaks.restart()
     before = peaks.peak_host() or 0
-    target = load_target(text)
+    target = load_target(text, device=device)
     sample = sample_inputs(target, batch, length)
     with torch.no_grad():
         target.model(*sample[0], **sample[1])
@@ -171,5 +176,5 @@ def _grown(text: str, batch: int, length: int) -> int:
 
 
 if __name__ == "__main__":
-    grown = _grown(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    grown = _grown(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     print(json.dumps({"peak_memory": grown}))

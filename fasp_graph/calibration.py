@@ -53,7 +53,7 @@ def batches_of(calibration: Any, inputs: Args, config: Config) -> list[Args]:
 
 def alike(batch: Args, inputs: Args, number: int) -> Args:
     """The batch with the entries of its dicts in the order of `inputs`, since a graph binds by
-    position; CalibrationError where names, counts or constants differ.
+    position, on their device; CalibrationError where names, counts or constants differ.
     """
     ordered = _ordered(batch, inputs)
     held, wanted = pytree.tree_flatten(ordered), pytree.tree_flatten(inputs)
@@ -66,7 +66,11 @@ def alike(batch: Args, inputs: Args, number: int) -> Args:
             f"calibration batch {number} is {_form(batch)}, but the model was captured with "
             f"{_form(inputs)} · help: give batches of the same form as `inputs`"
         )
-    return ordered
+    moved = [
+        new.to(old.device) if isinstance(new, Tensor) and isinstance(old, Tensor) else new
+        for new, old in zip(held[0], wanted[0], strict=True)
+    ]
+    return pytree.tree_unflatten(moved, held[1])  # type: ignore[no-any-return]
 
 
 def _ordered(value: Any, like: Any) -> Any:

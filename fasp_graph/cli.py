@@ -35,6 +35,7 @@ from .commands.recovering import recover_command
 from .commands.terminal import (
     DATA_HELP,
     Debug,
+    Device,
     Json,
     Length,
     Model,
@@ -142,6 +143,7 @@ def prune_command(
     resume: Annotated[
         bool, typer.Option(help="Go on where an interrupted run with this --output was.")
     ] = True,
+    device: Device = None,
     json: Json = False,
     debug: Debug = False,
     **flags: Any,
@@ -155,7 +157,7 @@ def prune_command(
     if output is not None:  # before hours of work
         refuse_foreign(output.resolve())
     with stages("load model and data"):
-        target = load_target(model, calibration, length, windows, evaluation, stream)
+        target = load_target(model, calibration, length, windows, evaluation, stream, device)
     if dry_run:
         _show_dry_run(target, options, json)
         return

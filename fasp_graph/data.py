@@ -11,16 +11,18 @@ owner/name                a model of the Hugging Face hub
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import models_zoo
 from passes.capture import as_args
-from passes.errors import CalibrationError, FaspGraphError
+from passes.errors import CalibrationError, ConfigError, FaspGraphError
 from passes.verify import fresh_inputs
 
 from .corpora import (
@@ -67,11 +69,14 @@ def load_target(
     count: int = 64,
     evaluation: Any = None,
     stream: bool = False,
+    device: str | None = None,
 ) -> Target:
     """The target that `text` names, with calibration and evaluation data of fasp_graph/corpora.py;
     `length`, `count`: tokens per window and windows (or images) at most. `stream`: a folder whose
-    weights are read one by one (fasp_graph/scale/streaming.py).
+    weights are read one by one (fasp_graph/scale/streaming.py). `device`: where model and example
+    inputs go.
     """
+    place = device_of(device, stream)
     if stream:
         target = _streamed(text)
     elif text.startswith("zoo:"):
@@ -91,7 +96,39 @@ def load_target(
         )
     if evaluation is not None:
         target = replace(target, heldout=heldout_tokens(target, str(evaluation), length, count))
-    return target
+    if place is None:
+        return target
+    model = target.model.to(place)
+    return replace(target, model=model, inputs=like_on(target.inputs, place))
+
+
+def device_of(text: str | None, stream: bool = False) -> torch.device | None:
+    """The device that `text` names, tried with one number; under torchrun each process on a
+    machine has its own GPU.
+    """
+    if text is None:
+        return None
+    if stream:
+        raise ConfigError("--stream computes on the CPU · help: leave --device out")
+    if text == "cuda":
+        text = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        place = torch.empty(1, device=text).device
+        torch.cuda.set_device(place) if place.type == "cuda" else None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # torch built without a device says so with an AssertionError
+        raise ConfigError(
+            f"device {text!r} cannot be used: {str(error).splitlines()[0]} · help: cpu, or cuda "
+            "with a torch built for it"
+        ) from error
+    if place.type == "meta":
+        raise ConfigError("device 'meta' holds no numbers · help: cpu, cuda")
+    return place
+
+
+def like_on(inputs: Any, place: torch.device) -> Any:
+    """`inputs` with their tensors on a device."""
+    return pytree.tree_map(lambda v: v.to(place) if isinstance(v, Tensor) else v, inputs)
 
 
 def folder_of(text: str) -> tuple[Path, str]:

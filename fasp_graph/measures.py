@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passes.capture import as_args, tensors
+from passes.capture import as_args, beside, tensors
 from passes.errors import CalibrationError, FaspGraphError
 
 
@@ -25,7 +25,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> float:
     """`batches`: (inputs, labels [B]); the model's first output is [B, classes]."""
     hits, count = 0, 0
     for inputs, labels in batches:
-        args, kwargs = as_args(inputs)
+        args, kwargs = beside(model, as_args(inputs))
         logits = tensors(model(*args, **kwargs))[0]
         if logits.dim() != 2 or labels.shape != logits.shape[:1]:
             raise FaspGraphError(
@@ -44,7 +44,7 @@ def embeddings(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """[texts, width], each of length one."""
     rows = []
     for batch in batches:
-        args, kwargs = as_args(batch)
+        args, kwargs = beside(model, as_args(batch))
         states = tensors(model(*args, **kwargs))[0].float()
         if states.dim() == 3:
             mask = kwargs.get("attention_mask")

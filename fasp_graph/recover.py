@@ -118,9 +118,10 @@ def train(
 def _trained(
     model: nn.Module, training: _Training, lora: int, seed: int, progress: Progress | None
 ) -> tuple[nn.Module, list[float]]:
-    """`model` itself after training, without adapters, and the losses; requires_grad and the mode
-    are put back.
+    """`model` itself after training, without adapters, and the losses; requires_grad, the mode
+    and the device are put back.
     """
+    device = next((held.device for held in model.parameters()), None)
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     mode = model.training
     with torch.random.fork_rng(devices=[]):
@@ -131,7 +132,7 @@ def _trained(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted[name])
         parameter.grad = None
-    return model.train(mode), losses
+    return model.to(device).train(mode), losses
 
 
 def _adapted(model: nn.Module, rank: int) -> nn.Module:

@@ -87,7 +87,7 @@ class GroupedAttention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, t, -1))
 
     def _turned(self, x: Tensor) -> Tensor:
-        angle = torch.arange(x.shape[2])[:, None] * self.rate
+        angle = torch.arange(x.shape[2], device=x.device)[:, None] * self.rate
         cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
         left, right = x.chunk(2, -1)
         return x * cos + torch.cat([-right, left], -1) * sin
@@ -110,7 +110,7 @@ class BiasedAttention(nn.Module):
             f(x).view(b, t, self.heads, c // self.heads).transpose(1, 2)
             for f in (self.q, self.k, self.v)
         )
-        place = torch.arange(t)
+        place = torch.arange(t, device=x.device)
         bias = self.bias(place[None] - place[:, None] + LENGTH).permute(2, 0, 1)
         y = (q @ k.transpose(2, 3) + bias).softmax(-1) @ v
         return self.out(y.transpose(1, 2).reshape(b, t, c))

@@ -127,7 +127,7 @@ class WaveNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, 1, T] -> [N, 8, T]."""
         x = self.stem(x)
-        total = torch.zeros(())
+        total = x.new_zeros(())
         for layer in self.layers:
             x, skip = layer(x)
             total = total + skip

@@ -97,7 +97,8 @@ class DiffusionUNet(nn.Module):
 
     def forward(self, x: Tensor, step: Tensor) -> Tensor:
         """[N, 3, H, W], [N] -> the noise [N, 3, H, W]."""
-        rate = torch.exp(-math.log(1e4) * torch.arange(self.width // 2) / (self.width // 2))
+        half = torch.arange(self.width // 2, device=x.device)
+        rate = torch.exp(-math.log(1e4) * half / len(half))
         angle = step[:, None] * rate
         time = self.embed(torch.cat([angle.sin(), angle.cos()], 1))
         high = self.down(self.stem(x), time)

@@ -75,6 +75,19 @@ def as_args(inputs: Any) -> Args:
     return pytree.tree_map(fresh, args)
 
 
+def beside(model: nn.Module, args: Args) -> Args:
+    """Tensors on the CPU moved to the model's accelerator, if it is on one."""
+    devices = {held.device for held in (*model.parameters(), *model.buffers())}
+    (device,) = devices if len(devices) == 1 else (None,)
+    if device is None or device.type in ("cpu", "meta"):
+        return args
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, Tensor) and leaf.device.type == "cpu" else leaf
+
+    return pytree.tree_map(move, args)
+
+
 def capture(
     model: nn.Module, inputs: Any, dynamic: bool | None = None, shapes: Any = None
 ) -> Captured:
@@ -84,7 +97,7 @@ def capture(
     another size can be tried (static capture takes half the time). `shapes`: the dynamic axes to
     ask for, in the form of torch.export; by default all that may be.
     """
-    args = as_args(inputs)
+    args = beside(model, as_args(inputs))
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args)):
         raise CaptureError(
             "inputs hold no tensor · help: pass a tensor, a tuple or a dict of tensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -196,9 +197,15 @@ def _index(edit: Edit) -> None:
     edit.become(aten.index_select.default, edit.source, indexed[0], held)
 
 
+def register(module: GraphModule, name: str, tensor: torch.Tensor) -> None:
+    """A new buffer, on the device of the module's weights."""
+    held = next(chain(module.parameters(), module.buffers()), tensor)
+    module.register_buffer(name, tensor.to(held.device), persistent=False)
+
+
 def hold(module: GraphModule, before: Node, name: str, tensor: torch.Tensor) -> Node:
     """A new buffer of the graph module, read just before a node."""
-    module.register_buffer(name, tensor, persistent=False)
+    register(module, name, tensor)
     with before.graph.inserting_before(before):
         return before.graph.get_attr(name)
 

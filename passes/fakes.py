@@ -1,4 +1,7 @@
-"""Shapes of results without numbers: what torch.export recorded, at the sizes of the example."""
+"""Shapes of results without numbers: what torch.export recorded, at the sizes of the example.
+
+All of them are on the CPU, wherever the model is: the analysis runs there.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,11 @@ from .values import Value
 
 
 def as_fake(fakes: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A fake tensor of this mode with the tensor's shape, strides and dtype."""
+    """A fake tensor of this mode with the tensor's shape, strides and dtype, on the CPU."""
     foreign = isinstance(tensor, FakeTensor) and tensor.fake_mode is not fakes
-    if foreign or isinstance(tensor, Lazy):
+    if foreign or isinstance(tensor, Lazy) or tensor.device.type != "cpu":
         with fakes:
-            return torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-            )
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     return tensor if isinstance(tensor, FakeTensor) else fakes.from_tensor(tensor)
 
 
@@ -46,9 +47,9 @@ def executed(fakes: FakeTensorMode, node: Node, args: Any) -> Any:
 
 
 def real_like(item: Any) -> Any:
-    """A creation op reads only dtype and device of its first argument."""
+    """A creation op reads only the dtype of its first argument."""
     if isinstance(item, FakeTensor):
-        return torch.empty(0, dtype=item.dtype, device=item.device)
+        return torch.empty(0, dtype=item.dtype)
     return item
 
 
@@ -63,7 +64,7 @@ def _from_meta(node: Node, fakes: FakeTensorMode) -> Any:
         return None
     with fakes:
         made = [
-            torch.empty(shape, dtype=leaf.dtype, device=leaf.device)  # type: ignore[arg-type]
+            torch.empty(shape, dtype=leaf.dtype)  # type: ignore[arg-type]
             for shape, leaf in zip(sizes, leaves, strict=True)
         ]
     return made[0] if isinstance(value, Tensor) else made

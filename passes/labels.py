@@ -124,7 +124,7 @@ class _Propagation:
                 reason = f"an index table without numbers: {node.target}"
                 fixed = self.labels.all_fixed(tensor.shape, reason)
                 return Value(as_fake(self.fakes, tensor), fixed)
-            return Value(as_fake(self.fakes, tensor), {}, tensor)
+            return Value(as_fake(self.fakes, tensor), {}, tensor.cpu())
         if id(tensor) not in self.seen:
             arrays = self.labels.arrays_for("parameter", str(node.target), tensor.shape)
             self.seen[id(tensor)] = Value(as_fake(self.fakes, tensor), arrays, weight=True)
@@ -140,6 +140,9 @@ class _Propagation:
 
     # ---------------------------------------------------------------- calls
     def _value(self, item: Any) -> Any:
+        """A node's value; every device is the CPU here (passes/fakes.py)."""
+        if isinstance(item, torch.device):
+            return torch.device("cpu")
         return self.labels.values[item] if isinstance(item, Node) else item
 
     def _call(self, node: Node) -> Any:

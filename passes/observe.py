@@ -9,6 +9,7 @@ so the walk costs one forward pass and holds only live activations.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -151,12 +152,13 @@ class Walk:
         total: Tensor | None = None
         tokens = 0
         for environment in self.environments:
-            rows = view.rows(self.value(environment, view.source), weight).to(torch.float32)
+            rows = summable(view.rows(self.value(environment, view.source), weight))
             if gram is None or total is None:
                 width = rows.shape[1]
-                gram, total = rows.new_zeros(width, width), rows.new_zeros(width)
+                zeros = functools.partial(rows.new_zeros, dtype=torch.float32)
+                gram, total = zeros(width, width), zeros(width)
             add_gram(gram, rows)
-            total += rows.sum(0)
+            total += rows.sum(0, dtype=torch.float32)
             tokens += len(rows)
         assert gram is not None and total is not None
         mirror(gram)
@@ -210,6 +212,14 @@ def called(node: Node, args: Any, kwargs: Any) -> Any:
         ) from error
 
 
+def summable(rows: Tensor) -> Tensor:
+    """Rows as `add_gram` takes them: float32; on a GPU half precision stays, since its products
+    are exact in the float32 that they are summed in.
+    """
+    exact = rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
+    return rows if exact else rows.to(torch.float32)
+
+
 def add_gram(gram: Tensor, rows: Tensor) -> None:
     """Add X^T X below the diagonal, block column by block column: (1 + 1/STRIPES) / 2 of the work
     of the whole product.
@@ -217,7 +227,11 @@ def add_gram(gram: Tensor, rows: Tensor) -> None:
     width = max(MIN_STRIPE, -(-len(gram) // STRIPES))
     for start in range(0, len(gram), width):
         stop = min(start + width, len(gram))
-        gram[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+        part, left, right = gram[start:, start:stop], rows[:, start:].T, rows[:, start:stop]
+        if rows.dtype == gram.dtype:
+            part.addmm_(left, right)
+        else:
+            part.copy_(torch.addmm(part, left, right, out_dtype=gram.dtype))
 
 
 def mirror(gram: Tensor) -> None:

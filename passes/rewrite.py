@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .constants import rejoin
-from .edits import EDITS, Edit, hold
+from .edits import EDITS, Edit, hold, register
 from .errors import UnsupportedOp, where
 from .removal import Cuts, Removal, is_constant, nodes_by_name, removal, sliced
 from .visit import bind, op_name
@@ -94,7 +94,7 @@ def _gather_constant(module: GraphModule, node: Node, cut: Removal) -> None:
             raise UnsupportedOp("a constant would be cut block by block")
         index = torch.nonzero(mask.reshape(-1)).reshape(-1)
         name = f"_kept_{node.name}_{dim}"
-        module.register_buffer(name, index, persistent=False)
+        register(module, name, index)
         with module.graph.inserting_after(last):
             held = module.graph.get_attr(name)
         with module.graph.inserting_after(held):
@@ -187,7 +187,7 @@ def _restrict(module: GraphModule, node: Node, cut: Removal) -> None:
         with graph.inserting_after(zero):
             joined = graph.call_function(aten.cat.default, ([wide, zero], dim))
         with graph.inserting_after(joined):
-            module.register_buffer(f"_out_{node.name}_{dim}", places, persistent=False)
+            register(module, f"_out_{node.name}_{dim}", places)
             held = graph.get_attr(f"_out_{node.name}_{dim}")
         with graph.inserting_after(held):
             wide = graph.call_function(aten.index_select.default, (joined, dim, held))

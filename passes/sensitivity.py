@@ -63,7 +63,8 @@ def sense(
     """Consumer node name -> Sensed. Batches run one after the other; `metric` asks for A."""
     sites = {view.node: view for view in views}
     sums: dict[str, _Sums] = {}
-    generator = torch.Generator().manual_seed(seed)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    generator = torch.Generator(device).manual_seed(seed)
     for environment in environments(module, batches):
         with torch.set_grad_enabled(metric):
             probes, outputs = _run(module, environment, sites, sums, metric)
@@ -178,7 +179,7 @@ def _backward(
     loss = torch.zeros(())
     for output in outputs:
         if output.requires_grad:
-            z = torch.randn(output.shape, generator=generator).to(output)
+            z = torch.randn(output.shape, generator=generator, device=generator.device).to(output)
             scale = output.detach().float().square().mean().sqrt().clamp_min(1e-12)
             loss = loss.to(output.device) + (output * z).float().sum() / scale
     if not loss.requires_grad:

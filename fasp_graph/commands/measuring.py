@@ -23,7 +23,18 @@ from ..exports.onnx_reduce import DTYPES
 from ..jsontext import to_json
 from ..measures import tasks
 from ..quality import Quality
-from .terminal import DATA_HELP, Debug, Json, Length, Model, Windows, show, stages, wide_console
+from .terminal import (
+    DATA_HELP,
+    Debug,
+    Device,
+    Json,
+    Length,
+    Model,
+    Windows,
+    show,
+    stages,
+    wide_console,
+)
 
 
 def eval_command(
@@ -50,6 +61,7 @@ def eval_command(
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; fewer than --length: overlap.")
     ] = None,
+    device: Device = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -57,7 +69,7 @@ def eval_command(
     similarity of embeddings; on images with labels accuracy; tasks.
     """
     with stages("load model and data"):
-        target = load_target(model)
+        target = load_target(model, device=device)
         quality = Quality(target, data, reference, length, windows, stride)
     args, kwargs = as_args(target.inputs)
     parameters, size = size_of(target.model)
@@ -92,12 +104,13 @@ def bench_command(
     runs: Annotated[int, typer.Option(help="Timed runs of each.", min=2)] = 15,
     onnx: Annotated[bool, typer.Option(help="Also in ONNX Runtime.")] = True,
     memory: Annotated[bool, typer.Option(help="Peak memory, in a process of its own.")] = True,
+    device: Device = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Compare models: alternating runs in torch and ONNX Runtime, median, spread, memory."""
     with stages("load models and data"):
-        targets = [load_target(model, evaluation=data) for model in models]
+        targets = [load_target(model, evaluation=data, device=device) for model in models]
     with stages("bench") as step:
         found = bench(targets, batch, length, runs, onnx, memory, step)
     if json:

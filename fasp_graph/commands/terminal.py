@@ -34,6 +34,10 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Length = Annotated[int, typer.Option(help="Tokens per window of text.", min=2)]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1, mps."),
+]
 Windows = Annotated[int, typer.Option(help="Windows of text, or images, at most.", min=1)]
 
 
