@@ -72,7 +72,7 @@ def test_half_precision_sums_are_those_of_float32():
         add_gram(gram, rows)
         mirror(gram)
         exact = 2 * rows.double().T @ rows.double()
-            assert float((gram - exact).abs().max() / exact.abs().max()) < 4e-6  # float32
+        assert float((gram - exact).abs().max() / exact.abs().max()) < 4e-6  # float32
 
 
 @pytest.mark.parametrize("name", TRAINED)
