@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(CASES))
     parser.add_argument("--output", type=Path, default=Path("build/accuracy.json"))
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", help="default: all of the table")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--missing", action="store_true", help="leave out what the file has")
@@ -149,7 +149,7 @@ def main() -> None:
         if case is None:
             console.print(f"{name} left out: its files are not here")
             continue
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             done = {key(row) for row in rows} if options.missing else set()
             for row in rows_of(case, options, seed, done):
                 print(row.model, row.variant, row.asked, row.scores, flush=True)

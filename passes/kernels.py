@@ -1,15 +1,19 @@
-"""kernels: the same numbers in shapes that fast kernels take.
+"""kernels: the same numbers in shapes and layouts that fast kernels take.
 
     attention(q, k, v) = attention(q, k, [v, 0]) without its last columns
+    attention(q, k, v) = attention(clone(q), clone(k), v)
 
 Where V is narrower than Q and K, torch's attention has no fused kernel and falls back to one that
 writes the whole matrix of attention weights. V is padded with zeros to the width of Q, and the
-zeros are cut off the result. `narrow` undoes it for runtimes that do not mind.
+zeros are cut off the result. Where Q, K and V are parts of one product of odd width, their rows
+begin at odd places, which GPU kernels refuse; such parts are copied first. `narrow` undoes both for
+runtimes that do not mind.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -22,39 +26,67 @@ from .capture import Args
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
 _MARK = "padded_value"
+_COPIED = "copied_rows"
+_ROWS = 8  # elements: rows that begin at multiples of 16 bytes in any precision
 
 
-class _Widths(Interpreter):
-    """Runs a graph and notes the last dims of Q and V at each attention."""
+class _Operands(Interpreter):
+    """Runs a graph and notes, at each attention, the last dims of Q and V where V is narrower, and
+    which operands have rows that begin at odd places.
+    """
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
-        self.found: dict[Node, tuple[int, int]] = {}
+        self.widths: dict[Node, tuple[int, int]] = {}
+        self.odd: dict[Node, list[Node]] = {}
 
     def run_node(self, n: Node) -> Any:
         if n.target is _ATTENTION:
-            query, _, value = (self.env[arg] for arg in n.args[:3] if isinstance(arg, Node))
-            if isinstance(query, Tensor) and isinstance(value, Tensor):
-                self.found[n] = (int(query.shape[-1]), int(value.shape[-1]))
+            operands = {arg: self.env[arg] for arg in n.args[:3] if isinstance(arg, Node)}
+            query, value = (self.env[arg] for arg in (n.args[0], n.args[2]))
+            if query.shape[-1] > value.shape[-1]:
+                self.widths[n] = (int(query.shape[-1]), int(value.shape[-1]))
+                operands.pop(n.args[2])  # padding copies it
+            self.odd[n] = [arg for arg, held in operands.items() if _odd(held)]
         return super().run_node(n)
+
+
+def _odd(value: Any) -> bool:
+    """Whether rows are parts of wider ones, and begin where rows of their own would not."""
+    if not isinstance(value, Tensor) or value.is_contiguous():
+        return False
+    unit = math.gcd(value.shape[-1], _ROWS)
+    return any(stride % unit for stride in value.stride()[:-1])
 
 
 @torch.no_grad()
 def widen(module: GraphModule, inputs: Args) -> GraphModule:
-    """Pad V where it is narrower than Q; `module` itself if nowhere. Its copy else."""
+    """Pad V where it is narrower than Q, copy operands with odd rows; `module` itself if nowhere.
+    Its copy else.
+    """
     if all(node.target is not _ATTENTION for node in module.graph.nodes):
         return module
     wide = copy.deepcopy(module)
-    runner = _Widths(wide)
+    runner = _Operands(wide)
     runner.run(*pytree.tree_leaves(inputs))
-    narrow_ones = {n: widths for n, widths in runner.found.items() if widths[1] < widths[0]}
-    if not narrow_ones:
+    if not runner.widths and not any(runner.odd.values()):
         return module
-    for node, (query, value) in narrow_ones.items():
+    for node, operands in runner.odd.items():
+        for operand in operands:
+            _copy(wide, node, operand)
+    for node, (query, value) in runner.widths.items():
         _pad(wide, node, query, value)
     wide.graph.lint()
     wide.recompile()
     return wide
+
+
+def _copy(module: GraphModule, node: Node, operand: Node) -> None:
+    with module.graph.inserting_before(node):
+        layout = {"memory_format": torch.contiguous_format}
+        own = module.graph.call_function(aten.clone.default, (operand,), layout)
+    own.meta = dict(operand.meta) | {_COPIED: True}
+    node.replace_input_with(operand, own)
 
 
 def _pad(module: GraphModule, node: Node, query: int, value: int) -> None:
@@ -73,8 +105,11 @@ def _pad(module: GraphModule, node: Node, query: int, value: int) -> None:
 
 
 def narrow(module: GraphModule) -> GraphModule:
-    """A copy without the padding of `widen`."""
+    """A copy without the padding and the copies of `widen`."""
     plain = copy.deepcopy(module)
+    for own in [node for node in plain.graph.nodes if node.meta.get(_COPIED)]:
+        own.replace_all_uses_with(own.args[0])
+        plain.graph.erase_node(own)
     for cut in [node for node in plain.graph.nodes if node.meta.get(_MARK)]:
         made = cut.args[0]
         padded = made.args[2]

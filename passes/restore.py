@@ -128,7 +128,7 @@ def _refit(
     system.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info):
-        step = torch.linalg.lstsq(system, right.T, driver="gelsd").solution.T
+        step = right @ torch.linalg.pinv(system, hermitian=True)
         right_met = step @ system
     else:
         del system

@@ -87,6 +87,33 @@ def test_a_graph_without_narrow_values_is_left_as_it_is():
     assert widen(dense, ((x,), {})) is dense
 
 
+class Fused(nn.Module):
+    """Q and K of 24, V of `width`, as one product."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(24, 48 + 3 * width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).split([24, 24, self.qkv.out_features - 48], -1)
+        q, k, v = (part.unflatten(-1, (3, -1)).transpose(1, 2) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_rows_of_a_product_of_odd_width_are_copied_before_the_attention():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    copies = {}
+    for width in (8, 7):
+        fused = Fused(width).double().eval()
+        graph = torch.export.export(fused, (x,)).module()
+        wide = widen(graph, ((x,), {}))
+        copies[width] = kinds(wide).count(torch.ops.aten.clone.default)
+        assert torch.allclose(wide(x), graph(x), rtol=0, atol=1e-14)
+        assert torch.ops.aten.clone.default not in kinds(narrow(wide))
+    assert copies == {8: 0, 7: 2}  # Q and K; V is padded, which copies it
+
+
 def test_blocks_keep_together_what_is_aligned():
     def step(size, blocks, align):
         return _step(SimpleNamespace(size=size, blocks=blocks, kind="chain", members=()), align, ())

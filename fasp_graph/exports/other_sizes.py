@@ -48,9 +48,10 @@ def _resized(value: Tensor, axes: list[bool], numerator: int, denominator: int) 
     for dim, free in enumerate(axes):
         if free:
             size = max(2, value.shape[dim] * numerator // denominator)
-            value = value.index_select(dim, torch.arange(size) % value.shape[dim])
+            places = torch.arange(size, device=value.device) % value.shape[dim]
+            value = value.index_select(dim, places)
     if value.is_floating_point():
-        return torch.randn(value.shape, dtype=value.dtype)
+        return torch.randn_like(value)
     if value.numel() and value.max() > 1:
         return value.roll(1, -1).contiguous()
     return value.contiguous()
