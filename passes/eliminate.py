@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+HOST = 256  # columns; a step on so few takes a GPU longer to start than a processor to do
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -158,19 +160,22 @@ def _greedy(
 ) -> list[tuple[int, float]]:
     """Up to `number` exact removals inside `units`: (position in `units`, s) of each."""
     parts = []
+    near = max(len(units) * state.per for state in states) <= HOST
+    place = torch.device("cpu") if near else units.device
     for state in states:
         columns = state.columns(units)
         weight = state.weight[:, columns]
-        parts.append((weight.T @ weight, state.inverse[columns][:, columns].clone(), state.per))
-    counts, owner = count.clone(), block[units]
-    gone = torch.zeros(len(units), dtype=torch.bool, device=units.device)
+        held = (weight.T @ weight, state.inverse[columns][:, columns].clone())
+        parts.append((*(matrix.to(place) for matrix in held), state.per))
+    counts, owner = count.to(place, copy=True), block[units].to(place)
+    gone = torch.zeros(len(units), dtype=torch.bool, device=place)
     found: list[tuple[int, float]] = []
     while len(found) < number:
         limit = min(removals, int(counts.min()) + 1) if even else removals
         open_ = ~gone & (counts < limit)[owner]
         if not bool(open_.any()):
             break
-        total = torch.zeros(len(units), dtype=torch.float64, device=units.device)
+        total = torch.zeros(len(units), dtype=torch.float64, device=place)
         for gram, inverse, per in parts:
             total += _scores(gram, inverse, per)
         unit = int(torch.where(open_, total, float("inf")).argmin())

@@ -28,7 +28,7 @@ _DEFERRED = {
 
 
 class Lazy(Tensor):
-    """A CPU tensor without storage. `read` is called for every op that needs the numbers. `mark`
+    """A tensor without storage. `read` is called for every op that needs the numbers. `mark`
     says where they come from, so that two promises can be compared without reading; may be ''.
     """
 
@@ -37,9 +37,16 @@ class Lazy(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, shape: Iterable[int], dtype: torch.dtype, read: Read, mark: str = "") -> Lazy:
-        """A promise of `shape` and `dtype`."""
-        made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device="cpu")
+    def __new__(
+        cls,
+        shape: Iterable[int],
+        dtype: torch.dtype,
+        read: Read,
+        mark: str = "",
+        device: torch.device | str = "cpu",
+    ) -> Lazy:
+        """A promise of `shape` and `dtype` on a device."""
+        made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         made.read, made.mark = read, mark
         return made  # type: ignore[no-any-return]
 
@@ -47,13 +54,17 @@ class Lazy(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _SAME:
-            return Lazy(args[0].shape, args[0].dtype, args[0].read, args[0].mark)
+            return _like(args[0])
         if func is aten._to_copy.default and kwargs.keys() <= {"dtype", "memory_format"}:
             dtype = kwargs.get("dtype") or args[0].dtype
-            return Lazy(args[0].shape, dtype, lambda: materialized(args[0]).to(dtype))
+            cast = args[0]
+            return Lazy(cast.shape, dtype, lambda: materialized(cast).to(dtype), device=cast.device)
         if func is aten.new_zeros.default:
             dtype, size = kwargs.get("dtype") or args[0].dtype, tuple(args[1])
-            return Lazy(size, dtype, lambda: torch.zeros(size, dtype=dtype))
+            place = args[0].device
+            return Lazy(
+                size, dtype, lambda: torch.zeros(size, dtype=dtype, device=place), device=place
+            )
         if func in _DEFERRED:
             return _later(func, args, kwargs)
         if func._schema.is_mutable and isinstance(args[0], Lazy):
@@ -62,12 +73,16 @@ class Lazy(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lazy:
         if id(self) not in memo:
-            held = Lazy(self.shape, self.dtype, self.read, self.mark)
+            held = _like(self)
             memo[id(self)] = parameter(held, self) if isinstance(self, nn.Parameter) else held
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Lazy({tuple(self.shape)}, {self.dtype})"
+
+
+def _like(held: Lazy) -> Lazy:
+    return Lazy(held.shape, held.dtype, held.read, held.mark, held.device)
 
 
 def _later(func: Any, args: Any, kwargs: Any) -> Lazy:
@@ -80,10 +95,12 @@ def _later(func: Any, args: Any, kwargs: Any) -> Lazy:
 
     options = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
     made = func(*pytree.tree_map(shell, args), **pytree.tree_map(shell, options))
+    place = next(a.device for a in pytree.tree_leaves(args) if isinstance(a, Lazy))
     return Lazy(
         made.shape,
         made.dtype,
         lambda: func(*pytree.tree_map(materialized, args), **pytree.tree_map(materialized, kwargs)),
+        device=place,
     )
 
 

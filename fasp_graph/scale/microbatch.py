@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.capture import Args, Captured, tensors
+from passes.precision import widened, widened_inputs
 from passes.rewrite import attribute
 from passes.verify import difference
 
@@ -90,13 +91,14 @@ def rows_apart(captured: Captured) -> bool:
     rows = rows_of(captured.inputs)
     if captured.dynamic_shapes is None or rows is None or rows < 2:
         return False
-    first = cut(captured.inputs, rows)[0]
+    inputs, module = widened_inputs(captured.inputs), widened(captured.graph_module)
+    first = cut(inputs, rows)[0]
     with torch.no_grad():
         try:
-            alone = _run(captured.graph_module, first)
+            alone = _run(module, first)
         except RuntimeError:  # sizes that the capture specialised
             return False
-        together = _run(captured.graph_module, captured.inputs)
+        together = _run(module, inputs)
     return all(
         whole.dim() > 0 and len(whole) == rows and difference(whole[:1], one) <= SAME
         for whole, one in zip(together, alone, strict=True)

@@ -1,0 +1,63 @@
+"""precision: a copy of a module that computes in a wider precision, weight by weight.
+
+    f16(x) = f(x) + rounding, which grows with depth until it hides what a comparison looks for
+
+Half-precision weights become promises that are widened where they are used (passes/lazy.py), so
+that the copy holds one wide weight at a time; other weights are shared.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from .lazy import Lazy, replace
+from .skeleton import shared_copy
+
+HALF = (torch.float16, torch.bfloat16)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def is_half(module: nn.Module) -> bool:
+    """Whether a parameter is in half precision."""
+    return any(held.dtype in HALF for held in module.parameters())
+
+
+def widened(module: Model) -> Model:
+    """A copy that computes in float32."""
+    wide = shared_copy(module)
+    if isinstance(wide, GraphModule):
+        state_dtypes(wide, HALF, torch.float32)
+    replace(wide, lambda _, held: _promise(held) if held.dtype in HALF else None)
+    for owner in wide.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.dtype in HALF:
+                owner._buffers[name] = buffer.float()
+    return wide
+
+
+def widened_inputs(args: Any) -> Any:
+    """Inputs for it."""
+    return pytree.tree_map(
+        lambda v: v.float() if isinstance(v, Tensor) and v.dtype in HALF else v, args
+    )
+
+
+def state_dtypes(module: GraphModule, old: tuple[torch.dtype, ...], new: torch.dtype) -> None:
+    """Every dtype of `old` that is burned into the graph becomes `new` (in place)."""
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = pytree.tree_map(
+                lambda a: new if isinstance(a, torch.dtype) and a in old else a,
+                (node.args, node.kwargs),
+            )
+    module.recompile()
+
+
+def _promise(held: Tensor) -> Tensor:
+    plain = held.detach()
+    return Lazy(held.shape, torch.float32, plain.float, device=held.device)
