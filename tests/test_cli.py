@@ -229,6 +229,25 @@ def test_peak_memory_is_of_a_fresh_process(monkeypatch):
         bench.peak_memory("zoo:none", 1, 8)
 
 
+def test_a_device_is_chosen_or_refused_with_a_reason(run):
+    one = ("--device", "cpu", "--json")
+    code, out, error = run("eval", "zoo:llama-random", *one)
+    assert code == 0 and json.loads(out)["parameters"], error
+    short = ("--runs", 2, "--length", 8, "--no-onnx", "--no-memory")
+    assert run("bench", "zoo:llama-random", *short, *one)[0] == 0
+    code, _, error = run("prune", "zoo:llama-random", "--method", "magnitude", *one)
+    assert code == 0, error
+    for device, reason in (
+        ("cuda:77", "device 'cuda:77' cannot be used"),
+        ("meta", "holds no numbers"),
+        ("gpu", "device 'gpu' cannot be used"),
+    ):
+        code, _, error = run("eval", "zoo:llama-random", "--device", device)
+        assert code == 2 and reason in error and "help: cpu, " in error
+    code, _, error = run("prune", "zoo:llama-random", "--stream", "--device", "cuda")
+    assert code == 2 and "--stream computes on the CPU · help: leave --device out" in error
+
+
 def test_shell_completion_offers_the_zoo():
     assert "zoo:resnet" in terminal.known_models("zoo:re")
     assert terminal.known_models("folder") == []

@@ -105,7 +105,7 @@ def test_a_lack_of_memory_is_not_taken_for_a_class_that_cannot(monkeypatch):
     def full(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 4 bytes")
 
-    monkeypatch.setattr("fasp_graph.emit.modules.same", full)
+    monkeypatch.setattr("fasp_graph.emit.modules.apart", full)
 
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         pruned("llama-random", method="magnitude")
