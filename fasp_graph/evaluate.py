@@ -35,10 +35,14 @@ def perplexity(
     """
     if tokens.dim() != 2 or tokens.shape[1] < 2 or not len(tokens):
         raise FaspGraphError(
-            f"perplexity needs tokens of shape [windows, length >= 2], not {tuple(tokens.shape)}"
+            f"perplexity needs tokens of shape [windows, length >= 2], not {tuple(tokens.shape)} · "
+            "help: stack windows of equal length, at least one"
         )
     if stride is not None and not 0 < stride < tokens.shape[1]:
-        raise FaspGraphError(f"stride={stride} must lie between 0 and {tokens.shape[1]}")
+        raise FaspGraphError(
+            f"stride={stride} must lie between 0 and {tokens.shape[1]} · help: it counts tokens "
+            "from one window's start to the next; without it windows lie side by side"
+        )
     training = model.training and not isinstance(model, GraphModule)
     device = next((p.device for p in model.parameters()), tokens.device)
     total, count = 0.0, 0
@@ -71,7 +75,8 @@ def call_with_tokens(model: nn.Module, tokens: Tensor) -> Any:
     if positional.num_children:
         if spec.num_leaves > 1:
             raise FaspGraphError(
-                "perplexity cannot fill the inputs of this graph: it takes several"
+                "perplexity cannot fill the inputs of this graph: it takes several · help: capture "
+                "it with input_ids only"
             )
         return model(tokens)
     filled: dict[str, Any] = {}
@@ -102,7 +107,7 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(found, Tensor) or found.dim() != 3:
         raise FaspGraphError(
             f"perplexity needs logits [batch, length, vocabulary]; the model returned "
-            f"{type(output).__name__}"
+            f"{type(output).__name__} · help: return them first, or as `logits`"
         )
     return found
 

@@ -104,9 +104,14 @@ def train(
     if not batches:
         raise CalibrationError("no data to recover on · help: give at least one batch of inputs")
     if tokens is not None and tokens < 1:
-        raise FaspGraphError(f"tokens={tokens} must be positive, or None")
+        raise FaspGraphError(
+            f"tokens={tokens} must be positive · help: leave it out to train on each batch once"
+        )
     if lora < 0 or not 0 <= weight <= 1 or learning_rate <= 0:
-        raise FaspGraphError("lora must be >= 0, weight between 0 and 1, learning_rate positive")
+        raise FaspGraphError(
+            f"lora={lora}, weight={weight}, learning_rate={learning_rate} · help: lora is a rank, "
+            "0 or more, weight lies between 0 and 1, learning_rate is positive"
+        )
     sizes = [_size(batch) for batch in batches]
     order = _order(sizes, tokens, seed)
     training = _Training(batches, distill, weight, order, learning_rate)

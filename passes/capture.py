@@ -245,7 +245,8 @@ def _compare(module: GraphModule, model: nn.Module, args: Args, free: dict[int, 
             if not _equal(left, right):
                 raise CaptureError(
                     f"the captured graph computes other numbers than the model, at "
-                    f"{factor} times the sample size"
+                    f"{factor} times the sample size · help: take out what forward draws at random "
+                    "or remembers from call to call, or report it with the model"
                 )
 
 

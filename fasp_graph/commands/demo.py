@@ -91,7 +91,10 @@ def run_demo(
     """Write a pruned folder, ONNX, graph.html and demo.json into `output`; return the rows."""
     target = target or load_target("zoo:llama")
     if target.heldout is None:
-        raise FaspGraphError(f"{target.name} has no held-out tokens, so the demo cannot measure it")
+        raise FaspGraphError(
+            f"{target.name} has no held-out tokens, so the demo cannot measure it · help: "
+            "zoo:llama and zoo:opt have some"
+        )
     heldout = target.heldout[:windows]
     target = replace(target, calibration=target.calibration[:BATCHES])
     written = min(sparsities, key=lambda value: abs(value - WRITTEN))

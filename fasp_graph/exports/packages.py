@@ -76,7 +76,8 @@ def _compare(
             if not error <= allowed:
                 raise VerificationError(
                     f"output {number}: the package and the graph differ by {error:.1e} (allowed "
-                    f"{allowed:.0e}); nothing was written"
+                    f"{allowed:.0e}); nothing was written · help: format='onnx' may do; please "
+                    "report it with the model"
                 )
 
 

@@ -34,7 +34,8 @@ def draft(path: Path, kind: str) -> Iterator[Path]:
         raise
     except Exception as error:  # exporters raise errors of many unrelated types
         raise FaspGraphError(
-            f"the graph cannot be written as {kind}: {str(error).strip()[:600]}"
+            f"the graph cannot be written as {kind}: {str(error).strip()[:600]} · help: another "
+            "format may do"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
