@@ -201,8 +201,9 @@ def _show_dry_run(target: Target, options: Config, json: bool) -> None:
         result.add_row(escape(name), str(found.sizes[name]), str(count))
     wide_console().print(result)
     wide_console().print(
-        f"parameters {found.params_before:,} -> {found.params_after:,}, {found.sparsity:.1%} of "
-        f"those in scope; {len(found.frozen)} groups frozen; about {found.expected_seconds:.0f} s"
+        f"parameters {found.params_before:,} -> {found.params_after:,}, {found.removed:.1%} of all "
+        f"and {found.sparsity:.1%} of those in scope; {len(found.frozen)} groups frozen; about "
+        f"{found.expected_seconds:.0f} s"
     )
     if not found.exact:
         wide_console().print(
@@ -222,6 +223,8 @@ def _figures(target: Target, pruned: Pruned) -> dict[str, Any]:
     }
     times = {} if is_lazy(target.model) else latency(calls, repeats=5, warmup=1)
     found: dict[str, Any] = {f"latency_ms_{k}": t["median"] * 1e3 for k, t in times.items()}
+    if times:
+        found["latency_inputs"] = pruned.report.inputs
     if target.heldout is not None:
         found["perplexity_before"] = perplexity(target.model, target.heldout)
         found["perplexity_after"] = perplexity(pruned.model, target.heldout)

@@ -41,7 +41,9 @@ LAYOUTS = ("free", "uniform")
 class Config:
     """Options of `prune`.
 
-    sparsity   removed share of the parameters in scope (passes/select.py)
+    sparsity   removed share of the parameters in scope: all of the layers that a chain, bilinear or
+               head group goes through, pruned or not. The share of the whole model is smaller: of
+               a language model embeddings, norms and output head are not in scope
     method     preset of (score, restore, allocation): best; fasp, slimgpt, flap, wanda, magnitude
                and random from the literature (docs/accuracy.md)
     score      overrides the method's score: obs, fasp, wanda_l2, magnitude, flap, taylor,

@@ -57,7 +57,12 @@ def test_prune_eval_and_export_a_folder(run, tmp_path):
 
     code, out, error = run("eval", folder, "--json")
     assert code == 0, error
-    assert json.loads(out)["parameters"] == report["params_after"] < report["params_before"]
+    found = json.loads(out)
+    assert found["parameters"] == report["params_after"] < report["params_before"]
+    assert found["inputs"] == report["inputs"] == report["latency_inputs"] == "input_ids [3, 11]"
+    assert found["flops"] == report["flops_after"] and found["latency_ms"] > 0
+    code, _, error = run("export", folder, tmp_path / "other")
+    assert code == 2 and "other must end in .onnx · help: other.onnx" in error
 
     code, out, error = run(
         *("export", folder, tmp_path / "small.onnx", "--cache", "--dtype", "float16", "--json"),
@@ -109,6 +114,8 @@ def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
     kept = {group["name"]: group["kept"] for group in report["groups"]}
     assert plan["keep"].keys() == kept.keys() and plan["expected_seconds"] > 0
     words = run(*asked, "--dry-run")[1]
+    assert 0 < plan["removed"] == report["removed"]
+    assert f"{plan['removed']:.1%} of all and {plan['sparsity']:.1%} of those in scope" in words
     assert plan["exact"] and "Plan, nothing pruned" in words and "a run keeps other" not in words
 
 

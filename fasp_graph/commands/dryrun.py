@@ -47,7 +47,12 @@ class DryRun:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return dict(vars(self))
+        return {**vars(self), "removed": self.removed}
+
+    @property
+    def removed(self) -> float:
+        """The removed share of all parameters; `sparsity` is that of those in scope."""
+        return 1 - self.params_after / self.params_before
 
 
 def dry_run(target: Target, config: Config) -> DryRun:

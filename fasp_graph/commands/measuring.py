@@ -15,7 +15,7 @@ from passes.capture import as_args
 
 from ..bench import bench
 from ..data import load_target
-from ..evaluate import flops, latency, size_of
+from ..evaluate import flops, latency, shapes_of, size_of
 from ..exports.export import FORMATS as EXPORTS
 from ..exports.export import Options, export_source, source_of
 from ..exports.onnx import EXTERNAL_DATA_BYTES
@@ -71,8 +71,9 @@ def eval_command(
             "model": target.name,
             "parameters": parameters,
             "bytes": size,
+            "inputs": shapes_of(args, kwargs),
             "flops": flops(target.model, args, kwargs),
-            "latency_seconds": latency({"model": call})["model"]["median"],
+            "latency_ms": latency({"model": call})["model"]["median"] * 1e3,
         }
         figures |= quality.measure()
         if task:

@@ -79,7 +79,7 @@ def export_graph(
     """Write any captured graph as ONNX: the work of `export_onnx`."""
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     external = size > form.external_data_bytes
-    with draft(path, "ONNX") as made:
+    with draft(path, "ONNX", ".onnx") as made:
         program = _program(module, inputs, dynamic_shapes, form)
         program.model.metadata_props.update(metadata or {})
         program.save(made, external_data=external)
