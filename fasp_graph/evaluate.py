@@ -67,6 +67,15 @@ def perplexity(
     return math.exp(mean) if mean < 700 else math.inf
 
 
+def spread(windows: Tensor, count: int) -> Tensor:
+    """At most `count` of the windows [N, T], evenly over all: the first ones are of one kind of
+    text, where the text is made of many files.
+    """
+    if count >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
 def call_with_tokens(model: nn.Module, tokens: Tensor) -> Any:
     """Call a language model on ids [B, T], in the way in which a graph module was captured."""
     spec = getattr(model, "_in_spec", None) if isinstance(model, GraphModule) else None

@@ -13,7 +13,7 @@ from passes.errors import ConfigError
 
 from .corpora import factory, image_files, is_factory, refuse_missing, text_of
 from .data import Target, image_inputs, like, load_target, windows_of
-from .evaluate import perplexity
+from .evaluate import perplexity, spread
 from .measures import accuracy, similarity
 
 
@@ -49,7 +49,7 @@ class Quality:
         if tokens is None and self.data is not None:
             tokens = self._windows(self.data)
         elif tokens is None and self.target.heldout is not None:
-            tokens = self.target.heldout[: self.windows]
+            tokens = spread(self.target.heldout, self.windows)
         if tokens is None:
             return {}
         overlap = None if self.stride in (None, tokens.shape[1]) else self.stride

@@ -33,7 +33,7 @@ from passes.errors import FaspGraphError
 
 from ..config import Config
 from ..data import Target, load_target
-from ..evaluate import flops, latency, perplexity, size_of
+from ..evaluate import flops, latency, perplexity, size_of, spread
 from ..exports.onnx import export_graph, export_onnx, onnx_session, run_session
 from ..folders.huggingface import save
 from ..jsontext import to_json
@@ -95,7 +95,7 @@ def run_demo(
             f"{target.name} has no held-out tokens, so the demo cannot measure it · help: "
             "zoo:llama and zoo:opt have some"
         )
-    heldout = target.heldout[:windows]
+    heldout = spread(target.heldout, windows)
     target = replace(target, calibration=target.calibration[:BATCHES])
     written = min(sparsities, key=lambda value: abs(value - WRITTEN))
     output.mkdir(parents=True, exist_ok=True)
