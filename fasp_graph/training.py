@@ -49,9 +49,8 @@ class Training:
             )
         if self.lora < 0 or not 0 <= self.weight <= 1 or self.learning_rate <= 0:
             raise FaspGraphError(
-                f"lora={self.lora}, weight={self.weight}, learning_rate={self.learning_rate} cannot "
-                "be · help: lora is a rank, 0 or more; weight lies between 0 and 1; learning_rate is "
-                "positive"
+                f"lora={self.lora}, weight={self.weight}, learning_rate={self.learning_rate}: out "
+                "of range · help: lora is a rank >= 0, weight in 0..1, learning_rate positive"
             )
 
 
