@@ -36,7 +36,7 @@ import torch
 
 from .soak import ROOT  # importing it puts tests/ on sys.path
 
-CORE = ("labels", "axes", "moves", "couple", "rewrite", "select", "restore")
+CORE = ("labels", "axes", "moves", "couple", "blocks", "rewrite", "select", "restore")
 TESTS = ("test_restore.py", "test_select.py", "test_passes.py")
 PROGRAMS = tuple(range(40, 44))  # seeds of tests/programs.py
 PATIENCE = 300  # seconds for programs and tests; a mutant that hangs is noticed

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import fasp_graph as fg
 from fasp_graph import bench, cli, data
-from fasp_graph.commands import demo, terminal
+from fasp_graph.commands import demo, inspecting, pruning, terminal
 
 PERPLEXITIES = ("perplexity_before", "perplexity_after")
 
@@ -172,7 +172,7 @@ def test_prune_writes_a_report_and_a_picture(run, tmp_path):
 
 
 def test_a_foreign_folder_is_refused_before_any_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "load_target", None)  # would be work
+    monkeypatch.setattr(pruning, "load_target", None)  # would be work
     (tmp_path / "notes.txt").write_text("mine")
 
     code, _, error = run("prune", "zoo:llama-random", "--output", tmp_path)
@@ -280,7 +280,7 @@ def test_a_card_names_no_path_of_this_machine(tmp_path):
     texts.mkdir()
     target = data.Target("small", torch.nn.Linear(2, 2), None, [None], source=str(tmp_path))
 
-    facts = cli._facts(target, str(texts), "wikitext2", dict.fromkeys(PERPLEXITIES, 2.0))
+    facts = pruning._facts(target, str(texts), "wikitext2", dict.fromkeys(PERPLEXITIES, 2.0))
 
     assert facts["model"] == tmp_path.name
     assert facts["calibration data"] == "texts, 1 batches"
@@ -325,7 +325,7 @@ def test_an_error_inside_is_one_message_and_exit_code_1(run, monkeypatch):
     def broken(*_):
         raise KeyError("the inside")
 
-    monkeypatch.setattr(cli, "analyze", broken)
+    monkeypatch.setattr(inspecting, "analyze", broken)
     code, out, error = run("inspect", "zoo:resnet")
 
     assert code == 1 and out == ""
@@ -336,7 +336,7 @@ def test_an_interrupt_is_exit_code_130(run, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "analyze", stopped)
+    monkeypatch.setattr(inspecting, "analyze", stopped)
 
     assert run("inspect", "zoo:resnet")[0] == 130
 
