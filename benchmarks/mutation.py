@@ -36,8 +36,8 @@ import torch
 
 from .soak import ROOT  # importing it puts tests/ on sys.path
 
-CORE = ("labels", "axes", "moves", "couple", "rewrite", "select", "restore")
-TESTS = ("test_restore_errors.py", "test_passes.py")
+CORE = ("labels", "axes", "moves", "couple", "blocks", "rewrite", "select", "restore")
+TESTS = ("test_restore.py", "test_select.py", "test_passes.py")
 PROGRAMS = tuple(range(40, 44))  # seeds of tests/programs.py
 PATIENCE = 300  # seconds for programs and tests; a mutant that hangs is noticed
 OTHER: dict[type, type] = {

@@ -136,7 +136,10 @@ def _alike(targets: list[Target]) -> None:
     forms = {tuple(sorted(as_args(target.inputs)[1])) for target in targets}
     if len(forms) > 1:
         names = ", ".join(target.name for target in targets)
-        raise FaspGraphError(f"{names} take inputs of other names, so they cannot be compared")
+        raise FaspGraphError(
+            f"{names} take inputs of other names, so they cannot be compared · help: bench each by "
+            "itself"
+        )
 
 
 def _torch_call(target: Target, sample: Args) -> Callable[[], Any]:
@@ -161,7 +164,10 @@ def peak_memory(text: str, batch: int, length: int, device: str = "cpu") -> int:
     command = [sys.executable, "-m", "fasp_graph.bench", text, str(batch), str(length), device]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise FaspGraphError(f"measuring the memory of {text} failed: {done.stderr.strip()[-300:]}")
+        raise FaspGraphError(
+            f"measuring the memory of {text} failed: {done.stderr.strip()[-300:]} · help: "
+            "--no-memory leaves it out"
+        )
     return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_memory"])
 
 

@@ -41,7 +41,9 @@ LAYOUTS = ("free", "uniform")
 class Config:
     """Options of `prune`.
 
-    sparsity   removed share of the parameters in scope (passes/select.py)
+    sparsity   removed share of the parameters in scope: all of the layers that a chain, bilinear or
+               head group goes through, pruned or not. The share of the whole model is smaller: of
+               a language model embeddings, norms and output head are not in scope
     method     preset of (score, restore, allocation): best; fasp, slimgpt, flap, wanda, magnitude
                and random from the literature (docs/accuracy.md)
     score      overrides the method's score: obs, fasp, wanda_l2, magnitude, flap, taylor,
@@ -95,11 +97,21 @@ class Config:
         for kind in self.kinds:
             _one_of("kinds", kind, KINDS)
         if not 0 < self.sparsity < 1:
-            raise ConfigError(f"sparsity={self.sparsity} must lie between 0 and 1, both excluded")
+            raise ConfigError(
+                f"sparsity={self.sparsity} must lie between 0 and 1, both excluded · help: it is a "
+                "share: 0.3 removes 30% of the parameters in scope"
+            )
         if self.max_memory is not None and self.max_memory < 1:
-            raise ConfigError(f"max_memory={self.max_memory} bytes must be positive, or None")
-        if self.align < 1 or self.min_keep < 1 or self.ridge < 0:
-            raise ConfigError("align and min_keep must be at least 1, ridge at least 0")
+            raise ConfigError(
+                f"max_memory={self.max_memory} is no number of bytes above 0 · help: say "
+                "2000000000 for 2 GB, or leave it out to hold all activations in memory"
+            )
+        for name, low in (("align", 1), ("min_keep", 1), ("ridge", 0)):
+            if (held := getattr(self, name)) < low:
+                raise ConfigError(
+                    f"{name}={held} is too small · help: at least {low}; the default is "
+                    f"{getattr(Config, name)}"
+                )
 
     @property
     def passes(self) -> Passes:

@@ -78,7 +78,10 @@ def text_of(source: str, evaluation: bool = False) -> str:
 def refuse_missing(source: str) -> None:
     """CalibrationError if `source` names a file or folder that is not there."""
     if _is_path(source) and not Path(source).exists():
-        raise CalibrationError(f"cannot read {source}: no such file or folder")
+        raise CalibrationError(
+            f"cannot read {source}: no such file or folder · help: paths count from the working "
+            "folder"
+        )
 
 
 def _is_path(source: str) -> bool:
@@ -99,8 +102,10 @@ def _joined(pieces: Iterable[str], source: str) -> str:
 
 def _lacking(path: Path) -> str:
     if path.is_dir():
-        return f"no file with text in it ends in {', '.join(sorted(TABLES | TEXTS))}"
-    return "it is empty · help: give a file with text in it" if path.exists() else "no rows came"
+        endings = ", ".join(sorted(TABLES | TEXTS))
+        return f"no file with text in it ends in {endings} · help: rename or convert its files"
+    reason = "it is empty" if path.exists() else "no rows came"
+    return f"{reason} · help: give a file with text in it"
 
 
 def _folder(path: Path) -> Iterator[str]:
@@ -118,7 +123,9 @@ def _file(path: Path) -> Iterator[str]:
         else:
             yield path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise CalibrationError(f"cannot read {path}: {error.strerror or error}") from error
+        raise CalibrationError(
+            f"cannot read {path}: {error.strerror or error} · help: give a file that can be read"
+        ) from error
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -135,7 +142,7 @@ def _parquet(path: Path) -> Iterator[str]:
         for batch in table.iter_batches(columns=["text"]):
             yield from (str(row) for row in batch.column(0).to_pylist() if row)
     except pyarrow.ArrowInvalid as error:
-        raise CalibrationError(f"{path} is not parquet: {error}") from error
+        raise CalibrationError(f"{path} is not parquet: {error} · help: fetch it again") from error
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -146,7 +153,10 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise CalibrationError(f"{path}:{number} is not JSON: {error}") from error
+                raise CalibrationError(
+                    f"{path}:{number} is not JSON: {error} · help: one object a line, "
+                    '{"text": "..."}'
+                ) from error
             if not isinstance(row, dict) or "text" not in row:
                 raise CalibrationError(
                     f"{path}:{number} has no key `text` · help: one object a line, "
@@ -183,7 +193,10 @@ def factory(text: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise FaspGraphError(f"cannot import {text}: {error}") from error
+        raise FaspGraphError(
+            f"cannot import {text}: {error} · help: package.module:name, importable from "
+            "the working folder or installed"
+        ) from error
 
 
 def is_factory(text: str) -> bool:

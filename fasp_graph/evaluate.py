@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from passes.capture import tensors
 from passes.errors import FaspGraphError
 
 
@@ -35,10 +36,14 @@ def perplexity(
     """
     if tokens.dim() != 2 or tokens.shape[1] < 2 or not len(tokens):
         raise FaspGraphError(
-            f"perplexity needs tokens of shape [windows, length >= 2], not {tuple(tokens.shape)}"
+            f"perplexity needs tokens of shape [windows, length >= 2], not {tuple(tokens.shape)} · "
+            "help: stack windows of equal length, at least one"
         )
     if stride is not None and not 0 < stride < tokens.shape[1]:
-        raise FaspGraphError(f"stride={stride} must lie between 0 and {tokens.shape[1]}")
+        raise FaspGraphError(
+            f"stride={stride} must lie between 0 and {tokens.shape[1]} · help: it counts tokens "
+            "from one window's start to the next; without it windows lie side by side"
+        )
     training = model.training and not isinstance(model, GraphModule)
     device = next((p.device for p in model.parameters()), tokens.device)
     total, count = 0.0, 0
@@ -62,6 +67,15 @@ def perplexity(
     return math.exp(mean) if mean < 700 else math.inf
 
 
+def spread(windows: Tensor, count: int) -> Tensor:
+    """At most `count` of the windows [N, T], evenly over all: the first ones are of one kind of
+    text, where the text is made of many files.
+    """
+    if count >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
 def call_with_tokens(model: nn.Module, tokens: Tensor) -> Any:
     """Call a language model on ids [B, T], in the way in which a graph module was captured."""
     spec = getattr(model, "_in_spec", None) if isinstance(model, GraphModule) else None
@@ -71,7 +85,8 @@ def call_with_tokens(model: nn.Module, tokens: Tensor) -> Any:
     if positional.num_children:
         if spec.num_leaves > 1:
             raise FaspGraphError(
-                "perplexity cannot fill the inputs of this graph: it takes several"
+                "perplexity cannot fill the inputs of this graph: it takes several · help: capture "
+                "it with input_ids only"
             )
         return model(tokens)
     filled: dict[str, Any] = {}
@@ -102,7 +117,7 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(found, Tensor) or found.dim() != 3:
         raise FaspGraphError(
             f"perplexity needs logits [batch, length, vocabulary]; the model returned "
-            f"{type(output).__name__}"
+            f"{type(output).__name__} · help: return them first, or as `logits`"
         )
     return found
 
@@ -141,6 +156,14 @@ def flops(
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         module(*args, **(kwargs or {}))
     return int(counter.get_total_flops())
+
+
+def shapes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """What FLOPs and latency are told of: `input_ids [3, 17]`, or `[3, 17]` without a name."""
+    named = [("", args), *kwargs.items()]
+    return ", ".join(
+        f"{name} {list(tensor.shape)}".strip() for name, held in named for tensor in tensors(held)
+    )
 
 
 def size_of(module: nn.Module) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 from passes.errors import FaspGraphError
 
 LARGEST = 1 << 28  # bytes of a file: every kept unit of a 400B model, several times
+_DAMAGED = "help: the file is damaged or another's; fetch its folder again"
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -21,14 +22,20 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > LARGEST:
-            raise FaspGraphError(f"{path} has {size:,} bytes; at most {LARGEST:,} are read")
+            raise FaspGraphError(
+                f"{path} has {size:,} bytes; at most {LARGEST:,} are read · {_DAMAGED}"
+            )
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FaspGraphError(f"{path} is not JSON: {str(error)[:200]}") from error
+        raise FaspGraphError(f"{path} is not JSON: {str(error)[:200]} · {_DAMAGED}") from error
     except OSError as error:
-        raise FaspGraphError(f"cannot read {path}: {error.strerror or error}") from error
+        raise FaspGraphError(
+            f"cannot read {path}: {error.strerror or error} · {_DAMAGED}"
+        ) from error
     if not isinstance(found, dict):
-        raise FaspGraphError(f"{path} holds a JSON {type(found).__name__}, not an object")
+        raise FaspGraphError(
+            f"{path} holds a JSON {type(found).__name__}, not an object · {_DAMAGED}"
+        )
     return found
 
 

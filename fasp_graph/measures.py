@@ -30,7 +30,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> float:
         if logits.dim() != 2 or labels.shape != logits.shape[:1]:
             raise FaspGraphError(
                 f"accuracy needs logits [batch, classes] and labels [batch], not "
-                f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+                f"{tuple(logits.shape)} and {tuple(labels.shape)} · help: give a classifier "
+                "pairs of inputs and labels"
             )
         hits += int((logits.argmax(1).cpu() == labels.cpu()).sum())
         count += len(labels)
@@ -53,7 +54,7 @@ def embeddings(model: nn.Module, batches: Iterable[Any]) -> Tensor:
         if states.dim() != 2:
             raise FaspGraphError(
                 f"an embedding is made of [batch, width] or [batch, length, width], not "
-                f"{tuple(states.shape)}"
+                f"{tuple(states.shape)} · help: give a text encoder"
             )
         rows.append(F.normalize(states, dim=1))
     if not rows:
@@ -87,4 +88,6 @@ def _accuracy(name: str, figures: dict[str, Any]) -> float:
     for key in ("acc_norm,none", "acc,none"):
         if key in figures:
             return float(figures[key])
-    raise FaspGraphError(f"the task {name} has no accuracy, but {', '.join(figures)}")
+    raise FaspGraphError(
+        f"the task {name} has no accuracy, but {', '.join(figures)} · help: a task of choices has"
+    )

@@ -35,7 +35,7 @@ from .decide import Decisions, Progress, decide
 from .emit.layout import Said, uniform_groups
 from .emit.modules import Emission, emit_model
 from .emit.standin import stand_in
-from .evaluate import flops
+from .evaluate import flops, shapes_of
 from .inputs import refuse_modelless, refuse_unmergeable, refuse_unstreamable
 from .memory import peak_cuda, peak_host, restart
 from .report import Frozen, GroupReport, Report
@@ -227,4 +227,5 @@ def _report(
         few_tokens(decisions.seen),
         peak_host(),
         peak_cuda(),
+        shapes_of(*captured.inputs),
     )

@@ -13,7 +13,7 @@ from passes.errors import ConfigError
 
 from .corpora import factory, image_files, is_factory, refuse_missing, text_of
 from .data import Target, image_inputs, like, load_target, windows_of
-from .evaluate import perplexity
+from .evaluate import perplexity, spread
 from .measures import accuracy, similarity
 
 
@@ -49,7 +49,7 @@ class Quality:
         if tokens is None and self.data is not None:
             tokens = self._windows(self.data)
         elif tokens is None and self.target.heldout is not None:
-            tokens = self.target.heldout[: self.windows]
+            tokens = spread(self.target.heldout, self.windows)
         if tokens is None:
             return {}
         overlap = None if self.stride in (None, tokens.shape[1]) else self.stride
@@ -63,7 +63,7 @@ class Quality:
     def _windows(self, data: str) -> Any:
         refuse_missing(data)
         if self.target.tokenizer is None:
-            raise ConfigError(f"{self.target.name} has no tokenizer, so it cannot read text")
+            raise ConfigError(self._mute())
         text = text_of(data, evaluation=True)
         spread = self.stride is None  # windows that overlap have to lie side by side
         rows = windows_of(
@@ -78,11 +78,11 @@ class Quality:
 
     def _similarity(self, reference: str) -> dict[str, Any]:
         if self.data is None:
-            raise ConfigError("--reference needs --data, the text to embed")
+            raise ConfigError("--reference needs --data, the text to embed · help: --data FILE.txt")
         dense = load_target(reference)
         tokenizer = self.target.tokenizer or dense.tokenizer
         if tokenizer is None:
-            raise ConfigError(f"{self.target.name} has no tokenizer, so it cannot read text")
+            raise ConfigError(self._mute())
         text = text_of(self.data, evaluation=True)
         rows = windows_of(text, tokenizer, self.length, self.windows, self.data)
         batches = [like(self.target.inputs, part) for part in rows.split(8)]
@@ -107,6 +107,12 @@ class Quality:
                 rows = len(pytree.tree_leaves(batch)[0])
                 found.append((batch, torch.full((rows,), label)))
         return found
+
+    def _mute(self) -> str:
+        return (
+            f"{self.target.name} has no tokenizer, so it cannot read text · help: put its "
+            "tokenizer's files into the folder, or --data package.module:factory"
+        )
 
     def _protocol(self, samples: int) -> dict[str, Any]:
         parameter = next(self.target.model.parameters(), torch.zeros(()))

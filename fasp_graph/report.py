@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class Frozen:
 @dataclass(frozen=True)
 class Report:
     """Sizes in parameters, bytes and floating-point operations of one forward pass at the
-    example inputs. `forward_passes`: what deciding cost, in plain forward passes over the
+    example inputs, whose shapes `inputs` tells. `sparsity`: the removed share of the parameters in
+    scope (passes/select.py). `forward_passes`: what deciding cost, in plain forward passes over the
     calibration batches (a backward pass counts as two). `notes`: what the user should know of
     this run, each with a way out. `peak_memory`: bytes of resident memory
     that the process held at most during the run, all that was there before included;
@@ -57,10 +59,16 @@ class Report:
     notes: tuple[str, ...] = ()
     peak_memory: int | None = None
     peak_memory_cuda: int | None = None
+    inputs: str = ""
+
+    @property
+    def removed(self) -> float:
+        """The removed share of all parameters."""
+        return 1 - self.params_after / self.params_before
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; tuples become lists."""
-        found = asdict(self)
+        found = {**asdict(self), "removed": self.removed}
         return {**found, **{key: list(found[key]) for key in ("groups", "frozen", "notes")}}
 
     def to_text(self) -> str:
@@ -68,14 +76,21 @@ class Report:
         kept = sum(group.kept for group in self.groups)
         units = sum(group.units for group in self.groups)
         return (
-            f"parameters {self.params_before:,} -> {self.params_after:,} "
-            f"({self.sparsity:.1%} of those in scope removed), FLOPs {self.flops_before:,} -> "
-            f"{self.flops_after:,}, "
-            f"{len(self.groups)} groups keep {kept} of {units} units, {len(self.frozen)} groups "
-            f"were left alone, "
+            f"parameters {self.params_before:,} -> {self.params_after:,}, "
+            f"{self.removed:.1%} of all and {self.sparsity:.1%} of those in scope removed\n"
+            f"FLOPs {self.flops_before:,} -> {self.flops_after:,} at {self.inputs}\n"
+            f"{len(self.groups)} groups keep {kept} of {units} units\n"
+            f"{self._left_alone()}\n"
             f"verified to {self.verify_max_error:.1e}, {self.forward_passes:g} forward passes, "
             f"{sum(self.seconds.values()):.1f} s{self._memory()}"
         )
+
+    def _left_alone(self) -> str:
+        """How many groups stayed as they are, by kind and reason; of a reason its first part."""
+        reasons = Counter((held.kind, held.reason.split(" · ")[0]) for held in self.frozen)
+        told = ", ".join(f"{n} {kind} ({why})" for (kind, why), n in reasons.most_common())
+        more = f": {told}; fasp-graph inspect MODEL --frozen tells where" if told else ""
+        return f"{len(self.frozen)} groups were left alone{more}"
 
     def _memory(self) -> str:
         named = ((self.peak_memory, "memory"), (self.peak_memory_cuda, "GPU memory"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
+from .blocks import has_blocks
 from .capture import Args
-from .couple import couple, has_blocks
+from .couple import couple
 from .groups import DependencyGraph
 from .labels import propagate
 from .values import CLOSED, OpenAxes

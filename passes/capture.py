@@ -259,7 +259,8 @@ def _compare(module: GraphModule, model: nn.Module, args: Args, free: dict[int, 
         ):
             raise CaptureError(
                 f"the captured graph computes other numbers than the model, at {factor} times the "
-                "sample size"
+                "sample size · help: take out what forward draws at random or remembers from call "
+                "to call, or report it with the model"
             )
 
 

@@ -2,14 +2,13 @@
 
 Everything here is arrays over components: a footprint is a hash that adds a random key for every
 weight dim (in its multiplicity) and every site that a component stands at; equal footprints are
-one group. Blocks are read off the label arrays that vary along other dims than their home.
+one group. Blocks: passes/blocks.py.
 """
 
 from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,10 +18,11 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.fx import Node
 
+from .blocks import block_tags
 from .errors import module_of, user_line
 from .groups import Consumer, DependencyGraph, Group, Layer, Member
 from .pieces import apart, pieces
-from .values import Labels, Site, Source, Value, varying
+from .values import Labels, Site, Source
 
 __all__ = ["Consumer", "DependencyGraph", "Group", "Layer", "Member", "couple"]
 
@@ -38,17 +38,6 @@ def couple(
         groups += _groups(layers[1], 1)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return DependencyGraph(tuple(_named(groups)), shapes, tuple(layers))
-
-
-def has_blocks(labels: Labels) -> bool:
-    """Whether any dim of the program is split into blocks, so that the run on blocks can tell."""
-    return any(
-        len(varying(array)) > 1
-        for value in labels.values.values()
-        for leaf in (value if isinstance(value, list) else [value])
-        if isinstance(leaf, Value)
-        for array in leaf.arrays.values()
-    )
 
 
 def _components(labels: Labels) -> np.ndarray:
@@ -154,7 +143,7 @@ class _Builder:
             place[held] = np.arange(len(held))
         owned = self._members(group_of, place, [len(m) for m in members])
         summed = self._sites(group_of, len(members))
-        tags = _block_tags(self.layer, wanted & (self.notes.frozen < 0))
+        tags = block_tags(self.layer, wanted & (self.notes.frozen < 0))
         taken = pieces(self.layer.labels, component, group_of, place, len(members))
         return [
             self._group(held, owned[g], summed[g], tags, taken[g]) for g, held in enumerate(members)
@@ -235,37 +224,6 @@ def _split(units: np.ndarray, rank: np.ndarray, count: int) -> list[np.ndarray]:
     order = np.argsort(rank, kind="stable")
     bounds = np.searchsorted(rank[order], np.arange(1, count))
     return np.split(units[order], bounds)
-
-
-def _block_tags(layer: Layer, wanted: np.ndarray) -> np.ndarray:
-    """A tag per component; components with different tags stand in different blocks of some
-    array, or in different multiplicities.
-    """
-    tag = np.zeros(len(wanted), np.uint64)
-    seen: set[bytes] = set()
-    keys: dict[bytes, np.uint64] = {}
-    random = np.random.default_rng(2)
-    for array, dim in _blocked_arrays(layer.labels.values.values()):
-        units = layer.component[array.movedim(dim, -1).reshape(-1, array.shape[dim]).numpy()]
-        if not wanted[units].any() or units.tobytes() in seen:
-            continue
-        seen.add(units.tobytes())
-        for row in units:
-            held, times = np.unique(row, return_counts=True)
-            key = held.tobytes() + times.tobytes()
-            if key not in keys:
-                keys[key] = random.integers(1, 2**62, dtype=np.uint64)
-                tag[held] += keys[key] * times.astype(np.uint64)
-    return tag
-
-
-def _blocked_arrays(values: Iterable[object]) -> Iterable[tuple[Tensor, int]]:
-    for value in values:
-        for leaf in value if isinstance(value, list) else [value]:
-            if isinstance(leaf, Value):
-                for dim, array in leaf.arrays.items():
-                    if array.numel() != array.shape[dim]:
-                        yield array, dim
 
 
 def _consumer(site: Site, labels: Labels) -> Consumer:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from .errors import UnsupportedOp, where
+from .errors import REPORT, UnsupportedOp, where
 from .values import Value
 
 
@@ -19,10 +19,13 @@ def check_covered(node: Node, results: list[Any]) -> None:
         for dim, size in enumerate(value.shape):
             array = value.arrays.get(dim)
             if size > 1 and array is None:
-                raise UnsupportedOp(f"axis {dim} of size {size} lost its labels · {where(node)}")
+                raise UnsupportedOp(
+                    f"axis {dim} of size {size} lost its labels · {where(node)} · {REPORT}"
+                )
             if array is not None and not _fits(array, value.shape):
                 raise UnsupportedOp(
-                    f"labels of shape {tuple(array.shape)} on {value.shape} · {where(node)}"
+                    f"labels of shape {tuple(array.shape)} on {value.shape} · {where(node)} · "
+                    f"{REPORT}"
                 )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+REPORT = "help: this is a bug of fasp_graph, please report it with the model"
+
 
 class FaspGraphError(Exception):
     """Root of all errors that this project raises on purpose."""

@@ -42,7 +42,8 @@ def executed(fakes: FakeTensorMode, node: Node, args: Any) -> Any:
             return node.target(*plain[0], **plain[1])  # type: ignore[operator]
     except Exception as error:
         raise UnsupportedOp(
-            f"cannot infer the shape of {node.target}: {error} · {where(node)}"
+            f"cannot infer the shape of {node.target}: {error} · {where(node)} · help: a custom op "
+            "needs torch.library.register_fake"
         ) from error
 
 

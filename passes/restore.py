@@ -3,7 +3,7 @@ mean(diag G_KK).
 
     none        W_K
     bias        W_K, b + W_P mu_P                                                   FLAP
-    fasp        W G_:K (G_KK + dI)^-1              G = X^T X                        FASP
+    fasp        W_K + W_P G_PK (G_KK + dI)^-1,     G = X^T X                        FASP
     affine      W_K + W_P C_PK (C_KK + dI)^-1,     C = G/N - mu mu^T, b + W mu - W_K* mu_K
     asymmetric  affine + F_:K (C_KK + dI)^-1,      F = cov(t - W x, x), b + mean(t - W x)
     residual    affine + F_:K (C_KK + dI)^-1 / 2
@@ -13,6 +13,9 @@ mean(diag G_KK).
 These three aim at t, what the dense model has there (passes/drift.py): asymmetric at the
 consumer's own output, the others at the sum that it enters. Half the way is what measured best:
 all of it fits noise of the pruned path (docs/accuracy.md).
+
+FASP's paper has W G_:K (G_KK + dI)^-1, whose ridge shrinks W_K too; here it holds the step alone.
+At d = 0 they are one.
 
 b is changed only where the consumer has one; without, G takes the place of C and no bias is left.
 """

@@ -44,7 +44,10 @@ def rewrite(module: GraphModule, cut: Removal) -> GraphModule:
         try:
             _rewrite_node(compact, node, cut, replaced)
         except UnsupportedOp as error:
-            raise UnsupportedOp(f"{error} · {where(node)}") from error
+            raise UnsupportedOp(
+                f"{error} · {where(node)} · help: another sparsity, min_keep or align may avoid "
+                "it; please report it with the model"
+            ) from error
     rejoin(compact)
     compact.graph.lint()
     compact.recompile()

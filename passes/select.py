@@ -86,7 +86,9 @@ def allocate(
         raise BudgetError("no group can be pruned · help: fasp-graph inspect lists the reasons")
     total = scope_size(deps)
     if not 0 < sparsity < 1:
-        raise BudgetError(f"sparsity {sparsity} is not between 0 and 1")
+        raise BudgetError(
+            f"sparsity {sparsity} is not between 0 and 1 · help: it is a share, say 0.3"
+        )
 
     multiple = steps(deps, groups, align)
 

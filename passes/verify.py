@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Args, tensors
-from .errors import VerificationError, where
+from .errors import REPORT, VerificationError, where
 from .lazy import Lazy, replace
 from .precision import HALF, state_dtypes, widened, widened_inputs
 from .removal import Removal, is_constant, sliced
@@ -65,8 +65,7 @@ def _compare(
         blame = first_divergence(reference, compact, cut, args, tolerance)
         raise VerificationError(
             f"compact and masked dense model differ by {worst:.2e} (allowed {tolerance:.0e}); "
-            f"{blame} · nothing was "
-            "written · help: this is a bug of fasp_graph, please report it with the model"
+            f"{blame} · nothing was written · {REPORT}"
         )
     return worst
 
@@ -101,7 +100,7 @@ def _run(module: GraphModule, args: Args, name: str) -> list[Tensor]:
         return tensors(module(*args[0], **args[1]))
     except Exception as error:
         raise VerificationError(
-            f"the {name} graph does not run: {error} · nothing was written"
+            f"the {name} graph does not run: {error} · nothing was written · {REPORT}"
         ) from error
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import fasp_graph as fg
 from fasp_graph import bench, cli, data
-from fasp_graph.commands import demo, terminal
+from fasp_graph.commands import demo, inspecting, pruning, terminal
 
 PERPLEXITIES = ("perplexity_before", "perplexity_after")
 
@@ -57,7 +57,12 @@ def test_prune_eval_and_export_a_folder(run, tmp_path):
 
     code, out, error = run("eval", folder, "--json")
     assert code == 0, error
-    assert json.loads(out)["parameters"] == report["params_after"] < report["params_before"]
+    found = json.loads(out)
+    assert found["parameters"] == report["params_after"] < report["params_before"]
+    assert found["inputs"] == report["inputs"] == report["latency_inputs"] == "input_ids [3, 11]"
+    assert found["flops"] == report["flops_after"] and found["latency_ms"] > 0
+    code, _, error = run("export", folder, tmp_path / "other")
+    assert code == 2 and "other must end in .onnx · help: other.onnx" in error
 
     code, out, error = run(
         *("export", folder, tmp_path / "small.onnx", "--cache", "--dtype", "float16", "--json"),
@@ -109,6 +114,8 @@ def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
     kept = {group["name"]: group["kept"] for group in report["groups"]}
     assert plan["keep"].keys() == kept.keys() and plan["expected_seconds"] > 0
     words = run(*asked, "--dry-run")[1]
+    assert 0 < plan["removed"] == report["removed"]
+    assert f"{plan['removed']:.1%} of all and {plan['sparsity']:.1%} of those in scope" in words
     assert plan["exact"] and "Plan, nothing pruned" in words and "a run keeps other" not in words
 
 
@@ -165,7 +172,7 @@ def test_prune_writes_a_report_and_a_picture(run, tmp_path):
 
 
 def test_a_foreign_folder_is_refused_before_any_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "load_target", None)  # would be work
+    monkeypatch.setattr(pruning, "load_target", None)  # would be work
     (tmp_path / "notes.txt").write_text("mine")
 
     code, _, error = run("prune", "zoo:llama-random", "--output", tmp_path)
@@ -292,7 +299,7 @@ def test_a_card_names_no_path_of_this_machine(tmp_path):
     texts.mkdir()
     target = data.Target("small", torch.nn.Linear(2, 2), None, [None], source=str(tmp_path))
 
-    facts = cli._facts(target, str(texts), "wikitext2", dict.fromkeys(PERPLEXITIES, 2.0))
+    facts = pruning._facts(target, str(texts), "wikitext2", dict.fromkeys(PERPLEXITIES, 2.0))
 
     assert facts["model"] == tmp_path.name
     assert facts["calibration data"] == "texts, 1 batches"
@@ -337,7 +344,7 @@ def test_an_error_inside_is_one_message_and_exit_code_1(run, monkeypatch):
     def broken(*_):
         raise KeyError("the inside")
 
-    monkeypatch.setattr(cli, "analyze", broken)
+    monkeypatch.setattr(inspecting, "analyze", broken)
     code, out, error = run("inspect", "zoo:resnet")
 
     assert code == 1 and out == ""
@@ -348,7 +355,7 @@ def test_an_interrupt_is_exit_code_130(run, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "analyze", stopped)
+    monkeypatch.setattr(inspecting, "analyze", stopped)
 
     assert run("inspect", "zoo:resnet")[0] == 130
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import fasp_graph as fg
 import models_zoo
-from fasp_graph.evaluate import flops, latency, logits_of, size_of
+from fasp_graph.evaluate import flops, latency, logits_of, size_of, spread
 from passes.capture import capture
 
 
@@ -49,6 +49,13 @@ def test_perplexity_is_the_models_own_loss_and_the_graph_agrees():
     graph = capture(entry.model, entry.inputs).graph_module
     assert fg.perplexity(entry.model, tokens, batch=3) == pytest.approx(expected, rel=1e-5)
     assert fg.perplexity(graph, tokens, batch=4) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, [0]), (3, [0, 5, 10]), (99, [*range(11)])])
+def test_fewer_windows_are_spread_over_all(count, chosen):
+    windows = torch.arange(11).repeat(4, 1).T
+
+    assert spread(windows, count)[:, 0].tolist() == chosen
 
 
 def test_perplexity_leaves_the_mode_as_it_was():

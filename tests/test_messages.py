@@ -1,6 +1,8 @@
 """What a user reads when a call cannot work: each message says what is wrong and the way out."""
 
+import ast
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,15 +23,23 @@ from passes.removal import count
 from passes.select import allocate
 
 OPTIONS = [
-    ({"sparsity": 1.0}, "sparsity=1.0 must lie between 0 and 1, both excluded"),
+    (
+        {"sparsity": 1.0},
+        "sparsity=1.0 must lie between 0 and 1, both excluded · help: ",
+    ),
     ({"method": "fsap"}, "method='fsap' is unknown · help: one of best, fasp"),
     ({"score": "taylr"}, "score='taylr' is unknown · help: one of None, "),
     ({"restore": "all"}, "restore='all' is unknown · help: one of None, "),
     ({"allocation": "even"}, "allocation='even' is unknown"),
     ({"layout": "square"}, "layout='square' is unknown · help: one of free, uniform"),
     ({"kinds": ("row",)}, "kinds='row' is unknown · help: one of chain, bilinear, head, width"),
-    ({"max_memory": 0}, "max_memory=0 bytes must be positive, or None"),
-    ({"align": 0}, "align and min_keep must be at least 1, ridge at least 0"),
+    (
+        {"max_memory": 0},
+        "max_memory=0 is no number of bytes above 0 · help: say 2000000000",
+    ),
+    ({"align": 0}, "align=0 is too small · help: at least 1; the default is 1"),
+    ({"min_keep": 0}, "min_keep=0 is too small · help: at least 1; the default is 1"),
+    ({"ridge": -1.0}, "ridge=-1.0 is too small · help: at least 0; the default is 0.01"),
 ]
 
 
@@ -161,5 +171,28 @@ def test_a_plan_that_leaves_no_rectangle(mask, message):
 
 
 def test_a_budget_outside_its_range(plain):
-    with pytest.raises(BudgetError, match="sparsity 1.5 is not between 0 and 1"):
+    with pytest.raises(BudgetError, match="sparsity 1.5 is not between 0 and 1 · help"):
         allocate(plain.deps, list(plain.deps.groups), 1.5)
+
+
+RAISED = ("BudgetError", "CalibrationError", "CaptureError", "ConfigError", "FaspGraphError")
+MADE_ELSEWHERE = ("explain(", "{reason}", "_lacking(", "_mute(")  # with the way out
+
+
+def errors_raised(source):
+    """Each `raise` of an error that a user may meet, as it is written."""
+    for node in ast.walk(ast.parse(source)):
+        call = node.exc if isinstance(node, ast.Raise) else None
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in (*RAISED, "VerificationError"):
+            yield ast.get_source_segment(source, node)
+
+
+@pytest.mark.parametrize("folder", ["passes", "fasp_graph"])
+def test_every_error_says_the_way_out(folder):
+    held = (Path(__file__).parents[1] / folder).rglob("*.py")
+    files = [path for path in held if path.name != "data.py"]
+    told = ("help:", "REPORT", "AGAIN", "_DAMAGED", *MADE_ELSEWHERE)
+    raised = [raise_ for path in files for raise_ in errors_raised(path.read_text())]
+
+    assert len(raised) > 20
+    assert [text for text in raised if not any(word in text for word in told)] == []

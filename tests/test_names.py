@@ -6,6 +6,7 @@ from rich.console import Console
 from torch import nn
 
 import fasp_graph as fg
+from fasp_graph.commands.cells import broken
 from fasp_graph.commands.listing import groups_table
 from passes.names import folded, pattern
 
@@ -57,6 +58,32 @@ def test_the_table_has_one_row_for_the_layers(deps):
     assert table.row_count <= 3
     assert "layers.0-11.up.weight (x12)" in words and "layers.0-11.down.weight (x12)" in words
     assert sum(group["kind"] == "chain" for group in deps.to_dict()["groups"]) == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("line", "width", "pieces"),
+    [
+        ("a.bcd.ef", 20, ["a.bcd.ef"]),
+        ("a.bcd.ef", 5, ["a.bcd", ".ef"]),
+        ("a.bcd.ef (x2)", 4, ["a", ".bcd", ".ef", "(x2)"]),
+        ("mixed by mean · node", 8, ["mixed by", "mean ·", "node"]),
+        ("longer.x", 3, ["longer", ".x"]),
+        ("", 3, [""]),
+    ],
+)
+def test_a_name_goes_on_before_a_dot(line, width, pieces):
+    assert broken(line, width) == pieces
+
+
+def test_no_part_of_a_name_is_broken_in_a_narrow_table(deps):
+    console, table = Console(width=90), groups_table("stack", deps, frozen=True)
+    with console.capture() as said:
+        console.print(table)
+    words = said.get().replace("│", " ").split()
+
+    assert "layers.0-11.up.weight" not in words  # there is no room
+    for part in ("layers.0-11", ".up.weight", ".down.weight", "(x12)"):
+        assert part in words
 
 
 def test_an_explanation_names_the_others_once(deps):

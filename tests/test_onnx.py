@@ -77,6 +77,10 @@ def test_paths_that_cannot_be_written(pruned, tmp_path):
         fg.export_onnx(pruned, tmp_path / "nowhere" / "small.onnx")
     with pytest.raises(fg.FaspGraphError, match="is a folder"):
         fg.export_onnx(pruned, tmp_path)
+    with pytest.raises(fg.FaspGraphError, match="small must end in .onnx · help: small.onnx"):
+        fg.export_onnx(pruned, tmp_path / "small")
+
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------- smaller numbers

@@ -133,7 +133,7 @@ def test_the_command_writes_a_folder_that_loads(pruned, tmp_path):
     [
         ({"data": []}, "at least one batch"),
         ({"tokens": 0}, "tokens=0"),
-        ({"lora": -1}, "lora must be"),
+        ({"lora": -1}, "lora=-1, .* out of range · help: lora is a rank"),
         ({}, "no language model"),
     ],
 )

@@ -1,5 +1,6 @@
 """The report page: curves and stages of a real run, names that are data."""
 
+import dataclasses
 import re
 
 import pytest
@@ -55,6 +56,27 @@ def test_memory_is_told(run):
     page = report_page("llama", {**report.to_dict(), "peak_memory_cuda": 3_000_000}, {})
     assert f"<td>peak memory</td><td>{held / 1e6:,.0f} MB</td>" in page
     assert "<td>peak GPU memory</td><td>3 MB</td>" in page
+
+
+def test_shares_inputs_and_reasons_are_told(run):
+    report = run[0].report
+    text, page = report.to_text(), report_page("llama", report.to_dict(), {})
+    shares = [f"{share:.1%} of " for share in (report.removed, report.sparsity)]
+
+    assert report.removed == 1 - report.params_after / report.params_before < report.sparsity
+    assert report.to_dict()["removed"] == report.removed
+    assert report.inputs == "input_ids [3, 11]"
+    for told in (text, page):
+        assert "input_ids [3, 11]" in told and all(share in told for share in shares)
+    assert f"{len(report.frozen)} groups were left alone: 2 head (not asked for), " in text
+    assert ", 1 width (mixed by mean), " in text and "1 frozen (reaches the model's output)" in text
+    assert "inspect MODEL --frozen" in text
+
+
+def test_nothing_left_alone_has_no_reasons(run):
+    text = dataclasses.replace(run[0].report, frozen=()).to_text()
+
+    assert "\n0 groups were left alone\n" in text
 
 
 def test_without_curves_the_page_says_so_and_names_stay_data(run):

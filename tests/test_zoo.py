@@ -1,7 +1,6 @@
 """The registry: every entry runs, seeded and in eval mode; the trained ones know their text."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -88,9 +87,9 @@ def test_trained_model_knows_its_text(name):
     assert entry.heldout.dtype == torch.int64
     assert entry.heldout.shape[1] == 256 and len(entry.heldout) <= 96
     assert sum(len(batch["input_ids"]) for batch in entry.calibration) == 64
-    perplexity = fg.perplexity(entry.model, entry.heldout[::6])
-    assert math.isfinite(perplexity)
-    assert perplexity < facts["unigram_perplexity"] / 8
+    least = facts["unigram_perplexity"] / 25  # 21.9; llama has 13.8, opt 18.7
+    assert facts["heldout_perplexity"] < least
+    assert fg.perplexity(entry.model, entry.heldout) < least
 
 
 def test_tokenizer_decodes_what_it_encodes():

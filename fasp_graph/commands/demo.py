@@ -33,7 +33,7 @@ from passes.errors import FaspGraphError
 
 from ..config import Config
 from ..data import Target, load_target
-from ..evaluate import flops, latency, perplexity, size_of
+from ..evaluate import flops, latency, perplexity, size_of, spread
 from ..exports.onnx import export_graph, export_onnx, onnx_session, run_session
 from ..folders.huggingface import save
 from ..jsontext import to_json
@@ -91,8 +91,11 @@ def run_demo(
     """Write a pruned folder, ONNX, graph.html and demo.json into `output`; return the rows."""
     target = target or load_target("zoo:llama")
     if target.heldout is None:
-        raise FaspGraphError(f"{target.name} has no held-out tokens, so the demo cannot measure it")
-    heldout = target.heldout[:windows]
+        raise FaspGraphError(
+            f"{target.name} has no held-out tokens, so the demo cannot measure it · help: "
+            "zoo:llama and zoo:opt have some"
+        )
+    heldout = spread(target.heldout, windows)
     target = replace(target, calibration=target.calibration[:BATCHES])
     written = min(sparsities, key=lambda value: abs(value - WRITTEN))
     output.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 
 from passes.capture import as_args
 from passes.groups import DependencyGraph
@@ -26,8 +28,10 @@ from passes.select import Plan, allocate
 from ..config import Config
 from ..data import Target
 from ..emit.layout import Said, settled, uniform_groups
+from ..jsontext import to_json
 from ..pages.view import shapes_after
 from ..prune import analyze
+from .terminal import wide_console
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,12 @@ class DryRun:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return dict(vars(self))
+        return {**vars(self), "removed": self.removed}
+
+    @property
+    def removed(self) -> float:
+        """The removed share of all parameters; `sparsity` is that of those in scope."""
+        return 1 - self.params_after / self.params_before
 
 
 def dry_run(target: Target, config: Config) -> DryRun:
@@ -106,3 +115,27 @@ def _gram_share(deps: DependencyGraph, pruned: set[str]) -> float:
 
 def _numel(shape: Any) -> int:
     return int(torch.Size(shape).numel())
+
+
+def show_dry_run(target: Target, options: Config, json: bool) -> None:
+    """A dry run as a table, or as JSON."""
+    found = dry_run(target, options)
+    if json:
+        print(to_json(found.to_dict(), indent=1))
+        return
+    result = Table("group", "units per block", "keeps", title="Plan, nothing pruned")
+    for name, count in found.keep.items():
+        result.add_row(escape(name), str(found.sizes[name]), str(count))
+    wide_console().print(result)
+    wide_console().print(
+        f"parameters {found.params_before:,} -> {found.params_after:,}, {found.removed:.1%} of all "
+        f"and {found.sparsity:.1%} of those in scope; {len(found.frozen)} groups frozen; about "
+        f"{found.expected_seconds:.0f} s"
+    )
+    if not found.exact:
+        wide_console().print(
+            f"The counts are those of uniform allocation. method={options.method} spreads the "
+            f"sparsity over the groups by the calibration data (allocation="
+            f"{options.passes.allocation}), so a run keeps other numbers of each group, and about "
+            "as many parameters; with --allocation uniform it keeps these."
+        )

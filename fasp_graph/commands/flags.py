@@ -124,7 +124,7 @@ def config_from(path: Path | None, flags: Mapping[str, Any]) -> Config:
     try:
         return Config(**found)
     except TypeError as error:
-        raise ConfigError(f"an option has the wrong type: {error}") from error
+        raise ConfigError(f"an option has the wrong type: {error} · help: see --help") from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -132,9 +132,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror or error} · help: --config takes a TOML file"
+        ) from error
     except (ValueError, RecursionError) as error:  # TOML's and the text's errors are ValueErrors
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+        raise ConfigError(
+            f"{path} is not TOML: {error} · help: one option a line, say sparsity = 0.3"
+        ) from error
     names = [held.name for held in fields(Config)]
     options = {key.replace("-", "_"): value for key, value in found.items()}
     for key in options:

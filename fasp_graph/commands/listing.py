@@ -11,6 +11,8 @@ from rich.table import Table
 from passes.groups import Consumer, DependencyGraph, Group
 from passes.names import folded, pattern
 
+from .cells import Names
+
 HEADS = ("group", "kind", "units", "blocks", "members", "consumers", "reason")
 
 
@@ -24,9 +26,9 @@ def groups_table(title: str, deps: DependencyGraph, frozen: bool) -> Table:
     rows = [_cells(held) for held in alike.values()]
     heads = HEADS if any(row[-1] for row in rows) else HEADS[:-1]
     for heading in heads:
-        result.add_column(heading, overflow="fold")
+        result.add_column(heading)
     for row in rows:
-        result.add_row(*map(escape, row[: len(heads)]))
+        result.add_row(*map(Names, row[: len(heads)]))
     return result
 
 

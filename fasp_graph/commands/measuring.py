@@ -14,8 +14,8 @@ import models_zoo
 from passes.capture import as_args
 
 from ..bench import bench
-from ..data import load_target
-from ..evaluate import flops, latency, size_of
+from ..data import Target, load_target
+from ..evaluate import flops, latency, shapes_of, size_of
 from ..exports.export import FORMATS as EXPORTS
 from ..exports.export import Options, export_source, source_of
 from ..exports.onnx import EXTERNAL_DATA_BYTES
@@ -71,6 +71,16 @@ def eval_command(
     with stages("load model and data"):
         target = load_target(model, device=device)
         quality = Quality(target, data, reference, length, windows, stride)
+    with stages("measure"):
+        figures = _costs(target)
+        figures |= quality.measure()
+        if task:
+            figures |= tasks(target.model, target.tokenizer, task, limit)
+    show(figures, json)
+
+
+def _costs(target: Target) -> dict[str, Any]:
+    """Sizes, and what one call at the example inputs takes."""
     args, kwargs = as_args(target.inputs)
     parameters, size = size_of(target.model)
 
@@ -78,18 +88,14 @@ def eval_command(
         with torch.no_grad():
             return target.model(*args, **kwargs)
 
-    with stages("measure"):
-        figures: dict[str, Any] = {
-            "model": target.name,
-            "parameters": parameters,
-            "bytes": size,
-            "flops": flops(target.model, args, kwargs),
-            "latency_seconds": latency({"model": call})["model"]["median"],
-        }
-        figures |= quality.measure()
-        if task:
-            figures |= tasks(target.model, target.tokenizer, task, limit)
-    show(figures, json)
+    return {
+        "model": target.name,
+        "parameters": parameters,
+        "bytes": size,
+        "inputs": shapes_of(args, kwargs),
+        "flops": flops(target.model, args, kwargs),
+        "latency_ms": latency({"model": call})["model"]["median"] * 1e3,
+    }
 
 
 def bench_command(

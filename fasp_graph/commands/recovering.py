@@ -12,7 +12,7 @@ from passes.errors import ConfigError
 from ..data import calibration_batches, folder_of, load_target
 from ..evaluate import perplexity
 from ..folders.huggingface import MANIFEST, refuse_foreign, resave
-from ..recover import train
+from ..training import Training, train
 from .terminal import DATA_HELP, Debug, Json, Length, Windows, show, stages
 
 
@@ -53,16 +53,9 @@ def recover_command(
         figures: dict[str, Any] = {}
         if target.heldout is not None:
             figures["perplexity_before"] = perplexity(target.model, target.heldout)
-        trained = train(
-            target.model,
-            batches,
-            tokens,
-            lora,
-            dense.model if dense else None,
-            learning_rate=learning_rate,
-            seed=seed,
-            progress=progress,
-        )
+        teacher = dense.model if dense else None
+        options = Training(tokens, lora, teacher, learning_rate=learning_rate, seed=seed)
+        trained = train(target.model, batches, options, progress)
         if target.heldout is not None:
             figures["perplexity_after"] = perplexity(trained.model, target.heldout)
     course = ("steps", "tokens", "loss_first", "loss_last")

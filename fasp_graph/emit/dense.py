@@ -160,7 +160,7 @@ def _fill(tensor: Tensor, value: Tensor, gone: Mapping[int, set[int]], name: str
     if [len(axis) for axis in axes] != list(value.shape):
         raise FaspGraphError(
             f"{name} has shape {tuple(value.shape)}, which the plan does not make of "
-            f"{tuple(tensor.shape)}"
+            f"{tuple(tensor.shape)} · help: give the dense model that this folder was pruned from"
         )
     tensor.copy_(spread(value, axes, tensor.shape))
 

@@ -174,7 +174,10 @@ def _onnx(source: Source, path: Path, options: Options) -> Exported:
     if not getattr(getattr(source.model, "config", None), "is_encoder_decoder", False):
         return _decoder(source, path, form, options)
     if options.tokens is not None:
-        raise ConfigError("an encoder-decoder in parts has no perplexity on tokens")
+        raise ConfigError(
+            "an encoder-decoder in parts has no perplexity on tokens · help: leave out "
+            "tokens (--data)"
+        )
     parts = parts_of(source.twin(), source.model, source.inputs)
     export_parts(parts, path, source.metadata, form)
     return _exported(source, path, "onnx", options, parts)

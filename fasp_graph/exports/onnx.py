@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from passes.capture import Args, tensors
-from passes.errors import FaspGraphError, VerificationError
+from passes.errors import REPORT, FaspGraphError, VerificationError
 from passes.kernels import narrow
 
 from ..folders.drafts import draft
@@ -79,7 +79,7 @@ def export_graph(
     """Write any captured graph as ONNX: the work of `export_onnx`."""
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     external = size > form.external_data_bytes
-    with draft(path, "ONNX") as made:
+    with draft(path, "ONNX", ".onnx") as made:
         program = _program(module, inputs, dynamic_shapes, form)
         program.model.metadata_props.update(metadata or {})
         program.save(made, external_data=external)
@@ -104,7 +104,7 @@ def _program(module: GraphModule, inputs: Args, dynamic_shapes: Any, form: Form)
             output_names=form.output_names,
         )
     if program is None:
-        raise FaspGraphError("torch.onnx.export returned no program")
+        raise FaspGraphError("torch.onnx.export returned no program · help: format='pt2' may work")
     _name_axes(program.model, form.axes)
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces: half of a small file, and this machine's paths
@@ -147,7 +147,8 @@ def run_session(session: onnxruntime.InferenceSession, inputs: Args) -> list[Ten
     entries = session.get_inputs()
     if len(entries) != len(leaves):
         raise VerificationError(
-            f"the ONNX model takes {len(entries)} inputs, the graph {len(leaves)}"
+            f"the ONNX model takes {len(entries)} inputs, the graph {len(leaves)} · help: leave "
+            "out inputs that the model does not use"
         )
     feed = {}
     for entry, leaf in zip(entries, leaves, strict=True):
@@ -169,7 +170,7 @@ def _compare(module: GraphModule, inputs: Args, path: Path, form: Form) -> None:
         actual = run_session(session, case)
         if len(actual) != len(expected):
             raise VerificationError(
-                f"ONNX Runtime returns {len(actual)} outputs, the graph {len(expected)}"
+                f"ONNX Runtime returns {len(actual)} outputs, the graph {len(expected)} · {REPORT}"
             )
         for k, (left, right) in enumerate(zip(expected, actual, strict=True)):
             _same(left.cpu(), right, k, form.dtype)
@@ -179,11 +180,11 @@ def _same(left: Tensor, right: Tensor, output: int, dtype: str = "float32") -> N
     if left.shape != right.shape:
         raise VerificationError(
             f"output {output}: ONNX Runtime gives shape {tuple(right.shape)}, the graph "
-            f"{tuple(left.shape)}"
+            f"{tuple(left.shape)} · {REPORT}"
         )
     if dtype == "int8":
         if not bool(torch.isfinite(right).all()):
-            raise VerificationError(f"output {output} is not finite in int8")
+            raise VerificationError(f"output {output} is not finite in int8 · help: another dtype")
         return  # what rounding to 8 bits costs is measured, by perplexity
     half = torch.float16 in (left.dtype, right.dtype) or left.dtype == torch.bfloat16
     tolerance = 2e-2 if half else 5e-4
@@ -193,6 +194,5 @@ def _same(left: Tensor, right: Tensor, output: int, dtype: str = "float32") -> N
         worst = float((left - right).abs().max()) / scale
         raise VerificationError(
             f"output {output}: ONNX Runtime and the graph differ by {worst:.1e} (allowed "
-            f"{tolerance:.0e}); "
-            "nothing was written"
+            f"{tolerance:.0e}); nothing was written · {REPORT}"
         )

@@ -48,6 +48,6 @@ def _fill(entry: Any, tokens: Tensor) -> np.ndarray:
     if entry.type != "tensor(int64)" or len(entry.shape) != 2:
         raise FaspGraphError(
             f"perplexity cannot fill the input {entry.name!r} of the ONNX file, which is "
-            f"{entry.type} {entry.shape}"
+            f"{entry.type} {entry.shape} · help: capture the model with input_ids only"
         )
     return tokens.cpu().numpy()

@@ -34,8 +34,7 @@ def save_pt2(module: GraphModule, inputs: Args, dynamic_shapes: Any, path: Path)
     """Write a captured graph by torch.export.save; VerificationError if it computes other
     numbers when loaded.
     """
-    _check_name(path)
-    with draft(path, "pt2") as made, torch.no_grad():
+    with draft(path, "pt2", ".pt2") as made, torch.no_grad():
         program = program_of(module, inputs, dynamic_shapes)
         torch.export.save(program, made)
         _compare(module, torch.export.load(made).module(), inputs, program)
@@ -44,22 +43,16 @@ def save_pt2(module: GraphModule, inputs: Args, dynamic_shapes: Any, path: Path)
 
 def save_aoti(module: GraphModule, inputs: Args, dynamic_shapes: Any, path: Path) -> Path:
     """Compile a captured graph for this machine; FaspGraphError where no C++ compiler is."""
-    _check_name(path)
     if not any(shutil.which(name) for name in COMPILERS):
         raise FaspGraphError(
             f"AOTInductor needs a C++ compiler, and none of {', '.join(COMPILERS)} is on PATH · "
             "help: format='pt2' needs none"
         )
-    with draft(path, "an AOTInductor package") as made, torch.no_grad(), quiet():
+    with draft(path, "an AOTInductor package", ".pt2") as made, torch.no_grad(), quiet():
         program = program_of(module, inputs, dynamic_shapes)
         torch._inductor.aoti_compile_and_package(program, package_path=str(made))
         _compare(module, torch._inductor.aoti_load_package(str(made)), inputs, program)
     return path
-
-
-def _check_name(path: Path) -> None:
-    if path.suffix != ".pt2":
-        raise FaspGraphError(f"{path.name} must end in .pt2 · help: {path.stem}.pt2")
 
 
 def _compare(
@@ -76,7 +69,8 @@ def _compare(
             if not error <= allowed:
                 raise VerificationError(
                     f"output {number}: the package and the graph differ by {error:.1e} (allowed "
-                    f"{allowed:.0e}); nothing was written"
+                    f"{allowed:.0e}); nothing was written · help: format='onnx' may do; please "
+                    "report it with the model"
                 )
 
 

@@ -13,10 +13,10 @@ EncoderDecoderCache; what the plan removed narrows the cache as in fasp_graph/ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,10 @@ from passes.values import OpenAxes
 
 from ..emit.dense import Shrunk, Twin, shrunk
 from ..folders.drafts import draft_folder
-from .caching import agree, filled, flat, numbers
+from .caching import agree, numbers
 from .onnx import Form, export_graph
+from .part_modules import Encoder, First, Next, own_of
 
-T = TypeVar("T")
 BATCH, LENGTH, PAST = 3, 7, 5
 FREE = {0: Dim.AUTO, 1: Dim.AUTO}
 SEQUENCE = {0: "batch_size", 1: "sequence_length"}
@@ -72,74 +72,6 @@ class Parts:
         """Weights that keep their old size, since the cache cannot follow."""
         parts = (self.encoder, self.first, self.later)
         return tuple(dict.fromkeys(name for part in parts for name in part.captured.uncut))
-
-
-class _Encoder(nn.Module):
-    def __init__(self, model: nn.Module, main: str) -> None:
-        super().__init__()
-        self.model, self.main = model, main
-
-    def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """last_hidden_state."""
-        more = {} if mask is None else {"attention_mask": mask}
-        encoder: Any = self.model.get_encoder()  # type: ignore[operator]
-        found: Tensor = encoder(**{self.main: value}, **more).last_hidden_state
-        return found
-
-
-class _First(nn.Module):
-    """The first tokens: keys and values of the encoder are computed too."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, ids: Tensor, hidden: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """logits, and per layer the decoder's key and value, then the encoder's."""
-        own, others = filled([]), filled([])
-        logits = _decode(self.model, ids, hidden, own, others, mask)
-        pairs = zip(_pairs(flat(own)), _pairs(flat(others)), strict=True)
-        return logits, [tensor for mine, theirs in pairs for tensor in (*mine, *theirs)]
-
-
-class _Next(nn.Module):
-    """Later tokens; `width`: of the encoder's states, which the layers do not read any more."""
-
-    def __init__(self, model: nn.Module, width: int) -> None:
-        super().__init__()
-        self.model, self.width = model, width
-
-    def forward(
-        self, ids: Tensor, past: list[Tensor], mask: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """logits, and per layer the decoder's key and value."""
-        own = filled(_own(past))
-        others = filled([tensor for k, tensor in enumerate(past) if k % 4 >= 2])
-        hidden = past[2].new_zeros(past[2].shape[0], past[2].shape[2], self.width)
-        return _decode(self.model, ids, hidden, own, others, mask), flat(own)
-
-
-def _decode(
-    model: Any, ids: Tensor, hidden: Tensor, own: Any, others: Any, mask: Tensor | None
-) -> Tensor:
-    from transformers.cache_utils import EncoderDecoderCache
-    from transformers.modeling_outputs import BaseModelOutput
-
-    more = {} if mask is None else {"attention_mask": mask}
-    found: Tensor = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-        decoder_input_ids=ids,
-        past_key_values=EncoderDecoderCache(own, others),
-        use_cache=True,
-        **more,
-    ).logits
-    return found
-
-
-def _pairs(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
 def parts_of(twin: Twin, reference: nn.Module, inputs: Args) -> Parts:
@@ -185,7 +117,7 @@ def _encoder(twin: Twin, value: Tensor) -> Part:
     args = (value, torch.ones_like(value)) if text else (value,)
     free = FREE if text else {0: Dim.AUTO}
     shapes = (free,) * len(args)
-    captured = shrunk(twin, _Encoder(twin.model, model.main_input_name), args, shapes)
+    captured = shrunk(twin, Encoder(twin.model, model.main_input_name), args, shapes)
     names = (model.main_input_name, "attention_mask")[: len(args)]
     axes = {0: "batch_size", 1: "encoder_sequence_length"} if text else {0: "batch_size"}
     every = dict.fromkeys(names, axes)
@@ -199,7 +131,7 @@ def _decoders(twin: Twin, value: Tensor, encoder: Part) -> Parts:
     width = hidden.shape[-1]
     hidden = torch.randn(BATCH, hidden.shape[1], width, dtype=hidden.dtype)
     mask = [torch.ones(hidden.shape[:2], dtype=torch.long)] if text else []
-    model = _First(twin.model)
+    model = First(twin.model)
     with torch.no_grad():
         ids = _tokens(twin.model, BATCH, PAST)
         _, past = model(ids, hidden, *mask)
@@ -210,19 +142,14 @@ def _decoders(twin: Twin, value: Tensor, encoder: Part) -> Parts:
     still = [tuple(d for d in range(past[0].dim()) if d not in dims) for dims in grown]
     past = [tensor.clone() for tensor in past]
     later = _next(twin, width, past, mask, grown, still)
-    own = _own(still)
+    own = own_of(still)
     return Parts(
         encoder,
         _first(twin, hidden, mask, still),
         later,
-        numbers(_own(later.captured.inputs[1]), own),
-        numbers(_own(past), own),
+        numbers(own_of(later.captured.inputs[1]), own),
+        numbers(own_of(past), own),
     )
-
-
-def _own(cached: Sequence[T]) -> list[T]:
-    """What belongs to keys and values of the decoder's tokens; the others are the encoder's."""
-    return [item for k, item in enumerate(cached) if k % 4 < 2]
 
 
 def _differing(left: Tensor, right: Tensor) -> tuple[int, ...]:
@@ -240,7 +167,7 @@ def _first(twin: Twin, hidden: Tensor, mask: list[Tensor], still: list[tuple[int
     free = FREE if mask else {0: Dim.AUTO}
     shapes = (FREE, free, *([FREE] if mask else []))
     opened = OpenAxes({}, {1 + k: dims for k, dims in enumerate(still)})
-    captured = shrunk(twin, _First(twin.model), args, shapes, opened)
+    captured = shrunk(twin, First(twin.model), args, shapes, opened)
     names = ("input_ids", "encoder_hidden_states", "encoder_attention_mask")[: len(args)]
     states = _named(free)
     axes = {names[0]: SEQUENCE, names[1]: states, "encoder_attention_mask": states}
@@ -258,18 +185,18 @@ def _next(
 ) -> Part:
     args = (_tokens(twin.model, BATCH, LENGTH), past, *mask)
     shapes = (FREE, [dict.fromkeys(dims, Dim.AUTO) for dims in grown], *([FREE] if mask else []))
-    own = _own(still)
+    own = own_of(still)
     opened = OpenAxes(
         {1 + k: dims for k, dims in enumerate(still)}, {1 + k: dims for k, dims in enumerate(own)}
     )
-    captured = shrunk(twin, _Next(twin.model, width), args, shapes, opened)
+    captured = shrunk(twin, Next(twin.model, width), args, shapes, opened)
     held = cache_names("past_key_values", len(past))
     names = ("input_ids", *held, *(["encoder_attention_mask"] if mask else []))
     axes: dict[str, Mapping[int, str]] = {"input_ids": SEQUENCE, "encoder_attention_mask": STATES}
     for k, (name, dims) in enumerate(zip(held, grown, strict=True)):
         length = "past_sequence_length" if k % 4 < 2 else "encoder_sequence_length"
         axes[name] = dict(zip(dims, ("batch_size", length), strict=False))
-    present = _own(cache_names("present", len(past)))
+    present = own_of(cache_names("present", len(past)))
     return Part("decoder_with_past_model", captured, names, ("logits", *present), shapes, axes)
 
 

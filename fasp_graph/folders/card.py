@@ -45,8 +45,9 @@ found by analysing the model's own graph, with a repair of what stays.
 | parameters | {before:,} | {after:,} |
 | bytes | {report["bytes_before"]:,} | {report["bytes_after"]:,} |
 
-Sparsity of the layers in scope: {report["sparsity"]:.1%}. Largest relative difference between this
-model and the dense model with the same units zeroed: {verified}.
+Removed: {1 - after / before:.1%} of all parameters, {report["sparsity"]:.1%} of those in scope.
+Largest relative difference between this model and the dense model with the same units zeroed:
+{verified}.
 
 - groups: {ways}
 {lines}

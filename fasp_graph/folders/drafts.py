@@ -15,15 +15,17 @@ from .whole import whole
 
 
 @contextmanager
-def draft(path: Path, kind: str) -> Iterator[Path]:
+def draft(path: Path, kind: str, ending: str) -> Iterator[Path]:
     """A path in a temporary folder beside `path`. What lies in the folder when the block ends is
     moved beside `path`, the file of its name last; an exception leaves nothing behind, and becomes
-    a FaspGraphError that says `kind`.
+    a FaspGraphError that says `kind`. `ending`: how files of this kind end.
     """
     if not path.parent.is_dir():
         raise FaspGraphError(f"the folder {path.parent} does not exist · help: create it first")
     if path.is_dir():
         raise FaspGraphError(f"{path} is a folder · help: give the path of a file")
+    if path.suffix != ending:
+        raise FaspGraphError(f"{path.name} must end in {ending} · help: {path.stem}{ending}")
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         made = temporary / path.name
@@ -34,7 +36,8 @@ def draft(path: Path, kind: str) -> Iterator[Path]:
         raise
     except Exception as error:  # exporters raise errors of many unrelated types
         raise FaspGraphError(
-            f"the graph cannot be written as {kind}: {str(error).strip()[:600]}"
+            f"the graph cannot be written as {kind}: {str(error).strip()[:600]} · help: another "
+            "format may do"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -32,7 +32,10 @@ def open_folder(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float
         config.dtype = dtype
         model = from_config(config)
     except (OSError, ValueError, ImportError) as error:
-        raise FaspGraphError(f"{root} cannot be opened: {str(error).splitlines()[0]}") from error
+        raise FaspGraphError(
+            f"{root} cannot be opened: {str(error).splitlines()[0]} · help: streaming reads "
+            "folders of transformers' own models; prune others in memory"
+        ) from error
     if method := quantised_by(config):
         raise FaspGraphError(
             f"the weights in {root} are quantised ({method}) and cannot be cut or repaired · help: "

@@ -18,7 +18,7 @@ from passes.errors import FaspGraphError
 
 from ..emit.emission import apply_shapes
 from ..jsontext import read_object
-from .manifest import MANIFEST, checked_files, read_manifest
+from .manifest import AGAIN, MANIFEST, checked_files, read_manifest
 
 _READ = ("config.json", "generation_config.json")
 _ATTENTION = ("eager", "sdpa")
@@ -53,10 +53,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         raise
     except _MISFITS as error:
         raise FaspGraphError(
-            f"the weights in {root} do not fit {type(built).__name__}: {str(error)[:500]}"
+            f"the weights in {root} do not fit {type(built).__name__}: {str(error)[:500]} · help: "
+            "give the dense model that was pruned, and the version of its code"
         ) from error
     except safetensors.SafetensorError as error:
-        raise FaspGraphError(f"{root} holds a broken safetensors file: {error}") from error
+        raise FaspGraphError(
+            f"{root} holds a broken safetensors file: {error} · {AGAIN}"
+        ) from error
     return built.eval()
 
 
@@ -75,11 +78,12 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
     if not inspect.isclass(known) or not issubclass(known, transformers.PreTrainedModel):
         raise FaspGraphError(
             f"{name!r} is not a model class of the installed transformers "
-            f"{transformers.__version__}"
+            f"{transformers.__version__} · help: install the version that the folder was written "
+            "with"
         )
     found: Any = known
     if not (root / "config.json").is_file() or found.config_class is None:
-        raise FaspGraphError(f"{root} holds no config.json for {name}")
+        raise FaspGraphError(f"{root} holds no config.json for {name} · {AGAIN}")
     settings = manifest["settings"]
     checked_files(root, {file: settings[file] for file in _READ if file in settings})
     try:
@@ -97,7 +101,8 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
     except Exception as error:  # each class checks its configuration in its own way, or not at all
         raise FaspGraphError(
             f"the configuration in {root} makes no {name}: {type(error).__name__}: "
-            f"{str(error)[:300]}"
+            f"{str(error)[:300]} · help: install the transformers that wrote the folder, or fetch "
+            "it again"
         ) from error
     return model
 
@@ -126,17 +131,21 @@ def _check_emission(model: nn.Module, emission: dict[str, Any], state: dict[str,
         stored = name if name not in emission["padded"] else original_name(name)
         fits = len(shape) == len(old) and all(0 < n <= m for n, m in zip(shape, old, strict=True))
         if not fits or (stored in state and list(state[stored].shape) != list(shape)):
-            raise FaspGraphError(f"{MANIFEST}: shape {shape} of {name} is not that of the weights")
+            raise FaspGraphError(
+                f"{MANIFEST}: shape {shape} of {name} is not that of the weights · {AGAIN}"
+            )
     for path, sizes in emission["attributes"].items():
         for name in sizes:
             if type(getattr(model.get_submodule(path), name, None)) is not int:
-                raise FaspGraphError(f"{MANIFEST}: {path}.{name} is no integer of the model")
+                raise FaspGraphError(
+                    f"{MANIFEST}: {path}.{name} is no integer of the model · {AGAIN}"
+                )
     widest = max((max(tensor.shape, default=1) for tensor in held.values()), default=1)
     axes = [(p, axis) for table in ("scatter", "gather") for p, axis in emission[table].items()]
     axes += [(p, axis) for p, held_axes in emission["padded"].items() for axis in held_axes]
     for path, (_, size, kept) in axes:
         if not 0 < size <= widest or not all(0 <= index < size for index in kept):
-            raise FaspGraphError(f"{MANIFEST}: positions of {path} are out of range")
+            raise FaspGraphError(f"{MANIFEST}: positions of {path} are out of range · {AGAIN}")
 
 
 def original_name(name: str) -> str:

@@ -28,6 +28,7 @@ _WANTED: dict[str, type] = {
     "emission": dict,
     "files": list,
 }
+AGAIN = "help: fetch the folder again"
 _PLAIN = re.compile(r"(?!\.\.?$)[^/\\\x00]+")
 
 
@@ -44,10 +45,12 @@ def read_manifest(root: Path) -> dict[str, Any]:
         )
     for key, kind in _WANTED.items():
         if not isinstance(manifest.get(key), kind):
-            raise FaspGraphError(f"{path} is damaged: {key!r} is missing or of the wrong type")
+            raise FaspGraphError(
+                f"{path} is damaged: {key!r} is missing or of the wrong type · {AGAIN}"
+            )
     for name in manifest["files"]:
         if not isinstance(name, str) or not _PLAIN.fullmatch(name):
-            raise FaspGraphError(f"{path} lists {name!r}, which is not a plain file name")
+            raise FaspGraphError(f"{path} lists {name!r}, which is not a plain file name · {AGAIN}")
     return manifest
 
 
@@ -56,10 +59,10 @@ def checked_files(root: Path, files: Mapping[str, Any]) -> list[Path]:
     found = []
     for name, expected in files.items():
         if not _PLAIN.fullmatch(name):
-            raise FaspGraphError(f"{root / MANIFEST}: {name!r} is not a plain file name")
+            raise FaspGraphError(f"{root / MANIFEST}: {name!r} is not a plain file name · {AGAIN}")
         path = root / name
         if not path.is_file():
-            raise FaspGraphError(f"{path} is missing · help: fetch the folder again")
+            raise FaspGraphError(f"{path} is missing · {AGAIN}")
         if digest(path) != expected:
             raise FaspGraphError(
                 f"{path} is not the file that was saved: its sha256 differs · help: fetch the "

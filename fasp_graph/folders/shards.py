@@ -91,7 +91,10 @@ def stored(path: Path) -> dict[str, Stored]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise FaspGraphError(f"{path}: {name} is {entry['dtype']}, which cannot be pruned")
+            raise FaspGraphError(
+                f"{path}: {name} is {entry['dtype']}, which cannot be pruned · help: convert it to "
+                "one of " + ", ".join(DTYPES)
+            )
         first, last = entry["data_offsets"]
         held = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first)
         if first < 0 or held.size != last - first or start + last > end:
@@ -107,9 +110,11 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, HEADER_LIMIT)))
     except (OSError, ValueError) as error:
-        raise FaspGraphError(f"{path} is no readable safetensors file: {error}") from error
+        raise FaspGraphError(
+            f"{path} is no readable safetensors file: {error} · help: fetch it again"
+        ) from error
     if not isinstance(header, dict):
-        raise FaspGraphError(f"{path} is no safetensors file")
+        raise FaspGraphError(f"{path} is no safetensors file · help: fetch it again")
     return header, 8 + length
 
 

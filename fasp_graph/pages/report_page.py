@@ -44,11 +44,13 @@ def report_page(name: str, report: Mapping[str, Any], figures: Mapping[str, Any]
     """The page; `report`: Report.to_dict(), `figures`: name_before, name_after measured beside."""
     parts = [
         f"<h1>{_text(name)}, pruned</h1>",
-        f"<p>{report['sparsity']:.1%} of the parameters in scope removed; the compact model equals "
-        f"the dense one with the same units zeroed to {report['verify_max_error']:.1e}.</p>",
+        f"<p>{report['removed']:.1%} of all parameters removed, {report['sparsity']:.1%} of those "
+        f"in scope; the compact model equals the dense one with the same units zeroed to "
+        f"{report['verify_max_error']:.1e}.</p>",
         *(f"<p>{_text(note)}</p>" for note in report.get("notes", ())),
         "<h2>Before and after</h2>",
         _before_after({**report, **figures}),
+        f"<p>FLOPs and latency are those of one call at {_text(report['inputs'])}.</p>",
         "<h2>Kept share of each group</h2>",
         _heat_map(report["groups"]),
         "<h2>Groups</h2>",

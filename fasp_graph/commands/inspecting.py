@@ -1,0 +1,69 @@
+"""The command that shows the groups: inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from passes.errors import ConfigError
+
+from ..data import load_target
+from ..pages.graphfiles import FORMATS, text, write
+from ..pages.view import to_html
+from ..prune import analyze
+from .listing import groups_table
+from .terminal import Debug, Json, Model, stages, wide_console, writable
+
+
+def inspect_command(
+    model: Model,
+    frozen: Annotated[bool, typer.Option(help="List frozen groups too.")] = False,
+    explain: Annotated[
+        str | None, typer.Option(metavar="PARAMETER", help="Why is this weight (not) prunable?")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the viewer, one HTML file that needs no network.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help=f"Print the graph as {', '.join(FORMATS)}.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for --format; its ending chooses the format.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show which weights are coupled, and why the others are frozen.
+
+    Names that differ by layer numbers only are one row (layers.0-31, x32); --json tells each.
+    """
+    form = _form(format, output)
+    with stages("load"):
+        target = load_target(model)
+    with stages("analyse"):
+        deps = analyze(target.model, target.inputs)
+    if html is not None:
+        writable(html)
+        to_html(deps, html)
+    if output is not None and form:
+        writable(output)
+        write(deps, form, output)
+    elif form:
+        print(text(deps, form), end="")
+    elif explain is not None:
+        print(deps.explain(explain))
+    elif json:
+        print(text(deps, "json"), end="")
+    else:
+        wide_console().print(groups_table(target.name, deps, frozen))
+
+
+def _form(format: str | None, output: Path | None) -> str | None:
+    """What the graph is written as: as asked, or as the file's ending says; None: as a table."""
+    form = format or (output.suffix.lstrip(".") if output else None)
+    form = {"mmd": "mermaid", "gv": "dot"}.get(form or "", form)
+    if form is not None and form not in FORMATS:
+        raise ConfigError(f"no format {form!r} · help: --format {', '.join(FORMATS)}")
+    return form
