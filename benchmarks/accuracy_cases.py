@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import models_zoo
 from fasp_graph import perplexity
+from fasp_graph.evaluate import spread
 from fasp_graph.measures import embeddings
 from models_zoo.text import windows
 
@@ -68,7 +69,7 @@ def _bundled(name: str, assets: Path | None) -> Case:
     entry = models_zoo.load(name)
     pool = torch.cat([batch["input_ids"] for batch in entry.calibration])
     length = pool.shape[1]
-    texts = {"heldout": entry.heldout[: HELDOUT_TOKENS // length]}
+    texts = {"heldout": spread(entry.heldout, HELDOUT_TOKENS // length)}
     if assets is not None and assets.is_dir():
         text = (assets / "text" / "wikitext2-test.txt").read_text()[:100_000]
         other = torch.tensor(entry.tokenizer(text)["input_ids"])

@@ -25,6 +25,7 @@ from torch import nn
 
 from fasp_graph import Config, export, perplexity, prune
 from fasp_graph.data import Target, load_target
+from fasp_graph.evaluate import spread
 from fasp_graph.exports.export import Options, export_source, source_of
 from fasp_graph.exports.onnx_reduce import DTYPES
 
@@ -40,7 +41,7 @@ def measured(text: str) -> dict[str, Any]:
     """Perplexity and bytes of a target (zoo:NAME, or FOLDER:TEXT with the text to read)."""
     target = _target(text)
     assert target.heldout is not None
-    tokens = target.heldout[:WINDOWS]
+    tokens = spread(target.heldout, WINDOWS)
     config = Config(SPARSITY, method="fasp")
     pruned = prune(target.model, target.inputs, target.calibration[:BATCHES], config)
     row: dict[str, Any] = {
