@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -32,6 +30,8 @@ from .other_sizes import other_sizes
 from .program import program_of, quiet
 
 if TYPE_CHECKING:
+    import onnxruntime
+
     from ..prune import Pruned
 
 OPSET = 18
@@ -77,6 +77,8 @@ def export_graph(
     form: Form = Form(),
 ) -> Path:
     """Write any captured graph as ONNX: the work of `export_onnx`."""
+    import onnx
+
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     external = size > form.external_data_bytes
     with draft(path, "ONNX") as made:
@@ -132,6 +134,8 @@ def _name_axes(model: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
 
 def onnx_session(path: str | os.PathLike[str]) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU, with as many threads as torch has."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
