@@ -63,9 +63,16 @@ def export_onnx(pruned: Pruned, path: str | os.PathLike[str]) -> Path:
     Raises VerificationError, and writes nothing, if ONNX Runtime computes other numbers.
     `fasp_graph.exports.export` has the options: with a cache, in parts, float16, int8.
     """
+    return export_graph(*graph_call(pruned, path))
+
+
+def graph_call(
+    pruned: Pruned, path: str | os.PathLike[str]
+) -> tuple[GraphModule, Args, Any, Path, dict[str, str]]:
+    """The arguments of `export_graph` for a pruned model; they can be sent to another process."""
     metadata = {"fasp_graph.plan": to_json(pruned.plan.to_dict())}
     plain = narrow(pruned.graph_module)  # ONNX Runtime has no use for the padding, and pays for it
-    return export_graph(plain, pruned.inputs, pruned.dynamic_shapes, Path(path), metadata)
+    return plain, pruned.inputs, pruned.dynamic_shapes, Path(path), metadata
 
 
 def export_graph(
