@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.fx import Node
 
@@ -41,6 +39,9 @@ def couple(
 
 
 def _components(labels: Labels) -> np.ndarray:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     if not labels.edges:
         return np.arange(labels.count)
     pairs = torch.cat(labels.edges).numpy()

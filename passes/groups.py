@@ -17,14 +17,16 @@ frozen     reaches an output, an input, an index, an unknown op: never removed; 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 
 from .errors import FaspGraphError
 from .names import folded, pattern
 from .values import Labels
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 KINDS = ("chain", "bilinear", "head", "width", "frozen")
 
@@ -134,6 +136,8 @@ class DependencyGraph:
         """Parameters are nodes; two are joined by an edge for each group that both are
         members of.
         """
+        import networkx as nx
+
         graph = nx.MultiGraph()
         for name, shape in self.parameters.items():
             graph.add_node(name, shape=str(list(shape)))

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,6 +68,8 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 def fake_twin(model: nn.Module) -> nn.Module:
     """A copy with fake CPU parameters and buffers, one per identity, so that ties stay."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     twin = shared_copy(model)
     made: dict[int, Any] = {}

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 import fasp_graph as fg
 from fasp_graph import bench, cli, data
 from fasp_graph.commands import demo, inspecting, pruning, terminal
+from fasp_graph.exports.onnx import export_graph
 
 PERPLEXITIES = ("perplexity_before", "perplexity_after")
 
@@ -365,6 +366,18 @@ def test_debug_shows_where_an_error_came_from(monkeypatch):
 
     with pytest.raises(fg.FaspGraphError):
         cli.main()
+
+
+def test_an_export_that_fails_in_its_process_is_told(tmp_path):
+    inputs = ((torch.randn(2, 3),), {})
+    threads = torch.get_num_threads()
+
+    with pytest.raises(fg.FaspGraphError, match="none does not exist"), demo.exporter() as process:
+        process.submit(
+            export_graph, nn.Linear(3, 4), inputs, None, tmp_path / "none/x.onnx"
+        ).result()
+
+    assert torch.get_num_threads() == threads
 
 
 def test_the_demo_measures_and_writes(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 import fasp_graph as fg
 from fasp_graph.commands.demo import run_demo
 from fasp_graph.commands.flags import read_toml
-from fasp_graph.folders.auto import FaspModel
+from fasp_graph.folders.auto import FaspConfig, FaspModel
 from fasp_graph.folders.loading import _check_emission
 from fasp_graph.folders.manifest import FORMAT, checked_files, read_manifest
 from passes import rules
@@ -149,6 +149,11 @@ def test_an_auto_class_of_another_task(tmp_path, monkeypatch):
 
     with pytest.raises(FaspGraphError, match="does not make · help: take the Auto class of its"):
         other.from_pretrained(tmp_path)
+
+
+def test_a_model_of_the_configuration_alone():
+    with pytest.raises(FaspGraphError, match="are in its folder, .* · help: from_pretrained"):
+        transformers.AutoModelForCausalLM.from_config(FaspConfig())
 
 
 def test_a_demo_without_text(tmp_path):

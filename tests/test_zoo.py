@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fasp_graph as fg
 import models_zoo
+from fasp_graph.evaluate import size_of
 from models_zoo.train import CONTEXT, DATA, Settings, heldout_perplexity, train
 from passes.capture import as_args, tensors
 
@@ -46,6 +47,7 @@ def test_random_model_runs(name):
     entry = models_zoo.load(name)
 
     assert entry.name == name
+    assert models_zoo.MODELS[name] == (type(entry.model).__name__, size_of(entry.model)[0])
     assert not any(module.training for module in entry.model.modules())
     assert sum(p.numel() for p in entry.model.parameters()) < 300_000
     assert entry.heldout is None and entry.tokenizer is None
@@ -81,6 +83,7 @@ def test_trained_model_knows_its_text(name):
     entry = trained(name)
     facts = json.loads((DATA / name / "training.json").read_text())
 
+    assert models_zoo.MODELS[name] == (type(entry.model).__name__, size_of(entry.model)[0])
     assert (DATA / name / "model.safetensors").stat().st_size <= 8_000_000
     assert all(p.dtype == torch.float32 for p in entry.model.parameters())
     assert not entry.model.training

@@ -2,13 +2,18 @@
 
 perplexity   on held-out text: dense, method=best, method=fasp, the same without repair, magnitude
 latency      of the dense and the compact graph in torch and in ONNX Runtime, runs alternating
+seconds      of a pruning run, on all cores but the one that meanwhile exports to ONNX
 """
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +39,7 @@ from passes.errors import FaspGraphError
 from ..config import Config
 from ..data import Target, load_target
 from ..evaluate import flops, latency, perplexity, size_of, spread
-from ..exports.onnx import export_graph, export_onnx, onnx_session, run_session
+from ..exports.onnx import export_graph, graph_call, onnx_session, run_session
 from ..folders.huggingface import save
 from ..jsontext import to_json
 from ..pages.view import to_html
@@ -100,30 +105,38 @@ def run_demo(
     written = min(sparsities, key=lambda value: abs(value - WRITTEN))
     output.mkdir(parents=True, exist_ok=True)
     sample = as_args(_sized(target.inputs, heldout[:2]))
+    files: dict[str, Future[Path]] = {}
     with progress_bar(console) as bars, tempfile.TemporaryDirectory() as scratch:
         whole = bars.add_task("dense model", total=len(sparsities) * (len(VARIANTS) + 1) + 3)
         step = _stepper(bars, whole)
-        program = read(target.model, target.inputs)
-        dense, module = program.captured, program.captured.graph_module
-        rows = [_row("dense", {"dense": perplexity(target.model, heldout)}, module, sample)]
-        calls: dict[str, Callable[[], Any]] = {
-            "dense torch": lambda: module(*sample[0], **sample[1])
-        }
-        step("dense model to ONNX")
-        path = Path(scratch) / "0.onnx"
-        draft = export_graph(module, dense.inputs, dense.dynamic_shapes, path)
-        calls["dense onnx"] = _session_call(draft, sample)
-        for sparsity in sparsities:
-            name = f"{sparsity:.0%}"
-            pruned, row = _prune_all(target, program, heldout, sparsity, sample, step, _inner(bars))
-            rows.append(row)
-            step(f"{name} to ONNX")
-            folder = output if sparsity == written else Path(scratch)
-            path = export_onnx(pruned, folder / f"{target.name}-{name.rstrip('%')}.onnx")
-            calls |= {f"{name} torch": _graph_call(pruned.graph_module, sample)}
-            calls |= {f"{name} onnx": _session_call(path, sample)}
-            if sparsity == written:
-                _write(pruned, output, f"{target.name}-{name.rstrip('%')}", target.tokenizer)
+        with exporter() as process:
+            program = read(target.model, target.inputs)
+            dense, module = program.captured, program.captured.graph_module
+            path = Path(scratch) / "0.onnx"
+            plain = copy.deepcopy(module)  # without torch.export's hooks, which cannot be sent
+            files["dense"] = process.submit(
+                export_graph, plain, dense.inputs, dense.dynamic_shapes, path
+            )
+            graphs = {"dense": module}
+            rows = [_row("dense", {"dense": perplexity(target.model, heldout)}, module, sample)]
+            for sparsity in sparsities:
+                name = f"{sparsity:.0%}"
+                stem = f"{target.name}-{name.rstrip('%')}"
+                path = (output if sparsity == written else Path(scratch)) / f"{stem}.onnx"
+                pruned, row, files[name] = _prune_all(
+                    target, program, heldout, sparsity, sample, step, _inner(bars), process, path
+                )
+                rows.append(row)
+                graphs[name] = pruned.graph_module
+                if sparsity == written:
+                    _write(pruned, output, stem, target.tokenizer)
+            for name, file in files.items():
+                step(f"{name} to ONNX")
+                file.result()
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, file in files.items():
+            calls[f"{name} torch"] = _graph_call(graphs[name], sample)
+            calls[f"{name} onnx"] = _session_call(file.result(), sample)
         step("latency, runs alternating")
         times = latency(calls, repeats)
     rows = [
@@ -134,6 +147,21 @@ def run_demo(
     return rows
 
 
+@contextmanager
+def exporter() -> Iterator[Executor]:
+    """A process for the exports, which keep one core busy; torch leaves it one meanwhile."""
+    threads = torch.get_num_threads()
+    process = ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    )
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield process
+    finally:
+        process.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
 def _prune_all(
     target: Target,
     program: Program,
@@ -142,8 +170,12 @@ def _prune_all(
     sample: Args,
     step: Callable[[str], None],
     progress: Callable[[str, int, int], None],
-) -> tuple[Pruned, Row]:
-    """Every variant at one sparsity; the pruned model and the figures are those of fasp."""
+    process: Executor,
+    path: Path,
+) -> tuple[Pruned, Row, Future[Path]]:
+    """Every variant at one sparsity; the pruned model, its figures and its file are those of fasp,
+    the first.
+    """
     values: dict[str, float] = {}
     chosen: Pruned | None = None
     seconds = 0.0
@@ -156,9 +188,11 @@ def _prune_all(
         values[variant] = perplexity(pruned.model, heldout)
         if chosen is None:
             chosen, seconds = pruned, elapsed
+            file = process.submit(export_graph, *graph_call(pruned, path))
     assert chosen is not None
     row = _row(f"{sparsity:.0%}", values, chosen.graph_module, sample)
-    return chosen, replace(row, seconds=seconds, verify_max_error=chosen.report.verify_max_error)
+    error = chosen.report.verify_max_error
+    return chosen, replace(row, seconds=seconds, verify_max_error=error), file
 
 
 def _row(name: str, values: dict[str, float], module: GraphModule, sample: Args) -> Row:

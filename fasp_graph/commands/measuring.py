@@ -178,16 +178,10 @@ def export_command(
 
 def zoo_command(json: Json = False, debug: Debug = False) -> None:
     """List the models that come with fasp-graph."""
-    rows = []
-    for name in models_zoo.names():
-        entry = models_zoo.load(name)
-        rows.append(
-            {
-                "name": f"zoo:{name}",
-                "class": type(entry.model).__name__,
-                "parameters": size_of(entry.model)[0],
-            }
-        )
+    rows = [
+        {"name": f"zoo:{name}", "class": kind, "parameters": size}
+        for name, (kind, size) in models_zoo.MODELS.items()
+    ]
     if json:
         print(to_json(rows, indent=1))
         return

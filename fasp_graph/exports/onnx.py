@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -32,6 +30,8 @@ from .other_sizes import other_sizes
 from .program import program_of, quiet
 
 if TYPE_CHECKING:
+    import onnxruntime
+
     from ..prune import Pruned
 
 OPSET = 18
@@ -63,9 +63,16 @@ def export_onnx(pruned: Pruned, path: str | os.PathLike[str]) -> Path:
     Raises VerificationError, and writes nothing, if ONNX Runtime computes other numbers.
     `fasp_graph.exports.export` has the options: with a cache, in parts, float16, int8.
     """
+    return export_graph(*graph_call(pruned, path))
+
+
+def graph_call(
+    pruned: Pruned, path: str | os.PathLike[str]
+) -> tuple[GraphModule, Args, Any, Path, dict[str, str]]:
+    """The arguments of `export_graph` for a pruned model; they can be sent to another process."""
     metadata = {"fasp_graph.plan": to_json(pruned.plan.to_dict())}
     plain = narrow(pruned.graph_module)  # ONNX Runtime has no use for the padding, and pays for it
-    return export_graph(plain, pruned.inputs, pruned.dynamic_shapes, Path(path), metadata)
+    return plain, pruned.inputs, pruned.dynamic_shapes, Path(path), metadata
 
 
 def export_graph(
@@ -77,6 +84,8 @@ def export_graph(
     form: Form = Form(),
 ) -> Path:
     """Write any captured graph as ONNX: the work of `export_onnx`."""
+    import onnx
+
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     external = size > form.external_data_bytes
     with draft(path, "ONNX", ".onnx") as made:
@@ -132,6 +141,8 @@ def _name_axes(model: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
 
 def onnx_session(path: str | os.PathLike[str]) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU, with as many threads as torch has."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()

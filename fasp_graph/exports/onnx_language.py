@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from passes.errors import FaspGraphError
 
 from ..evaluate import perplexity
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 

@@ -9,11 +9,12 @@ int8      dynamic quantisation: per-tensor int8 weights of matrix products, acti
 from __future__ import annotations
 
 from pathlib import Path
-
-import onnx
-from onnx import ModelProto
+from typing import TYPE_CHECKING
 
 from passes.errors import ConfigError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 _WIDE = ("Pow", "ReduceMean", "Sqrt", "Reciprocal")  # of norms: a square leaves float16 soon
 DTYPES = ("float32", "float16", "int8")
@@ -21,6 +22,8 @@ DTYPES = ("float32", "float16", "int8")
 
 def reduce(path: Path, dtype: str, external: bool) -> None:
     """Rewrite the file at `path`; with `external`, its weights stay in a file beside it."""
+    import onnx
+
     if dtype not in DTYPES:
         raise ConfigError(f"no dtype {dtype!r} · help: one of {', '.join(DTYPES)}")
     model = onnx.load(path)
@@ -48,6 +51,7 @@ def _float16(model: ModelProto) -> ModelProto:
 
 
 def _int8(path: Path, model: ModelProto) -> ModelProto:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     del model.graph.value_info[:]  # shapes under names of axes that the quantiser cannot match

@@ -14,6 +14,7 @@ import huggingface_hub
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto import modeling_auto
 
 from passes.errors import FaspGraphError
 
@@ -30,8 +31,10 @@ class FaspConfig(transformers.PretrainedConfig):  # type: ignore[misc]
         self.dense = dense or {}
 
 
-class FaspModel(transformers.PreTrainedModel):  # type: ignore[misc]
-    """What the Auto classes know: never an instance, only a way to `fasp_graph.load`."""
+class FaspModel:
+    """What the Auto classes know: never an instance, only a way to `fasp_graph.load`. No
+    PreTrainedModel: they ask for none, and importing that class takes seconds.
+    """
 
     config_class = FaspConfig
     auto: Any = None
@@ -61,17 +64,22 @@ class FaspModel(transformers.PreTrainedModel):  # type: ignore[misc]
             else model
         )
 
+    @classmethod
+    def _from_config(cls, config: FaspConfig, **options: Any) -> nn.Module:
+        """What an Auto class calls to make a model with random weights."""
+        raise FaspGraphError(
+            "the sizes of a pruned model are in its folder, not in its configuration · help: "
+            "from_pretrained(folder), or fasp_graph.load(folder)"
+        )
+
 
 def register() -> None:
     """Make every Auto class with a head, and AutoModel, know FaspConfig."""
     transformers.AutoConfig.register(FaspConfig.model_type, FaspConfig, exist_ok=True)
-    for name in dir(transformers):
-        if name.startswith("AutoModel"):
-            auto = getattr(transformers, name)
-            if hasattr(auto, "_model_mapping"):
-                auto.register(
-                    FaspConfig, type(f"Fasp{name}", (FaspModel,), {"auto": auto}), exist_ok=True
-                )
+    for name, auto in vars(modeling_auto).items():
+        if name.startswith("AutoModel") and hasattr(auto, "_model_mapping"):
+            made = type(f"Fasp{name}", (FaspModel,), {"auto": auto})
+            auto.register(FaspConfig, made, exist_ok=True)
 
 
 register()

@@ -15,19 +15,23 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from passes.errors import ConfigError
 from passes.groups import DependencyGraph
 
 from ..jsontext import to_json
 
+if TYPE_CHECKING:
+    import networkx as nx
+
 COLOURS = {"chain": "#0b7285", "bilinear": "#8a3ffc", "head": "#c2570c", "width": "#a17a00"}
 
 
 def flow_graph(deps: DependencyGraph) -> nx.DiGraph:
     """Producers -> consumers as a networkx graph whose attributes are plain text and numbers."""
+    import networkx as nx
+
     graph = nx.DiGraph()
     for group in deps.groups:
         if group.kind in ("frozen", "width"):
@@ -63,6 +67,8 @@ def _json(deps: DependencyGraph) -> str:
 
 
 def _graphml(deps: DependencyGraph) -> str:
+    import networkx as nx
+
     graph = flow_graph(deps)
     clean = nx.relabel_nodes(graph, {name: _printable(name) for name in graph})
     return "\n".join(nx.generate_graphml(clean, named_key_ids=True)) + "\n"
@@ -137,6 +143,8 @@ def _xml(text: str) -> str:
 
 def _layout(graph: nx.DiGraph) -> dict[str, tuple[float, float]]:
     """Columns by the condensed graph's generations (cycles count as one), parts below another."""
+    import networkx as nx
+
     found: dict[str, tuple[float, float]] = {}
     top = 30.0
     for part in nx.weakly_connected_components(graph):

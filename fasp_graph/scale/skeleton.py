@@ -9,11 +9,14 @@ how, for models of any library.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from passes.skeleton import skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def from_config(config: PreTrainedConfig, kind: Any = None) -> PreTrainedModel:
