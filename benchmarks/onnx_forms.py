@@ -24,10 +24,11 @@ import torch
 from torch import nn
 
 from fasp_graph import Config, export, perplexity, prune
-from fasp_graph.data import Target, load_target
+from fasp_graph.data import load_target
 from fasp_graph.evaluate import spread
 from fasp_graph.exports.export import Options, export_source, source_of
 from fasp_graph.exports.onnx_reduce import DTYPES
+from fasp_graph.targets import Target
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs" / "deploy.md", ROOT / "benchmarks" / "results" / "onnx.json"

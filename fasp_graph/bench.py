@@ -25,9 +25,10 @@ from passes.capture import Args, as_args, capture
 from passes.errors import FaspGraphError
 
 from . import memory as peaks
-from .data import Target, load_target
+from .data import load_target
 from .evaluate import flops, latency, perplexity, size_of
 from .exports.onnx import export_graph, onnx_session, run_session
+from .targets import Target
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The command line: `fasp-graph inspect | prune | recover | eval | bench | export |
 zoo`; a command a function in fasp_graph/commands/.
 
-MODEL is zoo:NAME, a folder, package.module:factory or a hub id (fasp_graph/data.py); DATA is text,
-images or a factory (fasp_graph/corpora.py). The flags of `prune` are the fields of Config
+MODEL is zoo:NAME, a folder, package.module:factory or a hub id (fasp_graph/targets.py); DATA is
+text, images or a factory (fasp_graph/corpora.py). The flags of `prune` are the fields of Config
 (fasp_graph/commands/flags.py). Exit codes: 0 done, 1 an error inside, 2 an error of the call, its
 data or its model, 130 interrupted. An error is one message on stderr; `--debug` shows where it
 came from.

@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 from passes.errors import ConfigError
 
 from .corpora import factory, image_files, is_factory, refuse_missing, text_of
-from .data import Target, image_inputs, like, load_target, windows_of
+from .data import image_inputs, like, load_target, windows_of
 from .evaluate import perplexity, spread
 from .measures import accuracy, similarity
+from .targets import Target
 
 
 @dataclass(frozen=True)

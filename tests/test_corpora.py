@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fasp_graph as fg
-from fasp_graph import corpora, data
+from fasp_graph import corpora, data, targets
 
 
 def letters(text, **_):
@@ -155,7 +155,7 @@ def test_factories_give_batches_and_tokens(tmp_path, monkeypatch, target):
     (batch,) = data.calibration_batches(target, "my_data:batches", 8, 4)
     assert batch["input_ids"].shape == (1, 5)
     assert data.heldout_tokens(target, "my_data:tokens", 8, 4).shape == (3, 7)
-    with pytest.raises(fg.FaspGraphError, match="must return tokens"):
+    with pytest.raises(fg.FaspGraphError, match=r"return ids \[windows, length\]"):
         data.heldout_tokens(target, "my_data:wrong", 8, 4)
 
 
@@ -166,7 +166,7 @@ def test_a_folder_of_images(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 1.0, 0.1]})
     )
-    pixels = data._pixels(tmp_path)
+    pixels = targets._pixels(tmp_path)
     target = data.Target("v", torch.nn.Flatten(), torch.zeros(2, 3, 4, 6), pixels=pixels)
 
     (batch,) = data.calibration_batches(target, str(tmp_path), 8, 2)
@@ -189,8 +189,8 @@ def test_a_factory_that_fails_or_returns_something_else(tmp_path, monkeypatch):
 
     for name, message in (
         ("fails", "failed: IndexError: out of layers"),
-        ("alone", "must return"),
-        ("swapped", "not a torch.nn.Module"),
+        ("alone", "help: return "),
+        ("swapped", "where the model stands"),
         ("absent", "cannot import"),
     ):
         with pytest.raises(fg.FaspGraphError, match=message):
@@ -206,4 +206,4 @@ def test_a_model_whose_inputs_cannot_be_guessed():
     model = SimpleNamespace(main_input_name="input_values", config=None)
 
     with pytest.raises(fg.FaspGraphError, match="package.module:factory"):
-        data._example(model)
+        targets._example(model)

@@ -10,9 +10,10 @@ from torch import nn
 import fasp_graph as fg
 import models_zoo
 from fasp_graph.commands.measuring import eval_command
-from fasp_graph.data import Target, windows_of
+from fasp_graph.data import windows_of
 from fasp_graph.measures import accuracy, embeddings, similarity, tasks
 from fasp_graph.quality import Quality
+from fasp_graph.targets import Target
 
 
 class Encoder(nn.Module):

@@ -37,13 +37,14 @@ from passes.capture import Args, as_args
 from passes.errors import FaspGraphError
 
 from ..config import Config
-from ..data import Target, load_target
+from ..data import load_target
 from ..evaluate import flops, latency, perplexity, size_of, spread
 from ..exports.onnx import export_graph, graph_call, onnx_session, run_session
 from ..folders.huggingface import save
 from ..jsontext import to_json
 from ..pages.view import to_html
 from ..prune import Program, Pruned, prune, read
+from ..targets import Target
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.5)
 WRITTEN = 0.3

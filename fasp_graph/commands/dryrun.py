@@ -26,11 +26,11 @@ from passes.groups import DependencyGraph
 from passes.select import Plan, allocate
 
 from ..config import Config
-from ..data import Target
 from ..emit.layout import Said, settled, uniform_groups
 from ..jsontext import to_json
 from ..pages.view import shapes_after
 from ..prune import analyze
+from ..targets import Target
 from .terminal import wide_console
 
 

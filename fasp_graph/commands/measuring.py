@@ -14,7 +14,7 @@ import models_zoo
 from passes.capture import as_args
 
 from ..bench import bench
-from ..data import Target, load_target
+from ..data import load_target
 from ..evaluate import flops, latency, shapes_of, size_of
 from ..exports.export import FORMATS as EXPORTS
 from ..exports.export import Options, export_source, source_of
@@ -23,6 +23,7 @@ from ..exports.onnx_reduce import DTYPES
 from ..jsontext import to_json
 from ..measures import tasks
 from ..quality import Quality
+from ..targets import Target
 from .terminal import (
     DATA_HELP,
     Debug,

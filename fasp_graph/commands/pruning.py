@@ -14,7 +14,7 @@ from passes.errors import ConfigError
 from passes.lazy import is_lazy
 
 from ..config import Config
-from ..data import Target, load_target
+from ..data import load_target
 from ..evaluate import latency, perplexity
 from ..folders.huggingface import refuse_foreign, save
 from ..jsontext import to_json
@@ -23,6 +23,7 @@ from ..pages.view import to_html
 from ..prune import Pruned, prune
 from ..scale.distributed import world
 from ..scale.journal import close, work_folder
+from ..targets import Target
 from .demo import run_demo, table
 from .dryrun import show_dry_run
 from .flags import config_from, given_flags, with_config_flags

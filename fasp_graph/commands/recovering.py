@@ -9,9 +9,10 @@ import typer
 
 from passes.errors import ConfigError
 
-from ..data import calibration_batches, folder_of, load_target
+from ..data import calibration_batches, load_target
 from ..evaluate import perplexity
 from ..folders.huggingface import MANIFEST, refuse_foreign, resave
+from ..targets import folder_of
 from ..training import Training, train
 from .terminal import DATA_HELP, Debug, Json, Length, Windows, show, stages
 

@@ -25,10 +25,10 @@ from passes.errors import ConfigError
 from passes.groups import DependencyGraph
 from passes.kernels import narrow
 
-from ..data import Target, folder_of
 from ..emit.dense import Twin, dense_shell, dense_twin
 from ..folders.manifest import MANIFEST, read_manifest
 from ..jsontext import to_json
+from ..targets import Target, folder_of
 from .caching import CachedDecoder, cached_decoder
 from .onnx import EXTERNAL_DATA_BYTES, Form, export_graph, onnx_session
 from .onnx_language import session_perplexity
