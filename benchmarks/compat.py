@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FREE = ("torch", "transformers", "tokenizers", "huggingface", "hf-xet", "triton", "sympy", "nvidia")
+FREE = (
+    *("torch", "transformers", "tokenizers", "huggingface", "hf-xet", "triton", "sympy", "nvidia"),
+    "setuptools",  # torch 2.11 takes none from 82 on
+)
 
 
 def constraints(text: str, torch: str, transformers: str) -> str:
