@@ -34,6 +34,7 @@ CARRY = {
 }
 LINEAR = {"add", "sub", "neg", "rsub", "to", "_to_copy", "contiguous", "clone", "type_as", "alias"}
 SCALING = {"mul", "div"}
+LENDING = {"type_as"}  # of the second operand only the dtype is read
 
 
 def meet_pointwise(visit: Visit, out: Any) -> Arrays:
@@ -41,6 +42,7 @@ def meet_pointwise(visit: Visit, out: Any) -> Arrays:
     if not isinstance(out, Tensor):
         return {}
     values, rank = list(visit.values()), out.dim()
+    values = values[:1] if visit.name in LENDING else values
     result: Arrays = {}
     for dim, size in enumerate(out.shape):
         held = [
