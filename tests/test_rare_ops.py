@@ -71,7 +71,10 @@ CHAINS = {
         Calls(lambda m, x: m.b(F.pixel_shuffle(m.a(x).view(6, 8, 1, 1), 2).flatten(1)), b=(8, 5)),
         2,
     ),
-    "the type of another": (Calls(lambda m, x: m.b(torch.relu(m.a(x)).type_as(m.b.bias))), 8),
+    "the type of another": (
+        Calls(lambda m, x: m.b(torch.relu(m.a(x)).double().type_as(m.b.bias))),
+        8,
+    ),
     "two LSTMs": (Calls(lambda m, x: m.b(m.r(x[None])[0]), r=lambda: nn.LSTM(7, 8, 2)), 8),
     "GRU both ways": (
         Calls(lambda m, x: m.b(m.r(x[None])[0]), r=lambda: nn.GRU(7, 4, 2, bidirectional=True)),
