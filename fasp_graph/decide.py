@@ -32,6 +32,7 @@ from passes.consumers import offset_of, unit_columns, views
 from passes.couple import DependencyGraph, Group
 from passes.drift import Twin, drift, twin
 from passes.eliminate import eliminate
+from passes.experts import ExpertView, Orders, expert_view, independent, moved
 from passes.observe import Moments, Room, View, Walk, probe, walk
 from passes.pieces import with_every_piece
 from passes.removal import nodes_by_name
@@ -51,6 +52,7 @@ from .calibration import (
 from .config import Config
 from .correction import corrected, correction_cost, sensed_on
 from .emit.layout import Said, settled
+from .experts import settle_experts, weight_orders
 from .scale.distributed import total
 from .scale.journal import Journal, fingerprint, open_journal, watch
 from .scale.microbatch import microbatches
@@ -61,7 +63,8 @@ from .worth import Job, Progress, cosines_of, curves_of, problems_of, utility_of
 @dataclass
 class Decisions:
     """Filled group by group. `curves[name][k]`: error of removing k units per block;
-    `seen`: tokens and channels at each consumer's weight that is solved for; `forward_passes`: the
+    `seen`: tokens and channels at each consumer's weight that is solved for; `orders`: groups of
+    which each expert keeps its own units, put in front (passes/experts.py); `forward_passes`: the
     cost, in plain forward passes over the calibration batches.
     """
 
@@ -71,6 +74,7 @@ class Decisions:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     seen: dict[str, tuple[int, int]] = field(default_factory=dict)
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    orders: Orders = field(default_factory=dict)
     forward_passes: float = 0.0
 
 
@@ -96,10 +100,13 @@ def decide(
     key = fingerprint(captured.graph_module, every, config) if work else ""
     batches, config = affordable(captured, shared_batches(every, config) if every else [], config)
     batches = microbatches(captured, batches, config.max_memory)
+    alone = [group for group in groups if not found[group.name]]
+    own = independent(captured.graph_module, alone, deps, captured.inputs, config.seed)
     job = Job(
         captured,
         config,
         found,
+        {group.name: expert_view(group, deps, nodes) for group in own},
         _sense(captured, found, batches, config),
         torch.Generator().manual_seed(config.seed),
     )
@@ -175,32 +182,52 @@ def _walk(
     """
     module, towards = job.captured.graph_module, job.config.passes.restore
     pending: dict[Node, list[tuple[Group, View]]] = {}
+    routed: dict[Node, list[tuple[Group, ExpertView]]] = {}
     for group in groups:
+        keep, inside = decided.budget.keep[group.name], job.experts.get(group.name)
+        if group.name in job.experts:
+            decided.kept[group.name] = tuple(range(keep))
         if job.views[group.name] and batches:
             for view in job.views[group.name]:
                 pending.setdefault(view.node, []).append((group, view))
+        elif inside is not None and batches:
+            routed.setdefault(inside.node, []).append((group, inside))
+        elif group.name in job.experts:
+            decided.orders[group.name] = weight_orders(job, group, keep)
         else:
             utility = weight_utility(module, group, job.config.passes.score, job.generator)
-            keep = decided.budget.keep[group.name]
             decided.kept[group.name] = select(group, utility, keep)
     dense = twin(module, batches) if pending and towards in TOWARDS else None
 
     def visit(state: Walk, node: Node) -> None:
-        moments = {view: state.moments(view) for _, view in pending[node]}
-        for group, view in pending[node]:
+        for group, inside in routed.get(node, ()):
+            found = settle_experts(job, group, inside, state, len(decided.kept[group.name]))
+            decided.orders[group.name], decided.errors[group.name] = found
+        moments = {view: state.moments(view) for _, view in pending.get(node, ())}
+        for group, view in pending.get(node, ()):
             if group.name not in decided.kept:
                 _choose(job, group, view, moments[view], state, decided)
             _repair(job, group, view, moments[view], state, dense, decided)
 
     report = (lambda done, total: progress("prune", done, total)) if progress else None
     watched = watch(journal, visit, decided)
+    stops = {*pending, *routed}
+    again = {node: [pick for _, v in held for pick in v.picks] for node, held in routed.items()}
     decided.weights = walk(
-        module, batches if pending else [], pending, watched, report, _room(job.config)
+        module, batches if stops else [], stops, watched, report, _room(job.config), again
     )
     if dense is not None and towards == "outputs":
         decided.weights = corrected(
             module, groups, job.views, decided.kept, decided.weights, batches, dense
         )
+    _put_in_order(job, groups, decided)
+
+
+def _put_in_order(job: Job, groups: list[Group], decided: Decisions) -> None:
+    """What each expert keeps goes in front, so that all of them keep the same positions."""
+    state = Walk(job.captured.graph_module, [], decided.weights)
+    for name, move in moved(groups, decided.orders).items():
+        decided.weights[name] = move(state.held(name).detach())
 
 
 def _choose(

@@ -156,7 +156,11 @@ def _plan(deps: DependencyGraph, decisions: Decisions, compact: GraphModule) -> 
     """The plan with the sparsity that was reached, counted on the compact graph."""
     budget, names = decisions.budget, scope(deps)
     left = sum(p.numel() for name, p in compact.named_parameters() if name in names)
-    return Plan(decisions.kept, budget.ratio, 1 - left / budget.scope, budget.scope)
+    experts = {
+        name: [order[: len(decisions.kept[name])] for order in orders]
+        for name, orders in decisions.orders.items()
+    }
+    return Plan(decisions.kept, budget.ratio, 1 - left / budget.scope, budget.scope, experts)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from passes.capture import Captured
 from passes.consumers import unit_columns
 from passes.couple import Group
 from passes.eliminate import Problem, eliminate
+from passes.experts import ExpertView
 from passes.observe import Moments, View, Walk
 from passes.rewrite import attribute
 from passes.score import interactions, last_masked, score
@@ -31,11 +32,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What every step needs to know."""
+    """What every step needs to know. `experts`: the groups of which each expert keeps its own
+    units, with their consumer where its inputs can be told by expert.
+    """
 
     captured: Captured
     config: Config
     views: dict[str, list[View]]
+    experts: dict[str, ExpertView | None]
     sensed: dict[str, Sensed]
     generator: torch.Generator
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,18 @@ class Moments:
     gram: Tensor
     mean: Tensor
     tokens: int
+
+
+class Seen(Protocol):
+    """A consumer, as errors name it."""
+
+    @property
+    def node(self) -> Node:
+        """Where it stands."""
+
+    @property
+    def parameter(self) -> str:
+        """Its weight."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,7 @@ class Walk:
             environment[node] = called(node, args, kwargs)
 
 
-def check_sums(view: View, tokens: int, *sums: Tensor) -> None:
+def check_sums(view: Seen, tokens: int, *sums: Tensor) -> None:
     """CalibrationError if a consumer saw no tokens, or numbers that are not finite."""
     if not tokens:
         raise CalibrationError(
@@ -264,26 +276,36 @@ def walk(
     visit: Callable[[Walk, Node], None],
     progress: Callable[[int, int], None] | None = None,
     room: Room | None = None,
+    again: Mapping[Node, Sequence[Node]] | None = None,
 ) -> dict[str, Tensor]:
-    """Run until the last stop; returns the replaced weights by name."""
+    """Run until the last stop; returns the replaced weights by name. `again`: a stop -> nodes
+    before it that read a weight which the visit replaces, and so are run once more.
+    """
     remaining = set(stops)
     state = Walk(module, list(environments(module, batches)), room=room or Room())
     if remaining and not state.environments:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     last = {arg: node for node in nodes for arg in node.all_input_nodes}
+    repeated = again or {}
+    for stop, several in repeated.items():
+        last |= {arg: stop for node in several for arg in node.all_input_nodes}
+    over: dict[Node, list[Node]] = {}
+    for value, node in last.items():
+        over.setdefault(node, []).append(value)
     for position, node in enumerate(nodes):
         if not remaining:
             break
         if node in remaining:
             visit(state, node)
             remaining.discard(node)
+            for earlier in repeated.get(node, ()):
+                state.step(earlier)
         if remaining:
             state.step(node)
-        for arg in node.all_input_nodes:
-            if last[arg] is node:
-                for environment in state.environments:
-                    environment.pop(arg, None)
+        for value in over.get(node, ()):
+            for environment in state.environments:
+                environment.pop(value, None)
         if state.room.settle:
             state.room.settle(state.environments)
         if progress:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,21 +27,26 @@ ROWS = 8  # of stacked weights: torch's grouped product takes rows of 16 bytes, 
 
 @dataclass(frozen=True)
 class Plan:
-    """`kept`: group name -> kept units. `ratio`: removed share of units per group."""
+    """`kept`: group name -> kept units. `ratio`: removed share of units per group. `experts`: group
+    name -> for each expert the units that it keeps, where these differ; `kept` then says the places
+    that they take (passes/experts.py).
+    """
 
     kept: dict[str, tuple[int, ...]]
     ratio: float
     sparsity: float
     scope: int
+    experts: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {
+        found = {
             "kept": {name: list(units) for name, units in self.kept.items()},
             "ratio": self.ratio,
             "sparsity": self.sparsity,
             "scope": self.scope,
         }
+        return found | ({"experts": self.experts} if self.experts else {})
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,12 @@ if TYPE_CHECKING:
 
 Visit = Callable[[Walk, Node], None]
 KEY = "key.json"
-HELD = ("kept", "errors", "seen")  # tables of Decisions that a stop adds to: name -> tuple
+HELD = (
+    "kept",
+    "errors",
+    "seen",
+    "orders",
+)  # tables of Decisions that a stop adds to: name -> tuple
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""Each expert keeps its own best units, as many as the others (passes/experts.py).
+
+Scores and repairs are those of any consumer, for each expert by itself on the tokens that were sent
+to it; an expert that saw none is scored by its weights and not repaired.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from passes.couple import Group
+from passes.eliminate import Problem, eliminate
+from passes.experts import ExpertView
+from passes.observe import Moments, Walk
+from passes.restore import restore
+from passes.rewrite import attribute
+from passes.score import NEEDS_DATA, interactions, last_masked, score
+
+from .worth import Job
+
+
+def order_of(utility: Tensor, keep: int) -> list[int]:
+    """The `keep` units of greatest utility in their order, then the others; ties go to the lower
+    index.
+    """
+    best = set(utility.argsort(descending=True, stable=True)[:keep].tolist())
+    units = range(len(utility))
+    return sorted(units, key=lambda unit: (unit not in best, unit))
+
+
+def weight_orders(job: Job, group: Group, keep: int) -> list[list[int]]:
+    """By the root of the sum of squares that a unit has in its expert's consumers (at random for
+    score=random).
+    """
+    consuming = {(c.parameter, c.dim) for c in group.consumers}
+    total: Tensor | None = None
+    for member in group.members:
+        if (member.parameter, member.dim) not in consuming:
+            continue
+        weight = attribute(job.captured.graph_module, member.parameter).detach().double()
+        squares = weight.square().movedim(member.dim, 1).flatten(2).sum(2).cpu()
+        mine = squares[:, torch.from_numpy(member.indices)].sum(2)
+        total = mine if total is None else total + mine
+    assert total is not None
+    if job.config.passes.score == "random":
+        total = torch.rand(total.shape, generator=job.generator, dtype=torch.float64)
+    return [order_of(each, keep) for each in total]
+
+
+def settle_experts(
+    job: Job, group: Group, view: ExpertView, state: Walk, keep: int
+) -> tuple[list[list[int]], tuple[float, float]]:
+    """The orders, and the mean errors without and with repair; the repaired weight, its units
+    where they were, goes to the walk.
+    """
+    weight = state.weight(view.parameter).detach()
+    matrices, new, orders, errors = view.matrices(weight), [], [], []
+    unit = _units(group, view, weight)
+    for matrix, moments in zip(matrices, view.moments(state), strict=True):
+        seen = moments if moments.tokens else None
+        order = _order(job, matrix, seen, unit, group.size, keep)
+        stays = torch.zeros(group.size + 1, dtype=torch.bool)
+        stays[[*order[:keep], group.size]] = True
+        method = job.config.passes.restore if seen else "none"
+        mask = stays.to(weight.device)[unit]
+        found = restore(method, matrix, None, seen, mask, job.config.ridge)
+        new.append(found.weight)
+        orders.append(order)
+        if seen:
+            errors.append((found.error_before, found.error_after))
+    state.weights[view.parameter] = view.weight(torch.stack(new))
+    before, after = torch.tensor(errors, dtype=torch.float64).mean(0).tolist()
+    return orders, (before, after)
+
+
+def _units(group: Group, view: ExpertView, weight: Tensor) -> Tensor:
+    unit = torch.full((weight.shape[view.dim],), -1)
+    for member in group.members:
+        if (member.parameter, member.dim) == (view.parameter, view.dim):
+            unit[torch.from_numpy(member.indices)] = torch.arange(group.size)[:, None]
+    return unit.to(weight.device)
+
+
+def _order(
+    job: Job, matrix: Tensor, moments: Moments | None, unit: Tensor, size: int, keep: int
+) -> list[int]:
+    method, mine = job.config.passes.score, unit >= 0
+    if moments is None and method in NEEDS_DATA:
+        method = "magnitude"
+    if method == "obs" and moments is not None:
+        second = moments.gram.double() / moments.tokens
+        damping = max(job.config.ridge, 1e-6) * second.diagonal().mean().clamp_min(1e-12)
+        second.diagonal().add_(damping)
+        found = eliminate([Problem(matrix.double(), second, unit)], [0] * size, size - keep)
+        stays = torch.ones(size)
+        stays[list(found.order)] = 0
+        return order_of(stays, keep)
+    if method == "numerical" and moments is not None:
+        return order_of(last_masked(interactions(matrix, moments, unit, size)).cpu(), keep)
+    columns = score(method, matrix, moments, job.generator)
+    utility = torch.zeros(size, dtype=torch.float64)
+    return order_of(utility.index_add_(0, unit[mine].cpu(), columns[mine].cpu()), keep)
