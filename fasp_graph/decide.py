@@ -202,7 +202,9 @@ def _walk(
     def visit(state: Walk, node: Node) -> None:
         for group, inside in routed.get(node, ()):
             found = settle_experts(job, group, inside, state, len(decided.kept[group.name]))
-            decided.orders[group.name], decided.errors[group.name] = found
+            decided.orders[group.name], decided.errors[group.name] = found.orders, found.errors
+            if solving(job.config):
+                decided.seen[inside.parameter] = found.seen
         moments = {view: state.moments(view) for _, view in pending.get(node, ())}
         for group, view in pending.get(node, ()):
             if group.name not in decided.kept:

@@ -6,6 +6,8 @@ to it; an expert that saw none is scored by its weights and not repaired.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -48,30 +50,39 @@ def weight_orders(job: Job, group: Group, keep: int) -> list[list[int]]:
     return [order_of(each, keep) for each in total]
 
 
-def settle_experts(
-    job: Job, group: Group, view: ExpertView, state: Walk, keep: int
-) -> tuple[list[list[int]], tuple[float, float]]:
-    """The orders, and the mean errors without and with repair; the repaired weight, its units
-    where they were, goes to the walk.
+@dataclass(frozen=True)
+class Settled:
+    """The order of each expert's units, the mean errors without and with repair, the tokens of the
+    expert that saw fewest, and the channels of all.
     """
+
+    orders: list[list[int]]
+    errors: tuple[float, float]
+    seen: tuple[int, int]
+
+
+def settle_experts(job: Job, group: Group, view: ExpertView, state: Walk, keep: int) -> Settled:
+    """Choose and repair; the repaired weight, its units where they were, goes to the walk."""
     weight = state.weight(view.parameter).detach()
     matrices, new, orders, errors = view.matrices(weight), [], [], []
     unit = _units(group, view, weight)
-    for matrix, moments in zip(matrices, view.moments(state), strict=True):
+    found = view.moments(state)
+    for matrix, moments in zip(matrices, found, strict=True):
         seen = moments if moments.tokens else None
         order = _order(job, matrix, seen, unit, group.size, keep)
         stays = torch.zeros(group.size + 1, dtype=torch.bool)
         stays[[*order[:keep], group.size]] = True
         method = job.config.passes.restore if seen else "none"
         mask = stays.to(weight.device)[unit]
-        found = restore(method, matrix, None, seen, mask, job.config.ridge)
-        new.append(found.weight)
+        held = restore(method, matrix, None, seen, mask, job.config.ridge)
+        new.append(held.weight)
         orders.append(order)
         if seen:
-            errors.append((found.error_before, found.error_after))
+            errors.append((held.error_before, held.error_after))
     state.weights[view.parameter] = view.weight(torch.stack(new))
     before, after = torch.tensor(errors, dtype=torch.float64).mean(0).tolist()
-    return orders, (before, after)
+    seen_least = min(moments.tokens for moments in found)
+    return Settled(orders, (before, after), (seen_least, matrices.shape[-1]))
 
 
 def _units(group: Group, view: ExpertView, weight: Tensor) -> Tensor:

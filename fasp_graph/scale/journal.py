@@ -71,7 +71,7 @@ class Journal:
             return False
         about = metadata(path)
         for table in HELD:
-            added = json.loads(about[table])
+            added = json.loads(about.get(table, "{}"))
             getattr(decided, table).update({name: tuple(held) for name, held in added.items()})
         state.weights |= self._weights(path)
         return True
