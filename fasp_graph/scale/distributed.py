@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def joined(patience: datetime.timedelta = PATIENCE) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or world()[1] > 1:
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=patience)
     try:
         yield
