@@ -18,7 +18,8 @@ from passes.consumers import offset_of, unit_columns
 from passes.correct import SHARES, Sample, Site, correct
 from passes.couple import Group
 from passes.drift import Twin
-from passes.observe import View, Walk
+from passes.observe import Walk
+from passes.views import View
 
 from .config import Config
 

@@ -33,12 +33,13 @@ from passes.couple import DependencyGraph, Group
 from passes.drift import Twin, drift, twin
 from passes.eliminate import eliminate
 from passes.experts import ExpertView, Orders, expert_view, independent, moved
-from passes.observe import Moments, Room, View, Walk, probe, walk
+from passes.observe import Moments, Room, Walk, probe, walk
 from passes.pieces import with_every_piece
 from passes.removal import nodes_by_name
 from passes.restore import TOWARDS, restore
 from passes.select import Budget, allocate, select
 from passes.sensitivity import Sensed, sense
+from passes.views import View
 
 from .calibration import (
     affordable,

@@ -20,10 +20,11 @@ from passes.consumers import unit_columns
 from passes.couple import Group
 from passes.eliminate import Problem, eliminate
 from passes.experts import ExpertView
-from passes.observe import Moments, View, Walk
+from passes.observe import Moments, Walk
 from passes.rewrite import attribute
 from passes.score import interactions, last_masked, score
 from passes.sensitivity import Sensed, factor
+from passes.views import View
 
 from .config import Config
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .groups import Consumer, DependencyGraph, Group
-from .observe import View
 from .values import Operand, Site
+from .views import View
 from .visit import bind, op_name
 
 # Ops that are a matrix product for the statistics, and the argument that holds X.

@@ -32,9 +32,10 @@ from torch.fx import GraphModule, Node
 
 from .capture import Args
 from .consumers import Offset
-from .observe import View, environments
+from .observe import environments
 from .rewrite import attribute
 from .sensitivity import run
+from .views import View
 from .visit import bind, op_name
 
 SHARES = (0.25, 0.5, 1.0)

@@ -22,7 +22,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Args
-from .observe import View, Walk, environments
+from .observe import Walk, environments
+from .views import View
 
 _RELAYS = {
     torch.ops.aten.reshape.default,

@@ -29,7 +29,8 @@ from torch.utils import _pytree as pytree
 from .capture import Args
 from .drift import rows_of, summand
 from .errors import CalibrationError
-from .observe import Moments, View, called, check_sums, environments
+from .observe import Moments, called, check_sums, environments
+from .views import View
 
 Read = Callable[[str], Any]
 Watch = Callable[[Node, Callable[[Any], Any], Any], Any]

@@ -19,12 +19,13 @@ from passes.errors import (
     FaspGraphError,
     VerificationError,
 )
-from passes.observe import Moments, View
+from passes.observe import Moments
 from passes.restore import restore
 from passes.rewrite import removal, rewrite
 from passes.score import score
 from passes.select import allocate
 from passes.verify import difference, verify
+from passes.views import View
 from passes.visit import op_name
 
 ROOT = Path(__file__).parent.parent
