@@ -53,6 +53,9 @@ def main() -> None:
             app()
     except FaspGraphError as error:
         _fail(error, 2)
+    except OSError as error:  # where it names a path, that is no folder, full or not ours
+        told = FaspGraphError(f"{error.filename}: {error.strerror} · help: another path")
+        _fail(told if error.filename else error, 2 if error.filename else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:  # the last stop before the user: never a page of traceback

@@ -32,5 +32,5 @@ def llama() -> Entry:
 
 
 def opt() -> Entry:
-    """OPT's architecture, 3.2M parameters, trained on Python source."""
+    """OPT's architecture, 3.1M parameters, trained on Python source."""
     return _load("opt")

@@ -43,7 +43,7 @@ class Settings:
     """What a training run depends on, besides the text."""
 
     architecture: str
-    epochs: float = 3.0
+    epochs: float = 1.6
     batch: int = 16
     learning_rate: float = 2.5e-3
     warmup: int = 100

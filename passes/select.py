@@ -107,10 +107,11 @@ def allocate(
     most = 1 / min([1.0, *leans.values()])
     _, largest = at(most)
     if largest < sparsity:
+        reachable = math.floor(1000 * largest) / 1000
         raise BudgetError(
-            f"sparsity {sparsity:.3f} cannot be reached: {largest:.3f} is the largest with "
-            f"min_keep={min_keep} and "
-            f"align={align} · help: ask for less, or prune more kinds of groups"
+            f"sparsity {sparsity:g} cannot be reached: {reachable:g} is the largest with "
+            f"min_keep={min_keep} and align={align} · help: ask for less, or prune more kinds of "
+            "groups"
         )
     low, high = 0.0, most
     for _ in range(40):

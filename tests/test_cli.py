@@ -1,6 +1,7 @@
 """The command line, called in this process."""
 
 import dataclasses
+import io
 import json
 import sys
 
@@ -399,3 +400,34 @@ def test_the_demo_measures_and_writes(tmp_path):
         rows[1].perplexity["fasp"], rel=1e-5
     )
     assert demo.table(rows).row_count == 2
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(demo.table(rows, narrow.width))
+    printed = narrow.file.getvalue()
+    assert "…" not in printed and all(heading in printed for heading in demo.HEADINGS)
+
+
+def test_the_demos_columns_are_what_their_headings_say():
+    def of(**options):
+        return fg.Config(**options).passes
+
+    ran = {name: of(**options) for name, options in demo.VARIANTS.items()}
+    assert ran["fasp"] == of(method="fasp") and ran["best"] == of(method="best")
+    assert ran["magnitude"] == of(method="magnitude")
+    assert (ran["no_repair"].score, ran["no_repair"].restore) == ("fasp", "none")
+
+
+def test_the_demo_takes_no_folder_of_others(run, tmp_path):
+    kept = tmp_path / "thesis.txt"
+    kept.write_text("mine")
+    code, _, error = run("prune", "--output", tmp_path)
+    assert code == 2 and "holds files of no earlier demo" in error and "help: --output" in error
+    code, _, error = run("prune", "--output", kept)
+    assert code == 2 and "is a file · help: --output names a folder" in error
+    assert kept.read_text() == "mine" and [*tmp_path.iterdir()] == [kept]
+
+
+def test_a_path_that_the_system_refuses_is_no_bug(run):
+    code, _, error = run("prune", "zoo:resnet", "--method", "magnitude", "--output", "/proc/no/x")
+    assert code == 2 and "/proc" in error and "this is a bug" not in error and "help:" in error
+    code, _, error = run("export", "zoo:resnet", "/proc/x.onnx")
+    assert code == 2 and "/proc cannot be written to" in error

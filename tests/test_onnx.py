@@ -42,12 +42,13 @@ def test_the_file_holds_the_plan_and_the_opset(pruned, tmp_path, capfd):
     assert "torch.onnx" not in "".join(capfd.readouterr())
 
 
-def test_a_mismatch_leaves_the_old_file(pruned, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gap", [1.0, 0.01])
+def test_a_mismatch_leaves_the_old_file(pruned, tmp_path, monkeypatch, gap):
     path = tmp_path / "small.onnx"
     path.write_text("old")
     run = emitter.run_session
     monkeypatch.setattr(
-        emitter, "run_session", lambda session, inputs: [run(session, inputs)[0] + 1]
+        emitter, "run_session", lambda session, inputs: [run(session, inputs)[0] + gap]
     )
 
     with pytest.raises(VerificationError, match="differ by"):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fasp_graph as fg
+from fasp_graph.emit import cases
 from passes import capture, verify
 from passes.errors import VerificationError
 from passes.lazy import is_lazy
@@ -81,3 +82,20 @@ def test_rounding_alone_refuses_neither_a_capture_nor_a_class():
     assert float((captured(x) - expected).abs().max() / expected.abs().max()) > capture.HALF
     pruned = fg.prune(model, x, [x] * 8, fg.Config(method="fasp", sparsity=0.4))
     assert set(pruned.emission.ways.values()) == {"native"}
+
+
+def test_what_rounding_explains_is_one_part_in_a_hundred_thousand():
+    model, x = nn.Linear(3, 2), torch.ones(4, 3)
+    with torch.no_grad():
+        right = model(x)
+    args = ((x,), {})
+    assert cases.apart(model, args, [right]) == 0.0
+    assert cases.apart(model, args, [right * (1 + 2e-6)]) < 1
+    assert cases.apart(model, args, [right * (1 + 2e-5)]) > 1
+    assert cases.apart(model, args, [right[:1]]) == float("inf")
+    assert cases.apart(model, args, [right * float("nan")]) == float("inf")
+    half = model.bfloat16()
+    with torch.no_grad():
+        right = half(x.bfloat16())
+    assert cases.apart(half, ((x.bfloat16(),), {}), [right * 1.01]) < 1
+    assert cases.apart(half, ((x.bfloat16(),), {}), [right * 1.1]) > 1

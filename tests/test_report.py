@@ -93,3 +93,13 @@ def test_without_curves_the_page_says_so_and_names_stay_data(run):
         assert "<img" not in text and "<script" not in text
     assert "<p>&lt;img" in with_curve and "<p>&lt;img" not in page
     assert "aria-label='predicted error of &lt;img src=x onerror=alert(1)&gt;&#x27;" in with_curve
+
+
+def test_sizes_are_those_of_the_graphs():
+    entry = models_zoo.load("llama-random")
+    pruned = fg.prune(entry.model, entry.inputs, None, fg.Config(method="magnitude"))
+    report, parameters = pruned.report, list(pruned.graph_module.parameters())
+    assert report.params_after == sum(p.numel() for p in parameters) < report.params_before
+    assert report.bytes_after == sum(p.nbytes for p in parameters) == 4 * report.params_after
+    assert report.bytes_before == 4 * report.params_before
+    assert report.flops_after < report.flops_before

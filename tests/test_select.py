@@ -1,11 +1,17 @@
 """Counts of a budget with one ratio, and with a factor for each group."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+import models_zoo
 from fasp_graph import analyze
-from passes.select import allocate
+from fasp_graph.config import METHODS, Passes
+from passes.errors import BudgetError
+from passes.select import _count, allocate, scope, select
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +43,44 @@ def test_a_budget_that_needs_a_ratio_beyond_one_is_met(deps):
     assert budget.ratio > 1
     assert budget.sparsity == pytest.approx(0.95, abs=0.02)
     assert budget.keep[first.name] == 1 < budget.keep[second.name]
+
+
+def test_every_block_keeps_its_own_best_units():
+    group = SimpleNamespace(blocks=2, block_of=[0, 0, 0, 0, 1, 1, 1, 1], size=8, pieces=())
+    utility = torch.tensor([4.0, 1.0, 3.0, 2.0, 0.1, 0.4, 0.2, 0.3])
+
+    assert sorted(select(group, utility, 2)) == [0, 2, 5, 7]
+    assert sorted(select(group, utility, 1)) == [0, 5]
+    assert sorted(select(group, torch.ones(8), 1)) == [0, 4]  # ties go to the lower index
+
+
+def test_the_scope_is_all_parameters_of_the_modules_that_groups_go_through():
+    entry = models_zoo.load("llama-random")
+    found = scope(analyze(entry.model, entry.inputs))
+
+    inside = [n for n, _ in entry.model.named_parameters() if re.search("self_attn|mlp", n)]
+    assert found == set(inside)  # queries and keys too; no embedding, norm or head
+
+
+def test_a_block_keeps_min_keep_units():
+    group = SimpleNamespace(size=24, blocks=2, least=1)
+
+    assert [_count(group, ratio, 1, 3) for ratio in (0.0, 0.5, 0.9, 1.0)] == [12, 6, 3, 3]
+
+
+def test_the_largest_budget_that_is_named_can_be_had(deps):
+    groups = chains(deps)
+    with pytest.raises(BudgetError, match="is the largest") as caught:
+        allocate(deps, groups, 0.999)
+    largest = float(re.search(r"reached: ([\d.]+) is", str(caught.value))[1])
+
+    assert allocate(deps, groups, largest).sparsity == pytest.approx(largest, abs=2e-3)
+
+
+def test_the_presets_are_those_of_their_papers():
+    assert METHODS["fasp"] == Passes("fasp", "fasp", "uniform")
+    assert METHODS["slimgpt"] == Passes("obs", "fasp", "uniform")
+    assert METHODS["flap"] == Passes("flap", "bias", "standardised")
+    assert METHODS["wanda"] == Passes("fasp", "none", "uniform")
+    assert METHODS["magnitude"] == Passes("magnitude", "none", "uniform")
+    assert METHODS["best"] == Passes("obs", "outputs", "sensitivity")

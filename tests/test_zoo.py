@@ -1,5 +1,6 @@
 """The registry: every entry runs, seeded and in eval mode; the trained ones know their text."""
 
+import itertools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fasp_graph as fg
 import models_zoo
 from fasp_graph.evaluate import size_of
+from models_zoo import pretrained, text
 from models_zoo.train import CONTEXT, DATA, Settings, heldout_perplexity, train
 from passes.capture import as_args, tensors
 
@@ -32,6 +34,20 @@ def test_names_are_the_promised_ones():
     assert [*TRAINED, *RANDOM] == models_zoo.names()
     assert {"opt-random", "llama-random", "gpt2", "gpt-neox", "phi3"} <= set(RANDOM)
     assert {"bert", "vit", "resnet"} <= set(RANDOM)
+
+
+def test_no_module_is_in_two_splits_and_each_part_reads_its_own(monkeypatch):
+    parts = {split: set(text.documents(split)) for split in ("train", "calibration", "heldout")}
+    sizes = {split: len(part) for split, part in parts.items()}
+    assert sizes["train"] > 10 * sizes["heldout"] > 0 and sizes["calibration"] > 0
+    for left, right in itertools.combinations(parts, 2):
+        same = parts[left] & parts[right]
+        assert len("".join(same)) < 2_000, (left, right)  # empty and generated modules
+
+    monkeypatch.setattr(pretrained, "documents", lambda split: [split * 4_000])
+    entry = pretrained.llama()
+    read = [entry.tokenizer.decode(rows[0]) for rows in (entry.calibration[0]["input_ids"],)]
+    assert "calibration" in read[0] and "heldout" in entry.tokenizer.decode(entry.heldout[0])
 
 
 def test_an_unknown_name_lists_the_known_ones():

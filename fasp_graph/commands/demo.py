@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from passes.capture import Args, as_args
-from passes.errors import FaspGraphError
+from passes.errors import ConfigError, FaspGraphError
 
 from ..config import Config
 from ..data import load_target
@@ -48,6 +48,7 @@ from ..targets import Target
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.5)
 WRITTEN = 0.3
+RECORD = "demo.json"
 BATCHES = 2  # of calibration: 8,192 tokens of the bundled model's
 VARIANTS: dict[str, dict[str, str]] = {
     "fasp": {"method": "fasp"},
@@ -84,6 +85,16 @@ def progress_bar(console: Console) -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+def refuse_others(output: Path) -> None:
+    """ConfigError if `output` is, or holds, what no earlier demo wrote."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file · help: --output names a folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file():
+        raise ConfigError(
+            f"{output} holds files of no earlier demo, which could be lost · help: --output FOLDER"
+        )
 
 
 def run_demo(
@@ -217,42 +228,40 @@ def _record(output: Path, target: Target, heldout: Tensor, sample: Args, rows: l
         "torch": torch.__version__,
         "rows": [vars(row) for row in rows],
     }
-    (output / "demo.json").write_text(to_json(figures, indent=1) + "\n", encoding="utf-8")
+    (output / RECORD).write_text(to_json(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def table(rows: list[Row]) -> Table:
-    """The rows as the demo prints them."""
+HEADINGS = (
+    *("removed", "ppl best", "fasp", "no repair", "magnitude", "params", "MB", "GFLOPs"),
+    *("torch ms", "ORT ms", "seconds", "max error"),
+)
+WIDE = 122  # columns of a terminal that shows all headings side by side
+
+
+def table(rows: list[Row], width: int = WIDE) -> Table:
+    """The rows as the demo prints them; on a narrow terminal they stand side by side."""
+    lines = [HEADINGS, *map(_cells, rows)]
+    lines = lines if width >= WIDE else list(zip(*lines, strict=True))
     result = Table(title="Structured pruning, measured", title_justify="left", header_style="bold")
-    for heading in (
-        "removed",
-        "ppl best",
-        "fasp",
-        "no repair",
-        "magnitude",
-        "params",
-        "MB",
-        "GFLOPs",
-        "torch ms",
-        "ORT ms",
-        "seconds",
-        "max error",
-    ):
-        result.add_column(
-            heading, justify="left" if heading == "removed" else "right", no_wrap=True
-        )
-    for row in rows:
-        result.add_row(
-            row.name,
-            _number(row.perplexity.get("best", row.perplexity.get("dense"))),
-            *(_number(row.perplexity.get(key)) for key in ("fasp", "no_repair", "magnitude")),
-            f"{row.parameters / 1e6:.2f}M",
-            f"{row.bytes / 1e6:.1f}",
-            f"{row.flops / 1e9:.2f}",
-            *(f"{row.latency[kind]['median'] * 1e3:.1f}" for kind in ("torch", "onnx")),
-            f"{row.seconds:.1f}" if row.seconds else "",
-            "" if row.verify_max_error is None else f"{row.verify_max_error:.0e}",
-        )
+    for number, heading in enumerate(lines[0]):
+        result.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for line in lines[1:]:
+        result.add_row(*line)
     return result
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        _number(row.perplexity.get("best", row.perplexity.get("dense"))),
+        *(_number(row.perplexity.get(key)) for key in ("fasp", "no_repair", "magnitude")),
+        f"{row.parameters / 1e6:.2f}M",
+        f"{row.bytes / 1e6:.1f}",
+        f"{row.flops / 1e9:.2f}",
+        *(f"{row.latency[kind]['median'] * 1e3:.1f}" for kind in ("torch", "onnx")),
+        f"{row.seconds:.1f}" if row.seconds else "",
+        "" if row.verify_max_error is None else f"{row.verify_max_error:.0e}",
+    )
 
 
 def _number(value: float | None) -> str:

@@ -24,7 +24,7 @@ from ..prune import Pruned, prune
 from ..scale.distributed import world
 from ..scale.journal import close, work_folder
 from ..targets import Target
-from .demo import run_demo, table
+from .demo import RECORD, refuse_others, run_demo, table
 from .dryrun import show_dry_run
 from .flags import config_from, given_flags, with_config_flags
 from .terminal import (
@@ -178,16 +178,16 @@ def _write(
 
 
 def _demo(output: Path, json: bool) -> None:
+    refuse_others(output)
     rows = run_demo(output, wide_console(stderr=True))
     if json:
-        print((output / "demo.json").read_text(encoding="utf-8"), end="")
+        print((output / RECORD).read_text(encoding="utf-8"), end="")
         return
     console = wide_console()
-    console.print(table(rows))
+    console.print(table(rows, console.width))
     console.print(
         "ppl: perplexity on held-out text. ms: one forward pass, median of alternating runs. "
         "max error: compact graph against the dense one with the same units zeroed, in float64."
     )
-    console.print(
-        escape(f"Written to {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
-    )
+    names = sorted(path.name for path in output.iterdir())
+    console.print(escape(f"In {output}: {', '.join(names)}"))

@@ -26,7 +26,12 @@ def draft(path: Path, kind: str, ending: str) -> Iterator[Path]:
         raise FaspGraphError(f"{path} is a folder · help: give the path of a file")
     if path.suffix != ending:
         raise FaspGraphError(f"{path.name} must end in {ending} · help: {path.stem}{ending}")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise FaspGraphError(
+            f"{path.parent} cannot be written to: {error.strerror} · help: another folder"
+        ) from error
     try:
         made = temporary / path.name
         yield made

@@ -60,13 +60,21 @@ def total(value: Tensor) -> Tensor:
 
 @contextmanager
 def joined(patience: datetime.timedelta = PATIENCE) -> Iterator[None]:
-    """Under torchrun: join the other processes, and leave in the end."""
+    """Under torchrun: join the other processes, and leave in the end; not after an error, since
+    leaving a group that has lost a process may abort this one before it has said so.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or world()[1] > 1:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=patience)
+    well = False
     try:
         yield
+        well = True
+    except SystemExit as done:  # how a command line ends
+        well = not done.code
+        raise
     finally:
-        dist.destroy_process_group()
+        if well:
+            dist.destroy_process_group()
