@@ -27,7 +27,7 @@ class Passes:
 METHODS: dict[str, Passes] = {
     "best": Passes("obs", "outputs", "sensitivity"),
     "fasp": Passes("fasp", "fasp"),
-    "slimgpt": Passes("obs", "fasp"),
+    "slimgpt": Passes("obs", "obs"),
     "flap": Passes("flap", "bias", "standardised"),
     "wanda": Passes("fasp", "none"),
     "magnitude": Passes("magnitude", "none"),
@@ -48,7 +48,7 @@ class Config:
                and random from the literature (docs/accuracy.md)
     score      overrides the method's score: obs, fasp, wanda_l2, magnitude, flap, taylor,
                numerical, random
-    restore    overrides the method's repair: none, bias, fasp, affine, asymmetric, residual,
+    restore    overrides the method's repair: none, bias, fasp, obs, affine, asymmetric, residual,
                outputs
     allocation overrides how the sparsity is spread over groups: uniform, sensitivity, curves,
                standardised, influence

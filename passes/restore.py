@@ -3,7 +3,8 @@ mean(diag G_KK).
 
     none        W_K
     bias        W_K, b + W_P mu_P                                                   FLAP
-    fasp        W_K + W_P G_PK (G_KK + dI)^-1,     G = X^T X                        FASP
+    fasp        W G_:K (G_KK + dI)^-1,             G = X^T X                        FASP
+    obs         W_K + W_P G_PK (G_KK + dI)^-1,     the update of OBS: d holds the step  SlimGPT
     affine      W_K + W_P C_PK (C_KK + dI)^-1,     C = G/N - mu mu^T, b + W mu - W_K* mu_K
     asymmetric  affine + F_:K (C_KK + dI)^-1,      F = cov(t - W x, x), b + mean(t - W x)
     residual    affine + F_:K (C_KK + dI)^-1 / 2
@@ -13,9 +14,6 @@ mean(diag G_KK).
 These three aim at t, what the dense model has there (passes/drift.py): asymmetric at the
 consumer's own output, the others at the sum that it enters. Half the way is what measured best:
 all of it fits noise of the pruned path (docs/accuracy.md).
-
-FASP's paper has W G_:K (G_KK + dI)^-1, whose ridge shrinks W_K too; here it holds the step alone.
-At d = 0 they are one.
 
 b is changed only where the consumer has one; without, G takes the place of C and no bias is left.
 """
@@ -30,7 +28,7 @@ from torch import Tensor
 from .drift import Drift
 from .observe import Moments
 
-RESTORES = ("none", "bias", "fasp", "affine", "asymmetric", "residual", "outputs")
+RESTORES = ("none", "bias", "fasp", "obs", "affine", "asymmetric", "residual", "outputs")
 TOWARDS = {"asymmetric": 1.0, "residual": 0.5, "outputs": 0.5}
 
 
@@ -62,13 +60,13 @@ def restore(
         return Restored(weight * keep, bias, float("nan"), float("nan"))
     total, gone = _power(weight, moments), weight[:, ~keep].double()
     mean, pull = moments.mean.double(), TOWARDS.get(method, 0.0)
-    centred = bias is not None and method not in ("none", "fasp")
+    centred = bias is not None and method not in ("none", "fasp", "obs")
     extra = None
     if drift is not None and pull:
         extra = drift.cross / drift.tokens - (torch.outer(drift.mean, mean) if centred else 0)
-    fit = _refit(
-        gone, moments, centred, keep, ridge if method not in ("none", "bias") else None, extra, pull
-    )
+    damped = ridge if method not in ("none", "bias") else None
+    shrunk = weight[:, keep].double() if method == "fasp" else None
+    fit = _refit(gone, moments, centred, keep, damped, extra, pull, shrunk)
     b, shift, offset = bias, gone.new_zeros(()), gone.new_zeros(())
     new = weight * keep
     new[:, keep] = (weight[:, keep].double() + fit.step).to(weight.dtype)
@@ -103,9 +101,11 @@ def _refit(
     ridge: float | None,
     extra: Tensor | None,
     pull: float,
+    shrunk: Tensor | None,
 ) -> _Fit:
     """argmin ||X (W - W*)^T||^2 + d ||step||^2 over columns in `keep`, for second moments S:
     step = R (S_KK + dI)^-1 with R = W_P S_PK + pull * extra; ridge None: no step. `gone`: W_P.
+    `shrunk`: W_K where the ridge is on W*_K, not on the step: R - d W_K.
 
     Since step S_KK = R - d step, the error is tr(W_P S_PP W_P^T) - 2 <step, W_P S_PK>
     + <step, R> - d ||step||^2, with no further product.
@@ -129,6 +129,7 @@ def _refit(
         system -= torch.outer(mean[keep], mean[keep])
     damping = ridge * system.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     system.diagonal().add_(damping)
+    right = right if shrunk is None else right - damping * shrunk
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info):
         step = right @ torch.linalg.pinv(system, hermitian=True)

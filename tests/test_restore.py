@@ -18,7 +18,7 @@ def drawn():
 
 
 @pytest.mark.parametrize("ridge", [0.01, 0.3])
-@pytest.mark.parametrize(("method", "centred"), [("fasp", False), ("affine", True)])
+@pytest.mark.parametrize(("method", "centred"), [("obs", False), ("affine", True)])
 def test_the_ridge_is_relative_to_the_mean_of_the_diagonal(method, centred, ridge):
     x, w, bias = drawn()
 
@@ -33,7 +33,20 @@ def test_the_ridge_is_relative_to_the_mean_of_the_diagonal(method, centred, ridg
     torch.testing.assert_close(found.weight[:, KEEP], exact, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["none", "bias", "fasp", "affine"])
+@pytest.mark.parametrize("ridge", [0.0, 0.01, 0.3])
+def test_fasp_is_the_papers_formula(ridge):
+    x, w, bias = drawn()
+
+    found = restore("fasp", w, bias, Moments(x.T @ x, x.mean(0), len(x)), KEEP, ridge)
+
+    kept = x[:, KEEP]
+    damping = ridge * (kept.T @ kept).diagonal().mean() * torch.eye(kept.shape[1], dtype=x.dtype)
+    exact = w @ x.T @ kept @ torch.linalg.inv(kept.T @ kept + damping)
+    torch.testing.assert_close(found.weight[:, KEEP], exact, rtol=0, atol=1e-12)
+    assert torch.equal(found.bias, bias)
+
+
+@pytest.mark.parametrize("method", ["none", "bias", "fasp", "obs", "affine"])
 @pytest.mark.parametrize("biased", [True, False])
 def test_errors_are_those_of_the_definition(method, biased):
     x, w, bias = drawn()

@@ -79,7 +79,7 @@ def test_the_largest_budget_that_is_named_can_be_had(deps):
 
 def test_the_presets_are_those_of_their_papers():
     assert METHODS["fasp"] == Passes("fasp", "fasp", "uniform")
-    assert METHODS["slimgpt"] == Passes("obs", "fasp", "uniform")
+    assert METHODS["slimgpt"] == Passes("obs", "obs", "uniform")
     assert METHODS["flap"] == Passes("flap", "bias", "standardised")
     assert METHODS["wanda"] == Passes("fasp", "none", "uniform")
     assert METHODS["magnitude"] == Passes("magnitude", "none", "uniform")
