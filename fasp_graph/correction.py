@@ -9,12 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from passes.capture import Args
-from passes.consumers import offset_of, unit_columns
+from passes.consumers import offset_of, staying, unit_columns
 from passes.correct import SHARES, Sample, Site, correct
 from passes.couple import Group
 from passes.drift import Twin
@@ -85,11 +84,9 @@ def _sites(
     """Consumers whose weight has one use; a consumer of two groups keeps what both keep."""
     found: dict[View, Tensor] = {}
     for group in groups:
-        stays = torch.zeros(group.size + 1, dtype=torch.bool)
-        stays[[*kept[group.name], group.size]] = True
         for view in views[group.name]:
             weight = read(view.parameter)
-            mask = stays.to(weight.device)[unit_columns(group, view, weight)]
+            mask = staying(group, kept[group.name], unit_columns(group, view, weight))
             found[view] = found[view] & mask if view in found else mask
     uses = [view.parameter for view in found]
     return [

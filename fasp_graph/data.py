@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from passes.capture import as_args
+from passes.capture import as_args, placed
 from passes.errors import CalibrationError, ConfigError, FaspGraphError
 
 from .corpora import (
@@ -50,7 +49,7 @@ def load_target(
     if place is None:
         return target
     model = target.model.to(place)
-    return replace(target, model=model, inputs=like_on(target.inputs, place))
+    return replace(target, model=model, inputs=placed(target.inputs, place))
 
 
 def device_of(text: str | None, stream: bool = False) -> torch.device | None:
@@ -75,11 +74,6 @@ def device_of(text: str | None, stream: bool = False) -> torch.device | None:
     if place.type == "meta":
         raise ConfigError("device 'meta' holds no numbers · help: cpu, cuda")
     return place
-
-
-def like_on(inputs: Any, place: torch.device) -> Any:
-    """`inputs` with their tensors on a device."""
-    return pytree.tree_map(lambda v: v.to(place) if isinstance(v, Tensor) else v, inputs)
 
 
 def calibration_batches(target: Target, source: str, length: int, count: int) -> list[Any]:

@@ -28,7 +28,7 @@ from torch.fx import Node
 
 from passes.allocate import allocate_by_error, leans
 from passes.capture import Args, Captured
-from passes.consumers import offset_of, unit_columns, views
+from passes.consumers import offset_of, staying, unit_columns, views
 from passes.couple import DependencyGraph, Group
 from passes.drift import Twin, drift, twin
 from passes.eliminate import eliminate
@@ -271,15 +271,13 @@ def _repair(
     path, which differs from use to use.
     """
     several, method = job.views[group.name], job.config.passes.restore
-    stays = torch.zeros(group.size + 1, dtype=torch.bool)
-    stays[[*decided.kept[group.name], group.size]] = True
     gap = None
     if dense is not None and sum(view.parameter == v.parameter for v in several) == 1:
         gap = drift(state, dense, view, method != "asymmetric")
     weight = state.weight(view.parameter).detach()
     offset = offset_of(view)
     bias = offset.read(state.weight(offset.name).detach()) if offset else None
-    mask = stays.to(weight.device)[unit_columns(group, view, weight)]
+    mask = staying(group, decided.kept[group.name], unit_columns(group, view, weight))
     if solving(job.config):
         decided.seen.setdefault(view.parameter, (found.tokens, len(found.gram)))
     result = restore(method, view.matrix(weight), bias, found, mask, job.config.ridge, gap)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from passes.consumers import staying, units_along
 from passes.couple import Group
 from passes.eliminate import Problem, eliminate
 from passes.experts import ExpertView
@@ -19,7 +20,7 @@ from passes.restore import restore
 from passes.rewrite import attribute
 from passes.score import NEEDS_DATA, interactions, last_masked, score
 
-from .worth import Job
+from .worth import Job, damped
 
 
 def order_of(utility: Tensor, keep: int) -> list[int]:
@@ -65,15 +66,13 @@ def settle_experts(job: Job, group: Group, view: ExpertView, state: Walk, keep: 
     """Choose and repair; the repaired weight, its units where they were, goes to the walk."""
     weight = state.weight(view.parameter).detach()
     matrices, new, orders, errors = view.matrices(weight), [], [], []
-    unit = _units(group, view, weight)
+    unit = units_along(group, view.parameter, view.dim, weight)
     found = view.moments(state)
     for matrix, moments in zip(matrices, found, strict=True):
         seen = moments if moments.tokens else None
         order = _order(job, matrix, seen, unit, group.size, keep)
-        stays = torch.zeros(group.size + 1, dtype=torch.bool)
-        stays[[*order[:keep], group.size]] = True
         method = job.config.passes.restore if seen else "none"
-        mask = stays.to(weight.device)[unit]
+        mask = staying(group, order[:keep], unit)
         held = restore(method, matrix, None, seen, mask, job.config.ridge)
         new.append(held.weight)
         orders.append(order)
@@ -85,14 +84,6 @@ def settle_experts(job: Job, group: Group, view: ExpertView, state: Walk, keep: 
     return Settled(orders, (before, after), (seen_least, matrices.shape[-1]))
 
 
-def _units(group: Group, view: ExpertView, weight: Tensor) -> Tensor:
-    unit = torch.full((weight.shape[view.dim],), -1)
-    for member in group.members:
-        if (member.parameter, member.dim) == (view.parameter, view.dim):
-            unit[torch.from_numpy(member.indices)] = torch.arange(group.size)[:, None]
-    return unit.to(weight.device)
-
-
 def _order(
     job: Job, matrix: Tensor, moments: Moments | None, unit: Tensor, size: int, keep: int
 ) -> list[int]:
@@ -100,9 +91,7 @@ def _order(
     if moments is None and method in NEEDS_DATA:
         method = "magnitude"
     if method == "obs" and moments is not None:
-        second = moments.gram.double() / moments.tokens
-        damping = max(job.config.ridge, 1e-6) * second.diagonal().mean().clamp_min(1e-12)
-        second.diagonal().add_(damping)
+        second = damped(moments.gram.double() / moments.tokens, job.config.ridge)
         found = eliminate([Problem(matrix.double(), second, unit)], [0] * size, size - keep)
         stays = torch.ones(size)
         stays[list(found.order)] = 0

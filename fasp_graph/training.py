@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from passes.capture import as_args
+from passes.capture import as_args, placed
 from passes.errors import CalibrationError, FaspGraphError
 
 from .losses import loss, size
@@ -147,7 +147,7 @@ def _train(
         teacher = copy.deepcopy(teacher).to(accelerator.device).eval()
     losses: list[float] = []
     for step, batch in enumerate(steps):
-        args, kwargs = _moved(as_args(batch), accelerator.device)
+        args, kwargs = placed(as_args(batch), accelerator.device)
         reached = loss(model, teacher, args, kwargs, training.weight)
         losses.append(reached.detach().item())
         if not math.isfinite(losses[-1]):
@@ -190,12 +190,6 @@ def _order(sizes: list[int], tokens: int | None, seed: int) -> list[int]:
         found.append(batch)
         wanted -= sizes[batch]
     return found
-
-
-def _moved(held: Any, device: torch.device) -> Any:
-    from torch.utils import _pytree as pytree
-
-    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, held)
 
 
 def _library(name: str) -> Any:

@@ -116,11 +116,15 @@ def problems_of(job: Job, group: Group, moments: dict[str, Moments], state: Walk
         else:
             power = torch.einsum("oi,ij,oj->", matrix, second, matrix)
             matrix = matrix / power.clamp_min(1e-300).sqrt()
-        damping = max(job.config.ridge, 1e-6) * second.diagonal().mean().clamp_min(1e-12)
-        identity = torch.eye(len(second), dtype=second.dtype, device=second.device)
         unit = unit_columns(group, view, weight)
-        problems.append(Problem(matrix, second + damping * identity, unit))
+        problems.append(Problem(matrix, damped(second, job.config.ridge), unit))
     return problems
+
+
+def damped(second: Tensor, ridge: float) -> Tensor:
+    """Second moments that can be inverted."""
+    damping = max(ridge, 1e-6) * second.diagonal().mean().clamp_min(1e-12)
+    return second + damping * torch.eye(len(second), dtype=second.dtype, device=second.device)
 
 
 def utility_of(job: Job, group: Group, moments: dict[str, Moments], state: Walk) -> Tensor:

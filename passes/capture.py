@@ -76,6 +76,11 @@ def as_args(inputs: Any) -> Args:
     return pytree.tree_map(fresh, args)
 
 
+def placed(held: Any, device: torch.device) -> Any:
+    """`held` with its tensors on a device."""
+    return pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, held)
+
+
 def beside(model: nn.Module, args: Args) -> Args:
     """Tensors on the CPU moved to the model's accelerator, if it is on one."""
     devices = {held.device for held in (*model.parameters(), *model.buffers())}

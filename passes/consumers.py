@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +67,24 @@ def _source(sites: list[Site], consumer: Consumer, deps: DependencyGraph) -> Ope
 def unit_columns(group: Group, view: View, weight: Tensor) -> Tensor:
     """[columns of the view's matrix] -> unit, -1 where the column is not the group's."""
     kernel = weight[0, 0].numel() if view.convolution else 1
-    unit = torch.full((weight.shape[view.dim],), -1)
+    unit = units_along(group, view.parameter, view.dim, weight)
+    return unit.repeat_interleave(kernel)
+
+
+def units_along(group: Group, parameter: str, dim: int, weight: Tensor) -> Tensor:
+    """Position along a weight's dim -> unit, -1 where it is not the group's."""
+    unit = torch.full((weight.shape[dim],), -1)
     for member in group.members:
-        if (member.parameter, member.dim) == (view.parameter, view.dim):
+        if (member.parameter, member.dim) == (parameter, dim):
             unit[torch.from_numpy(member.indices)] = torch.arange(group.size)[:, None]
-    return unit.repeat_interleave(kernel).to(weight.device)
+    return unit.to(weight.device)
+
+
+def staying(group: Group, kept: Iterable[int], unit: Tensor) -> Tensor:
+    """Which columns stay, for columns of the given units: those of kept ones, and of no unit."""
+    stays = torch.zeros(group.size + 1, dtype=torch.bool)
+    stays[[*kept, group.size]] = True
+    return stays.to(unit.device)[unit]
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ class ExpertView:
             if gram is None:
                 zeros = {"dtype": torch.float32, "device": rows.device}
                 gram = torch.zeros(experts, width, width, **zeros)
-                total, count = torch.zeros(experts, width, **zeros), torch.zeros(experts, **zeros)
+                total = torch.zeros(experts, width, **zeros)
+                count = torch.zeros(experts, dtype=torch.long, device=rows.device)
             for expert in range(experts):
                 mine = summable(rows[ids == expert].flatten(0, 1))
                 add_gram(gram[expert], mine)
@@ -84,9 +85,7 @@ class ExpertView:
         gram, total, count = (state.room.total(held) for held in (gram, total, count))
         check_sums(self, int(count.sum()), gram)
         means = total / count.clamp_min(1)[:, None]
-        return [
-            Moments(*of_one) for of_one in zip(gram, means, map(int, count.tolist()), strict=True)
-        ]
+        return [Moments(*of_one) for of_one in zip(gram, means, count.tolist(), strict=True)]
 
 
 def stacked(group: Group, deps: DependencyGraph) -> bool:

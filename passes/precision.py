@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from .lazy import Lazy, replace
+from .lazy import Lazy, materialized, replace
 from .skeleton import shared_copy
 
 HALF = (torch.float16, torch.bfloat16)
@@ -60,4 +60,4 @@ def state_dtypes(module: GraphModule, old: tuple[torch.dtype, ...], new: torch.d
 
 def _promise(held: Tensor) -> Tensor:
     plain = held.detach()
-    return Lazy(held.shape, torch.float32, plain.float, device=held.device)
+    return Lazy(held.shape, torch.float32, lambda: materialized(plain).float(), device=held.device)

@@ -132,6 +132,13 @@ def test_the_zoos_experts_keep_their_own(name):
     assert all(len({tuple(own) for own in units}) > 1 for units in pruned.plan.experts.values())
 
 
+def test_experts_in_half_precision_keep_their_own():
+    entry = models_zoo.load("mixtral")
+    model = copy.deepcopy(entry.model).bfloat16()
+    pruned = fg.prune(model, entry.inputs, [entry.inputs] * 4, fg.Config(method="fasp"))
+    assert pruned.plan.experts and pruned.model.dtype == torch.bfloat16
+
+
 def test_an_interrupted_run_goes_on_with_the_same_experts(tmp_path):
     entry = models_zoo.load("mixtral")
     config, batches = fg.Config(method="fasp", sparsity=0.4), [entry.inputs] * 4
