@@ -1,5 +1,5 @@
 """An axis rule (passes/rules) applied to one call: carried axes unite, summed axes unite and end in
-a Site, mixed and fixed axes are marked.
+a Site, mixed and fixed axes are marked; an axis under a mean is both.
 
 While they meet, the arrays of all operands are laid out over all axes of the rule, in one order.
 """
@@ -59,13 +59,15 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
             continue
         merged[axis] = labels.meet([side.labels for side in sides])
         kind = axes.kind(axis, axis in carried)
-        if kind == "sum" and not labels.is_fixed(merged[axis]):
-            labels.sites.append(Site(visit.node, tuple(sides)))
-        elif kind in ("mixed", "fixed"):
-            mark = "mixed" if kind == "mixed" else "frozen"
-            reason = visit.reason(f"{kind} by {visit.name}")
-            labels.mark(mark, [merged[axis]], reason, visit.node)
-        if axis in carried and visit.name in ("batch_norm", "instance_norm", "prelu"):
+        if kind in ("sum", "mean") and not labels.is_fixed(merged[axis]):
+            labels.sites.append(Site(visit.node, tuple(sides), kind == "mean"))
+        if kind in ("mean", "mixed"):
+            reason = visit.reason(f"mixed by {visit.name}")
+            labels.mark(kind, [merged[axis]], reason, visit.node)
+        elif kind == "fixed":
+            reason = visit.reason(f"fixed by {visit.name}")
+            labels.mark("frozen", [merged[axis]], reason, visit.node)
+        if axis in carried and visit.name in ("batch_norm", "instance_norm", "prelu", "rms_norm"):
             labels.mark("bent", [merged[axis]], "a scale per channel")
     return [
         _result(visit, merged, order, names, out)

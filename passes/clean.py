@@ -5,6 +5,7 @@
     ops that change nothing at these dtypes  dropped (alias, detach, dropout, to, contiguous, slice)
     view                                     reshape: no later step depends on strides
     min, max of two tensors                  minimum, maximum
+    rms_norm without an epsilon              the one of the dtype it computes in
     in-place ops on fresh temporaries        their functional form (passes/functional.py)
 
 Every step keeps the numbers; what is not provably without effect stays.
@@ -84,6 +85,10 @@ def _simplify(graph: Graph, node: Node) -> None:
         graph.erase_node(node)
     elif node.target in _OTHER_NAMES:
         node.target = _OTHER_NAMES[node.target]
+    if op_name(node) == "rms_norm" and (bound := bind(node, node.args, node.kwargs))["eps"] is None:
+        computed = torch.promote_types(node.meta["val"].dtype, torch.float32)
+        node.args = (*(bound[name] for name in ("input", "normalized_shape", "weight")),)
+        node.kwargs = {"eps": torch.finfo(computed).eps}
     if op_name(node) == "reshape" and _follows_attention(node):
         with graph.inserting_before(node):
             source = node.args[0]

@@ -54,11 +54,14 @@ def _components(labels: Labels) -> np.ndarray:
 
 @dataclass
 class _Notes:
-    """Per component: the reason (an index, -1: none) why it is frozen or mixed, and flags."""
+    """Per component: the reason (an index, -1: none) why it is frozen, mixed or under a mean,
+    and flags.
+    """
 
     reasons: list[str]
     frozen: np.ndarray
     mixed: np.ndarray
+    mean: np.ndarray
     flags: dict[str, np.ndarray]
     least: np.ndarray
 
@@ -66,8 +69,7 @@ class _Notes:
 def _notes(layer: Layer, count: int) -> _Notes:
     notes = _Notes(
         [],
-        np.full(count, -1),
-        np.full(count, -1),
+        *(np.full(count, -1) for _ in range(3)),
         {kind: np.zeros(count, bool) for kind in ("bent", "blocked", "routed")},
         np.ones(count, int),
     )
@@ -77,7 +79,7 @@ def _notes(layer: Layer, count: int) -> _Notes:
         if mark.kind in notes.flags:
             notes.flags[mark.kind][units] = True
             continue
-        table = notes.frozen if mark.kind == "frozen" else notes.mixed
+        table = {"frozen": notes.frozen, "mixed": notes.mixed, "mean": notes.mean}[mark.kind]
         table[units[table[units] < 0]] = len(notes.reasons)
         notes.reasons.append(mark.reason)
     return notes
@@ -101,7 +103,9 @@ def _groups(layer: Layer, number: int) -> list[Group]:
         footprint[units] += keys.integers(1, 2**62, dtype=np.uint64)
         sites.append((site, units))
     wanted = owned & notes.flags["blocked"] if number else owned
-    return _Builder(layer, number, notes, sources, sites, _fed(labels)).build(wanted, footprint)
+    place = {node: number for number, node in enumerate(labels.values)}
+    builder = _Builder(layer, number, notes, sources, sites, _fed(labels), place, _uses(place))
+    return builder.build(wanted, footprint)
 
 
 def _fed(labels: Labels) -> set[Node]:
@@ -111,6 +115,16 @@ def _fed(labels: Labels) -> set[Node]:
         if node.op == "placeholder" or not fed.isdisjoint(node.all_input_nodes):
             fed.add(node)
     return fed
+
+
+def _uses(place: dict[Node, int]) -> dict[str, int]:
+    """Weight -> the place of the last node that reads it."""
+    found: dict[str, int] = {}
+    for node in place:
+        if node.op == "get_attr":
+            last = max((place.get(user, -1) for user in node.users), default=-1)
+            found[str(node.target)] = max(last, found.get(str(node.target), -1))
+    return found
 
 
 def _flat(array: Tensor) -> np.ndarray:
@@ -125,6 +139,8 @@ class _Builder:
     sources: list[Source]
     sites: list[tuple[Site, np.ndarray]]
     fed: set[Node]
+    place: dict[Node, int]
+    uses: dict[str, int]
 
     def build(self, wanted: np.ndarray, footprint: np.ndarray) -> list[Group]:
         component, count = self.layer.component, len(wanted)
@@ -184,21 +200,26 @@ class _Builder:
             tags[units], return_index=True, return_inverse=True, return_counts=True
         )
         block_of = np.argsort(np.argsort(start))[inverse]
-        kind, reason = self._kind(int(units[0]), sites, sizes)
+        kind, reason = self._kind(int(units[0]), members, sites, sizes)
         bent = bool(self.notes.flags["bent"][units].any())
         symmetry = "permutation" if bent or kind != "chain" else "invertible"
-        consumers = tuple(_consumer(site, self.layer.labels) for site in sites)
+        consumers = tuple(_consumer(site, self.layer.labels) for site in _summing(sites))
         least = max(int(self.notes.least[units[0]]), apart(taken, block_of) * len(sizes))
         return Group(
             *("", kind, symmetry, len(units), len(sizes), tuple(members), consumers, reason),
             *(self.number, least, block_of, units, tuple(taken)),
         )
 
-    def _kind(self, unit: int, sites: list[Site], sizes: np.ndarray) -> tuple[str, str]:
-        notes = self.notes
+    def _kind(
+        self, unit: int, members: list[Member], sites: list[Site], sizes: np.ndarray
+    ) -> tuple[str, str]:
+        notes, sites = self.notes, _summing(sites)
         if notes.frozen[unit] >= 0:
             return "frozen", notes.reasons[notes.frozen[unit]]
-        mixed = notes.reasons[notes.mixed[unit]] if notes.mixed[unit] >= 0 else ""
+        why = notes.mixed[unit]
+        if why < 0 and notes.mean[unit] >= 0 and self._returns(members, sites):
+            why = notes.mean[unit]
+        mixed = notes.reasons[why] if why >= 0 else ""
         routed = bool(notes.flags["routed"][unit])
         if not sites and not routed:
             return "frozen", mixed or "nothing sums it away"
@@ -215,9 +236,22 @@ class _Builder:
         weighed = all(len(s.operands) > 1 and self._read(s) == 1 for s in sites)
         return ("chain", "") if weighed else ("bilinear", "")
 
+    def _returns(self, members: list[Member], sites: list[Site]) -> bool:
+        """Whether weights write to the axis after weights have read it: a residual stream."""
+        consumers = {site.node: _consumer(site, self.layer.labels) for site in sites}
+        read = {(c.parameter, c.dim): self.place[node] for node, c in consumers.items()}
+        places = [place for (parameter, _), place in read.items() if parameter]
+        makers = [m.parameter for m in members if (m.parameter, m.dim) not in read]
+        return bool(places) and any(self.uses[name] > min(places) for name in makers)
+
     def _read(self, site: Site) -> int:
         """How many operands are activations; a sum over weights alone (a norm of them) has none."""
         return sum(operand.data and operand.node in self.fed for operand in site.operands)
+
+
+def _summing(sites: list[Site]) -> list[Site]:
+    """Where the axis ends; under a mean only a number is read off it."""
+    return [site for site in sites if not site.mean]
 
 
 def _split(units: np.ndarray, rank: np.ndarray, count: int) -> list[np.ndarray]:

@@ -232,6 +232,35 @@ def _convolution(edit: Edit) -> None:
         edit.change(groups=count(mask, channel))
 
 
+def _mean(edit: Edit) -> None:
+    """Divided by as many positions as there were."""
+    rank, dims = len(edit.shape(edit.source)), edit.bound["dim"]
+    dims = range(rank) if not dims else [dims] if isinstance(dims, int) else dims
+    _rescale(edit, float(edit.cut.share(edit.source.name, {dim % rank for dim in dims})))
+
+
+def _rms_norm(edit: Edit) -> None:
+    """With n counted and k present: x / sqrt(S / n + e) = sqrt(n / k) x / sqrt(S / k + e n / k)."""
+    rank = len(edit.shape(edit.source))
+    dims = range(rank - len(edit.bound["normalized_shape"]), rank)
+    share = float(edit.cut.share(edit.source.name, dims))
+    _normalized(edit)
+    if share != 1:
+        edit.change(eps=edit.bound["eps"] / share)
+        _rescale(edit, share**-0.5)
+
+
+def _rescale(edit: Edit, factor: float) -> None:
+    """The node's result times a number; a new node before it does what it did."""
+    if factor == 1:
+        return
+    node = edit.node
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(node.target, node.args, node.kwargs)
+    made.meta = dict(node.meta)
+    edit.become(aten.mul.Tensor, made, factor)
+
+
 def _normalized(edit: Edit) -> None:
     rank, sizes = len(edit.shape(edit.source)), list(edit.bound["normalized_shape"])
     for dim, mask in edit.ins[edit.source].items():
@@ -278,7 +307,9 @@ EDITS: dict[str, Callable[[Edit], None]] = {
     ),
     **dict.fromkeys(("index", "index_select"), _index),
     **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
-    **dict.fromkeys(("layer_norm", "rms_norm"), _normalized),
+    "layer_norm": _normalized,
+    "rms_norm": _rms_norm,
+    "mean": _mean,
     "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),

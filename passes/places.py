@@ -20,9 +20,11 @@ from .visit import Visit
 
 
 def join(visit: Visit) -> list[Arrays]:
-    """cat and stack: labels side by side along the dim, united on the others."""
-    parts = [value for value in visit.values() if value.fake.numel()] or list(visit.values())
+    """cat and stack: labels side by side along the dim, united on the others. cat ignores an empty
+    vector of any rank.
+    """
     rank = len(visit.shape)
+    parts = [value for value in visit.values() if value.shape != (0,) or rank == 1]
     dim = visit.dim("dim", rank)
     stacked = visit.name == "stack"
     arrays = [_unsqueezed(value, dim) if stacked else dict(value.arrays) for value in parts]

@@ -7,8 +7,9 @@ heads go; that dim is cut instead).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,14 @@ Cuts = dict[int, Tensor]
 
 @dataclass(frozen=True)
 class Removal:
-    """`gone[layer][component]`: the removed units of each run of propagation."""
+    """`gone[layer][component]`: the removed units of each run of propagation; `uncounted`: those
+    of them that a mean does not count either, as if they had never been there (groups of kind
+    width).
+    """
 
     deps: DependencyGraph
     gone: tuple[np.ndarray, ...]
+    uncounted: tuple[np.ndarray, ...]
     _values: tuple[dict[str, Any], ...] = field(repr=False)
     _cache: dict[tuple[str, int], Cuts] = field(default_factory=dict, repr=False)
 
@@ -47,24 +52,39 @@ class Removal:
 
     def mask(self, array: Tensor, layer: int) -> Tensor:
         """True where the label of an array stays."""
-        layered = self.deps.layers[layer]
-        return torch.from_numpy(~self.gone[layer][layered.component[array.numpy()]])
+        return self._stays(array, layer, self.gone)
+
+    def _stays(self, array: Tensor, layer: int, gone: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(~gone[layer][self.deps.layers[layer].component[array.numpy()]])
+
+    def share(self, name: str, dims: Iterable[int]) -> Fraction:
+        """The share of positions along dims of a node's result that stay, of those that a mean
+        over them counts.
+        """
+        found = Fraction(1)
+        cuts, all_cuts = self._find(name, 0, self.uncounted), self.cuts(name)
+        for dim in dims:
+            if dim in all_cuts:
+                whole = self.value(name).shape[dim]
+                counted = count(cuts[dim], dim) if dim in cuts else whole
+                found *= Fraction(count(all_cuts[dim], dim), counted)
+        return found
 
     def cuts(self, name: str, slot: int = 0) -> Cuts:
         """What is cut off a node's result."""
         key = (name, slot)
         if key not in self._cache:
-            self._cache[key] = self._find(name, slot)
+            self._cache[key] = self._find(name, slot, self.gone)
         return self._cache[key]
 
-    def _find(self, name: str, slot: int) -> Cuts:
+    def _find(self, name: str, slot: int, gone: Sequence[np.ndarray]) -> Cuts:
         found: Cuts = {}
-        for layer in range(len(self.gone)):
+        for layer in range(len(gone)):
             value = self.value(name, slot, layer)
             if not isinstance(value, Value):
                 continue
             for dim, array in value.arrays.items():
-                mask = self.mask(array, layer)
+                mask = self._stays(array, layer, gone)
                 if bool(mask.all()):
                     continue
                 mask = compress(mask)
@@ -91,15 +111,17 @@ def _ordered(masks: Cuts) -> Cuts:
 
 def removal(deps: DependencyGraph, kept: Mapping[str, Any]) -> Removal:
     """The units of each group of `kept` that are not kept are gone."""
-    gone = tuple(np.zeros(int(layer.component.max(initial=0)) + 1, bool) for layer in deps.layers)
+    counts = [int(layer.component.max(initial=0)) + 1 for layer in deps.layers]
+    gone, uncounted = (tuple(np.zeros(count, bool) for count in counts) for _ in range(2))
     for name, units in kept.items():
         group = deps[name]
-        gone[group.layer][group.components] = True
-        gone[group.layer][group.components[list(units)]] = False
+        for table in (gone, uncounted) if group.kind == "width" else (gone,):
+            table[group.layer][group.components] = True
+            table[group.layer][group.components[list(units)]] = False
     values = tuple(
         {node.name: value for node, value in layer.labels.values.items()} for layer in deps.layers
     )
-    return Removal(deps, gone, values)
+    return Removal(deps, gone, uncounted, values)
 
 
 def take(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ def rewrite(module: GraphModule, cut: Removal) -> GraphModule:
     """The compact graph. `module` holds dense (already repaired) weights and stays as it is."""
     compact = copy.deepcopy(module)
     replaced: dict[int, Tensor] = {}
-    for node in list(compact.graph.nodes):
+    nodes = list(compact.graph.nodes)
+    nodes.sort(key=lambda node: is_constant(cut.value(node.name)))  # edits read them uncut
+    for node in nodes:
         try:
             _rewrite_node(compact, node, cut, replaced)
         except UnsupportedOp as error:
@@ -137,10 +139,11 @@ def _restricted(cut: Removal) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, layer in enumerate(cut.deps.layers):
         for mark in layer.labels.marks:
-            if mark.node is None or mark.kind not in ("mixed", "routed"):
+            if mark.node is None or mark.kind not in ("mixed", "mean", "routed"):
                 continue
-            if cut.gone[number][layer.component[mark.labels.numpy()]].any():
-                found[mark.node.name] = mark.kind
+            gone = cut.uncounted if mark.kind == "mean" else cut.gone
+            if gone[number][layer.component[mark.labels.numpy()]].any():
+                found[mark.node.name] = "routed" if mark.kind == "routed" else "mixed"
     return found
 
 

@@ -58,10 +58,11 @@ class Operand:
 
 @dataclass(frozen=True)
 class Site:
-    """An axis summed away at a node."""
+    """An axis summed away at a node; `mean`: its sum is divided by the number of positions."""
 
     node: Node
     operands: tuple[Operand, ...]
+    mean: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Mark:
 
     frozen    they never go
     mixed     every output on the axis depends on every input on it
+    mean      likewise, but only through a mean
     bent      a pointwise non-linearity acts on them, so that only permutations may be inserted
     blocked   in the run on blocks: the labels of a block have been united
     routed    a choice among the positions of the axis (experts); at least `least` must stay

@@ -9,7 +9,9 @@ rest, the kinds of an axis are
 
     carry   in the output:                     op(S_K x) = S_K op(x)
     sum     in operands, not in the output:    op(S_K x, S_K w) = op(1_K x, w)
-    mixed   neither law holds
+    mean    S_K op(1_K x, w) = c op(S_K x, S_K w), with c a function of |K| / n alone: what the op
+            divides by still counts the n positions that were there (passes/edits.py restores it)
+    mixed   no law holds
     fixed   the position itself has a meaning
 
 A rule is a string, or a function of the call where attributes decide. Ops that only move elements
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Rule = str | Callable[["Call"], str]
-KINDS = ("carry", "sum", "mixed", "fixed")
+KINDS = ("carry", "sum", "mean", "mixed", "fixed")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ run on random tensors with an index set K kept (S_K) and compared with the laws 
 
     carry   op(S_K x) = S_K op(x)
     sum     op(S_K x, S_K w) = op(1_K x, w)      1_K zeroes what S_K removes, in one operand
-    mixed   the op runs on S_K x, but neither law holds
+    mean    S_K op(1_K x, w) = c op(S_K x, S_K w)      c != 1 is the same for all numbers
+    mixed   the op runs on S_K x, but no law holds
     fixed   the op does not even run on S_K x
 
 An experiment is no proof: it is repeated on fresh numbers and index sets, and the compact graph is
@@ -32,8 +33,9 @@ def probe(op: Op, sample: Sequence[Any]) -> str:
     """The rule of `op`, e.g. "a b, c b -> a c". `sample`: its arguments; tensors of the same axis
     have the same size there, other axes have other sizes, and every size is at least 3.
 
-    `rules.register("namespace.name", rule)` makes the analysis use it. FaspGraphError where the
-    sample cannot tell axes apart.
+    `rules.register("namespace.name", rule)` makes the analysis use it. An axis under a mean is
+    called mixed, since no experiment tells how the op counts. FaspGraphError where the sample
+    cannot tell axes apart.
     """
     sample = [t.double() if _real(t) else t for t in sample]
     tensors = [t for t in sample if isinstance(t, Tensor)]
@@ -52,7 +54,7 @@ def probe(op: Op, sample: Sequence[Any]) -> str:
         kind = observed(op, sample, operands, results, axis)
         carried = any(axis in names for names in results)
         if kind != ("carry" if carried else "sum"):
-            marks += f"; {kind} {axis}"
+            marks += f"; {'mixed' if kind == 'mean' else kind} {axis}"
     sides = [", ".join(" ".join(side) for side in group) for group in (operands, results)]
     return " -> ".join(sides) + marks
 
@@ -65,11 +67,11 @@ def observed(
     axis: str,
     trials: int = TRIALS,
 ) -> str:
-    """The kind of one axis: carry, sum, mixed or fixed. Axis names are given per tensor argument
+    """The kind of one axis: carry, sum, mean, mixed or fixed. Axis names are given per tensor argument
     and per result.
     """
     kinds = {_observe(op, sample, operands, results, axis, seed) for seed in range(trials)}
-    return next(kind for kind in ("fixed", "mixed", "sum", "carry") if kind in kinds)
+    return next(kind for kind in ("fixed", "mixed", "mean", "sum", "carry") if kind in kinds)
 
 
 def _observe(
@@ -90,15 +92,24 @@ def _observe(
         small = _tensors(op(*_each(fresh, operands, axis, lambda t, d: t.index_select(d, kept))))
     except (RuntimeError, IndexError, ValueError):
         return "fixed"
-    if any(axis in names for names in results):
-        whole = _tensors(op(*fresh))
-        expected = [
-            t.index_select(names.index(axis), kept) if axis in names else t
-            for t, names in zip(whole, results, strict=False)
-        ]
-        return "carry" if _same(small, expected) else "mixed"
-    zeroed = _zero_one(fresh, operands, axis, kept)
-    return "sum" if _same(small, _tensors(op(*zeroed))) else "mixed"
+    carried = any(axis in names for names in results)
+    if carried and _same(small, _short(_tensors(op(*fresh)), results, axis, kept)):
+        return "carry"
+    zeroed = _tensors(op(*_zero_one(fresh, operands, axis, kept)))
+    expected = _short(zeroed, results, axis, kept)
+    if not carried and _same(small, expected):
+        return "sum"
+    return "mean" if _proportional(small, expected) else "mixed"
+
+
+def _short(
+    outputs: list[Tensor], results: Sequence[Sequence[str]], axis: str, kept: Tensor
+) -> list[Tensor]:
+    """The outputs without what S_K removes."""
+    return [
+        t.index_select(list(names).index(axis), kept) if axis in names else t
+        for t, names in zip(outputs, results, strict=False)
+    ]
 
 
 def _each(
@@ -148,6 +159,12 @@ def _real(item: Any) -> bool:
 
 def _tensors(result: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _proportional(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Whether one positive number turns the left outputs into the right ones."""
+    scales = [float(a.norm() / b.norm()) for a, b in zip(left, right, strict=True) if b.any()]
+    return bool(scales) and _same(left, [b * scales[0] for b in right])
 
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:

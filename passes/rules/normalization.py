@@ -1,5 +1,5 @@
-"""Normalisations: statistics over an axis mix it; per-channel statistics that are stored
-carry it.
+"""Normalisations: statistics over an axis mix it, a mean of squares leaves room for zeros;
+per-channel statistics that are stored carry it.
 """
 
 from __future__ import annotations
@@ -7,10 +7,14 @@ from __future__ import annotations
 from . import Call, Rule
 
 
-def _trailing(call: Call) -> str:
+def _layer_norm(call: Call) -> str:
     names = " ".join(f"c{k}" for k in range(len(call["normalized_shape"])))
-    bias = f", {names}?" if "bias" in call.arguments else ""
-    return f"... {names}, {names}?{bias} -> ... {names}; mixed {names}"
+    return f"... {names}, {names}?, {names}? -> ... {names}; mixed {names}"
+
+
+def _rms_norm(call: Call) -> str:
+    names = " ".join(f"c{k}" for k in range(len(call["normalized_shape"])))
+    return f"... {names}, {names}? -> ... {names}; mean {names}"
 
 
 def _batch(call: Call) -> str:
@@ -55,8 +59,8 @@ def _weight_norm(call: Call) -> str:
 
 
 RULES: dict[str, Rule] = {
-    "layer_norm": _trailing,
-    "rms_norm": _trailing,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
     "batch_norm": _batch,
     "group_norm": _group,
     "instance_norm": _instance,

@@ -1,5 +1,5 @@
-"""Reductions: a plain sum obeys the sum law by itself; every other reduction mixes. Pooling
-fixes positions.
+"""Reductions: a plain sum obeys the sum law by itself, a mean the mean law; every other reduction
+mixes. Pooling fixes positions.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ def _reduced(call: Call, kind: str) -> str:
 
 def _sum(call: Call) -> str:
     return _reduced(call, "sum")
+
+
+def _mean(call: Call) -> str:
+    return _reduced(call, "mean")
 
 
 def _mixed(call: Call) -> str:
@@ -51,7 +55,7 @@ def _spatial(n: int) -> Rule:
 
 
 _MIXED = (
-    *("mean", "amax", "amin", "argmax", "argmin", "all", "any", "prod", "var", "std"),
+    *("amax", "amin", "argmax", "argmin", "all", "any", "prod", "var", "std"),
     "logsumexp",
 )
 _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest")
@@ -63,6 +67,7 @@ _UPSAMPLES = {
 
 RULES: dict[str, Rule] = {
     "sum": _sum,
+    "mean": _mean,
     **dict.fromkeys(_MIXED, _mixed),
     **dict.fromkeys(("norm", "linalg_vector_norm"), _norm),
     **dict.fromkeys(("max", "min", "var_mean", "std_mean"), _pair),
