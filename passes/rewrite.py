@@ -114,10 +114,12 @@ def masked(module: GraphModule, cut: Removal) -> GraphModule:
     each site).
     """
     dense = copy.deepcopy(module)
-    nodes = nodes_by_name(dense.graph.nodes)
+    nodes, restricted = nodes_by_name(dense.graph.nodes), _restricted(cut)
     masks: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = {}
     for number, layer in enumerate(cut.deps.layers):
         for site in layer.labels.sites:
+            if restricted.get(site.node.name) == "mixed":
+                continue
             side = ([o for o in site.operands if o.data] or list(site.operands))[0]
             keep = _keep(cut, side.node.name, side.dim, number)
             if keep is not None:
@@ -125,7 +127,6 @@ def masked(module: GraphModule, cut: Removal) -> GraphModule:
                 held[side.dim, number] = keep
     for number, ((name, operand), held) in enumerate(masks.items()):
         _zero(dense, nodes[name], nodes[operand], list(held.values()), f"_mask_{number}")
-    restricted = _restricted(cut)
     for name in (name for name, kind in restricted.items() if kind == "routed"):
         _exclude(dense, nodes[name], cut, f"_barred_{name}")
     for name in reversed([name for name in nodes if restricted.get(name) == "mixed"]):

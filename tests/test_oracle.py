@@ -122,8 +122,8 @@ ROWS = [
     (
         "rms_norm",
         "b t c, c",
-        lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-5),
-        "b t c, c -> b t c; mixed c",
+        lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-30),  # the edit turns epsilon as well
+        "b t c, c -> b t c; mean c",
     ),
     (
         "batch_norm",
@@ -198,7 +198,6 @@ ROWS = [
     *(
         (name, "b t c", lambda x, f=f: f(x), "b t c -> b c; mixed t")
         for name, f in {
-            "mean": lambda x: x.mean(1),
             "amax": lambda x: x.amax(1),
             "amin": lambda x: x.amin(1),
             "argmax": lambda x: x.argmax(1).double(),
@@ -214,6 +213,7 @@ ROWS = [
             "all": lambda x: x.all(1).double(),
         }.items()
     ),
+    ("mean", "b t c", lambda x: x.mean(1), "b t c -> b c; mean t"),
     ("sum", "b t c", lambda x: x.sum(1), "b t c -> b c"),
     ("any", "b t c", lambda x: x.any(1).double(), "b t c -> b c"),
     *(

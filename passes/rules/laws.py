@@ -162,9 +162,10 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _proportional(left: list[Tensor], right: list[Tensor]) -> bool:
-    """Whether one positive number turns the left outputs into the right ones."""
+    """Whether one positive number, not 1, turns the right outputs into the left ones."""
     scales = [float(a.norm() / b.norm()) for a, b in zip(left, right, strict=True) if b.any()]
-    return bool(scales) and _same(left, [b * scales[0] for b in right])
+    differ = bool(scales) and abs(scales[0] - 1) > 1e-6
+    return differ and _same(left, [b * scales[0] for b in right])
 
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:
