@@ -17,8 +17,8 @@ or `affine`, so that no default costs more than 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from passes.couple import DependencyGraph, Group
 from passes.drift import Twin, drift, twin
 from passes.eliminate import eliminate
 from passes.experts import ExpertView, Orders, expert_view, independent, moved
+from passes.gates import behind, gated, level
 from passes.observe import Moments, Room, Walk, probe, walk
 from passes.pieces import with_every_piece
 from passes.removal import nodes_by_name
 from passes.restore import TOWARDS, restore
+from passes.rewrite import attribute
 from passes.select import Budget, allocate, select
 from passes.sensitivity import Sensed, sense
 from passes.views import View
@@ -95,7 +97,9 @@ def decide(
     shared = shared or []
     budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep)
     budget = settled(deps, groups, budget, shared, config)
-    nodes = nodes_by_name(captured.graph_module.graph.nodes)
+    module, gates = gated(captured.graph_module, groups, deps)
+    captured = replace(captured, graph_module=module)
+    nodes = nodes_by_name(module.graph.nodes)
     found = {group.name: views(group, deps, nodes) for group in groups}
     every = batches_of(calibration, captured.inputs, config) if needs_data(config) else []
     key = fingerprint(captured.graph_module, every, config) if work else ""
@@ -105,6 +109,8 @@ def decide(
     own = independent(captured.graph_module, alone, deps, captured.inputs, config.seed)
     job = Job(
         captured,
+        deps,
+        gates,
         config,
         found,
         {group.name: expert_view(group, deps, nodes) for group in own},
@@ -182,6 +188,7 @@ def _walk(
     the model as pruned so far; go on with the new weight.
     """
     module, towards = job.captured.graph_module, job.config.passes.restore
+    shut: dict[str, Tensor] = {}
     pending: dict[Node, list[tuple[Group, View]]] = {}
     routed: dict[Node, list[tuple[Group, ExpertView]]] = {}
     for group in groups:
@@ -198,6 +205,7 @@ def _walk(
         else:
             utility = weight_utility(module, group, job.config.passes.score, job.generator)
             decided.kept[group.name] = select(group, utility, keep)
+            shut |= _shut(job, group, decided, shut)
     dense = twin(module, batches) if pending and towards in TOWARDS else None
 
     def visit(state: Walk, node: Node) -> None:
@@ -207,23 +215,48 @@ def _walk(
             if solving(job.config):
                 decided.seen[inside.parameter] = found.seen
         moments = {view: state.moments(view) for _, view in pending.get(node, ())}
+        chosen = [each for each in pending.get(node, ()) if each[0].name not in decided.kept]
+        for group, view in chosen:
+            _choose(job, group, view, moments[view], state, decided)
         for group, view in pending.get(node, ()):
-            if group.name not in decided.kept:
-                _choose(job, group, view, moments[view], state, decided)
             _repair(job, group, view, moments[view], state, dense, decided)
+        gone = [(group, view) for group, view in chosen if group.name in job.gates]
+        for group, _ in gone:
+            state.weights |= _shut(job, group, decided, state.weights)
+        for earlier in again[node] if gone else ():
+            state.step(earlier)
+        for view in {view: None for _, view in gone}:
+            level(view, moments[view], state)
 
     report = (lambda done, total: progress("prune", done, total)) if progress else None
     watched = watch(journal, visit, decided)
     stops = {*pending, *routed}
     again = {node: [pick for _, v in held for pick in v.picks] for node, held in routed.items()}
+    for node, several in pending.items():
+        first = [group for group, view in several if view is job.views[group.name][0]]
+        gates = [gate for group in first for gate in job.gates.get(group.name, ())]
+        again[node] = [*again.get(node, ()), *behind(module, gates, node)]
     decided.weights = walk(
-        module, batches if stops else [], stops, watched, report, _room(job.config), again
+        module, batches if stops else [], stops, watched, report, _room(job.config), again, shut
     )
     if dense is not None and towards == "outputs":
         decided.weights = corrected(
             module, groups, job.views, decided.kept, decided.weights, batches, dense
         )
+    for gate in (gate for several in job.gates.values() for gate in several):
+        decided.weights.pop(gate.name, None)
     _put_in_order(job, groups, decided)
+
+
+def _shut(
+    job: Job, group: Group, decided: Decisions, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The group's gates without what it removes."""
+    kept, found = decided.kept[group.name], {}
+    for gate in job.gates.get(group.name, ()):
+        now = weights.get(gate.name, attribute(job.captured.graph_module, gate.name))
+        found[gate.name] = now & gate.closed(job.deps, group, kept).to(now.device)
+    return found
 
 
 def _put_in_order(job: Job, groups: list[Group], decided: Decisions) -> None:

@@ -17,9 +17,10 @@ from torch.fx import GraphModule
 
 from passes.capture import Captured
 from passes.consumers import unit_columns
-from passes.couple import Group
+from passes.couple import DependencyGraph, Group
 from passes.eliminate import Problem, eliminate
 from passes.experts import ExpertView
+from passes.gates import Gates
 from passes.observe import Moments, Walk
 from passes.rewrite import attribute
 from passes.score import interactions, last_masked, score
@@ -34,10 +35,13 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Job:
     """What every step needs to know. `experts`: the groups of which each expert keeps its own
-    units, with their consumer where its inputs can be told by expert.
+    units, with their consumer where its inputs can be told by expert. `gates`: what the program
+    has for groups under a mean (passes/gates.py).
     """
 
     captured: Captured
+    deps: DependencyGraph
+    gates: Gates
     config: Config
     views: dict[str, list[View]]
     experts: dict[str, ExpertView | None]

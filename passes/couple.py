@@ -204,10 +204,12 @@ class _Builder:
         bent = bool(self.notes.flags["bent"][units].any())
         symmetry = "permutation" if bent or kind != "chain" else "invertible"
         consumers = tuple(_consumer(site, self.layer.labels) for site in _summing(sites))
+        means = [_consumer(site, self.layer.labels) for site in sites if site.mean]
+        means = [] if kind in ("width", "frozen") else means
         least = max(int(self.notes.least[units[0]]), apart(taken, block_of) * len(sizes))
         return Group(
             *("", kind, symmetry, len(units), len(sizes), tuple(members), consumers, reason),
-            *(self.number, least, block_of, units, tuple(taken)),
+            *(self.number, least, block_of, units, tuple(taken), tuple(means)),
         )
 
     def _kind(

@@ -58,7 +58,7 @@ class Group:
     """Units with one footprint. `block_of[u]` numbers the block of unit u; `layer` is the run of
     propagation that found it (0: inside blocks, 1: blocks), `components[u]` its unit there. At
     least `least` units must stay (as many as a router chooses), and one of each of the `pieces`
-    (passes/pieces.py).
+    (passes/pieces.py). `means`: where a mean over the axis counts what is gone as zeros.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Group:
         default_factory=lambda: np.zeros(0, int), repr=False, compare=False
     )
     pieces: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
+    means: tuple[Consumer, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able summary."""
@@ -192,6 +193,8 @@ def _explained(group: Group, member: Member) -> list[str]:
     for (_, line), held in alike.items():
         (module,) = folded(consumer.module for consumer in held)
         lines.append(f"    summed away at %{held[0].node} {module} {line}".rstrip())
+    for mean in group.means:
+        lines.append(f"    under a mean at %{mean.node} {mean.module} {mean.line}".rstrip())
     if group.reason:
         lines.append(f"    reason: {group.reason}")
     return lines

@@ -196,19 +196,23 @@ def walk(
     progress: Callable[[int, int], None] | None = None,
     room: Room | None = None,
     again: Mapping[Node, Sequence[Node]] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Run until the last stop; returns the replaced weights by name. `again`: a stop -> nodes
-    before it that read a weight which the visit replaces, and so are run once more.
+    """Run until the last stop, `weights` replaced from the start; returns the replaced weights by
+    name. `again`: a stop -> nodes before it that depend on a weight which the visit replaces, and
+    so are run once more.
     """
     remaining = set(stops)
-    state = Walk(module, list(environments(module, batches)), room=room or Room())
+    state = Walk(module, list(environments(module, batches)), dict(weights or {}), room or Room())
     if remaining and not state.environments:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     last = {arg: node for node in nodes for arg in node.all_input_nodes}
     repeated = again or {}
+    place = {node: number for number, node in enumerate(nodes)}
     for stop, several in repeated.items():
-        last |= {arg: stop for node in several for arg in node.all_input_nodes}
+        for arg in {arg: None for node in several for arg in node.all_input_nodes}:
+            last[arg] = max(last[arg], stop, key=place.__getitem__)
     over: dict[Node, list[Node]] = {}
     for value, node in last.items():
         over.setdefault(node, []).append(value)

@@ -15,6 +15,7 @@ from .sizes import own_sizes, stated_sizes
 
 Way = tuple[str, ...]  # ("attributes", name, ...) and ADAPTER with INSIDE carry more than a name
 NATIVE, ADAPTER, INSIDE, PADDED = ("native",), ("adapter",), ("adapter", "inside"), ("padded",)
+WIDE = ("adapter", "wide")  # a norm between the two sees the old width
 CHANNELS_FIRST = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm),
@@ -74,7 +75,9 @@ def _axes(
 def _adapt(
     emission: Emission, weights: Compaction, group: Group, chosen: Mapping[str, Way]
 ) -> None:
-    """Producers scatter, consumers gather, element-wise modules (norms, depthwise) do both."""
+    """Producers scatter, consumers gather; element-wise modules (norms, depthwise) do both, or work
+    at the old width, their weights padded.
+    """
     consuming = {(c.parameter, c.dim) for c in group.consumers if c.parameter}
     parameters = dict(weights.compact.named_parameters(remove_duplicate=False))
     cost = 0
@@ -86,6 +89,9 @@ def _adapt(
         tables = [emission.gather] if (theirs, dim) in consuming else [emission.scatter]
         if (theirs, dim) not in consuming and _elementwise(module):
             tables = [emission.gather, emission.scatter]
+            if chosen[group.name] == WIDE:
+                emission.padded[mine] = ((dim, size, kept),)
+                continue
         axis = 1 if isinstance(module, CHANNELS_FIRST) else -1
         for table in tables:
             if path not in table:
