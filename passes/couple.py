@@ -235,7 +235,7 @@ class _Builder:
             return ("frozen" if self.number else "width"), mixed
         if self.number:
             return "head", ""
-        weighed = all(len(s.operands) > 1 and self._read(s) == 1 for s in sites)
+        weighed = all(self._weighed(site) for site in sites)
         return ("chain", "") if weighed else ("bilinear", "")
 
     def _returns(self, members: list[Member], sites: list[Site]) -> bool:
@@ -246,9 +246,12 @@ class _Builder:
         makers = [m.parameter for m in members if (m.parameter, m.dim) not in read]
         return bool(places) and any(self.uses[name] > min(places) for name in makers)
 
-    def _read(self, site: Site) -> int:
-        """How many operands are activations; a sum over weights alone (a norm of them) has none."""
-        return sum(operand.data and operand.node in self.fed for operand in site.operands)
+    def _weighed(self, site: Site) -> bool:
+        """Whether one activation meets a weight, plain or computed. What is made of weights alone,
+        say from a table of positions, is an activation where it meets a plain one.
+        """
+        data = [operand.node for operand in site.operands if operand.data]
+        return len(site.operands) > 1 and 1 in (len(data), sum(n in self.fed for n in data))
 
 
 def _summing(sites: list[Site]) -> list[Site]:

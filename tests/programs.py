@@ -190,7 +190,7 @@ class Norm(Part):
     """A normalisation between two layers, over all channels or per head."""
 
     def make(self, c):
-        self.way = self.pick("layer", "rms", "head", "group")
+        self.way = self.pick("layer", "rms", "head", "group", "fused", "response")
         self.a, self.b = nn.Linear(c, 12), nn.Linear(12, c)
         self.layer, self.group = nn.LayerNorm(12), nn.GroupNorm(3, 12)
         self.gain = nn.Parameter(torch.rand(4) + 0.5)
@@ -203,6 +203,11 @@ class Norm(Part):
             y = self.group(y.transpose(1, 2)).transpose(1, 2)
         elif self.way == "rms":
             y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-3)
+        elif self.way == "fused":
+            y = F.rms_norm(y, (12,), self.layer.weight)
+        elif self.way == "response":  # of ConvNeXt V2
+            size = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+            y = y + y * size / (size.mean(-1, keepdim=True) + 1e-3)
         else:
             y = y.view(*y.shape[:2], 3, 4)
             y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-3) * self.gain).flatten(2)

@@ -109,7 +109,7 @@ def _units(group: Group, draw: random.Random) -> list[int]:
 
 def zeroed(model: nn.Module, deps: DependencyGraph, kept: dict[str, list[int]]) -> nn.Module:
     """A copy of the user's module with zeros where its weights read a removed unit; where two
-    activations read it (queries and keys), in the weights that make it.
+    activations read it (queries and keys) or a mean counts it, in the weights that make it.
     """
     dense = copy.deepcopy(model)
     for name, units in kept.items():
@@ -117,7 +117,7 @@ def zeroed(model: nn.Module, deps: DependencyGraph, kept: dict[str, list[int]]) 
         gone = [u for u in range(group.size) if u not in set(units)]
         read = {(consumer.parameter, consumer.dim) for consumer in group.consumers}
         for member in group.members:
-            if ("", -1) in read or (member.parameter, member.dim) in read:
+            if group.means or ("", -1) in read or (member.parameter, member.dim) in read:
                 places = torch.from_numpy(member.indices[gone].reshape(-1))
                 with torch.no_grad():
                     attribute(dense, member.parameter).index_fill_(member.dim, places, 0.0)

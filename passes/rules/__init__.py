@@ -103,7 +103,9 @@ def probe(op: Callable[..., Any], sample: Sequence[Any]) -> str:
 
 
 def register(op: str, rule: Rule) -> None:
-    """Add the rule of a custom op, `namespace.name` or the name of an aten op without a rule."""
-    if isinstance(rule, str):
-        parse(rule)
+    """Add the rule of a custom op, `namespace.name` or the name of an aten op without a rule.
+    ValueError if it cannot be parsed, or calls an axis a mean: how the op counts is not known.
+    """
+    if isinstance(rule, str) and "mean" in parse(rule).kinds.values():
+        raise ValueError(f"the rule {rule!r} of a custom op has a mean · help: call the axis mixed")
     CUSTOM[op] = rule
