@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import fasp_graph as fg
 import passes.gates
+from passes import rules
 from passes.capture import capture
 from passes.removal import removal
 from passes.rewrite import rewrite
@@ -194,14 +195,18 @@ def test_gates_are_closed_again_when_a_run_goes_on(tmp_path, monkeypatch):
         assert torch.equal(tensor, held[name]), name
 
 
-def test_a_folder_of_such_a_model_loads_elsewhere(tmp_path):
+def bitnet():
+    """A decoder with a norm in front of each output layer."""
     from transformers import BitNetConfig, BitNetForCausalLM
 
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
-    model = BitNetForCausalLM(
-        BitNetConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    ).eval()
+    config = BitNetConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    return BitNetForCausalLM(config).eval()
+
+
+def test_a_folder_of_such_a_model_loads_elsewhere(tmp_path):
+    model = bitnet()
     ids = torch.arange(24).reshape(2, 12)
     calibration = [{"input_ids": (ids * k) % 64} for k in (3, 5, 7, 11)]
     result = fg.prune(model, {"input_ids": ids}, calibration, fg.Config(sparsity=0.3))
@@ -219,8 +224,21 @@ def test_a_folder_of_such_a_model_loads_elsewhere(tmp_path):
 
     logits = torch.load(tmp_path / "logits")
     assert torch.allclose(logits, result.model(ids).logits, atol=1e-5)
-    assert type(result.model) is BitNetForCausalLM
+    assert type(result.model) is type(model)
     assert result.model.generate(ids, max_new_tokens=3).shape == (2, 15)
+
+
+def test_the_uniform_layout_leaves_alone_what_a_class_would_count_anew():
+    model = bitnet()
+    ids = torch.arange(24).reshape(2, 12)
+
+    with pytest.raises(fg.FaspGraphError, match="layout='free'"):
+        fg.prune(model, ids, None, fg.Config(sparsity=0.1, method="magnitude", layout="uniform"))
+
+
+def test_a_custom_op_has_no_mean():
+    with pytest.raises(ValueError, match="call the axis mixed"):
+        rules.register("fasp_test.average", "b t c -> b c; mean t")
 
 
 class Empty(nn.Module):

@@ -134,8 +134,10 @@ def _explained(
 
 
 def uniform_groups(model: nn.Module, groups: list[Group]) -> tuple[list[Group], list[Said]]:
-    """The groups that the configuration can say, and which of them share fields."""
-    found = said_by_fields(model, groups)
+    """The groups that the configuration can say, and which of them share fields. The class counts
+    anew under a mean, so it can say no group there.
+    """
+    found = said_by_fields(model, [group for group in groups if not group.means])
     said = [g for g in groups if any(g.name in s.groups for s in found)]
     if not said:
         raise BudgetError(
