@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -62,8 +63,9 @@ def corrected(
     """`weights`, moved by one step of all consumers where that lowers the held-out distance."""
     state = Walk(module, [], dict(weights))
 
-    def read(name: str) -> Tensor:
-        return state.weight(name).detach()
+    def read(name: str) -> Any:
+        held: Any = state.weight(name)
+        return held.detach() if isinstance(held, Tensor) else held  # the body of a scan
 
     def samples(numbers: range) -> list[Sample]:
         return [Sample(batches[n], functools.partial(dense.outputs, n)) for n in numbers]

@@ -11,13 +11,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from passes.capture import tensors
@@ -151,11 +154,24 @@ def latency(
 def flops(
     module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> int:
-    """FLOPs of one call of `module`; attention counts alike whichever kernel would run it."""
+    """FLOPs of one call of `module`; attention counts alike whichever kernel would run it. The body
+    of a scan or a while loop does not count: torch cannot tell how often it runs.
+    """
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, _Uncounted():
         module(*args, **(kwargs or {}))
     return int(counter.get_total_flops())
+
+
+class _Uncounted(TorchDispatchMode):
+    """Runs the higher-order ops that the counter refuses outside of it."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        loops = isinstance(func, HigherOrderOperator) and func is not torch.ops.higher_order.cond
+        with _disable_current_modes() if loops else nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 def shapes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

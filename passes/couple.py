@@ -69,7 +69,9 @@ class _Notes:
 def _notes(layer: Layer, count: int) -> _Notes:
     notes = _Notes(
         [],
-        *(np.full(count, -1) for _ in range(3)),
+        np.full(count, -1),
+        np.full(count, -1),
+        np.full(count, -1),
         {kind: np.zeros(count, bool) for kind in ("bent", "blocked", "routed")},
         np.ones(count, int),
     )

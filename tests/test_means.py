@@ -200,7 +200,7 @@ def bitnet():
     from transformers import BitNetConfig, BitNetForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
     config = BitNetConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     return BitNetForCausalLM(config).eval()
 

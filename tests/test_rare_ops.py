@@ -7,6 +7,7 @@ to the user's own module with zeros where its weights read a removed unit.
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 from trial import zeroed
 
@@ -134,3 +135,30 @@ def test_what_cannot_go_says_why(name):
     mine = [g for g in deps.groups if any(m.parameter == "a.weight" for m in g.members)]
     assert {g.kind for g in mine} == {"frozen"}, deps.listing()
     assert any(reason in g.reason for g in mine), [g.reason for g in mine]
+
+
+def branched(m, x):
+    y = torch.cond(x.sum() > 0, lambda t: t * 2, lambda t: t - 1, (torch.relu(m.a(x)),))
+    return m.b(y) + m.d(torch.relu(m.c(x)))
+
+
+def scanned(m, x):
+    def step(held, new):
+        return held * 0.5 + new, held * 0.5 + new
+
+    _, y = scan(step, torch.zeros(8), m.a(x))
+    return m.b(y) + m.d(torch.relu(m.c(x)))
+
+
+@pytest.mark.parametrize("forward", [branched, scanned])
+def test_control_flow_freezes_what_it_touches_and_no_more(forward):
+    model = Calls(forward, c=(7, 9), d=(9, 5))
+    batches = [torch.randn(6, 7, generator=torch.Generator().manual_seed(s)) for s in range(4)]
+
+    result = fg.prune(model, X, batches, fg.Config(sparsity=0.1))
+
+    kinds = {group.name: group.kind for group in result.deps.groups}
+    assert kinds["c.0"] == "chain" and kinds["a.0"] == "frozen"
+    assert "no axis rule for" in result.deps["a.0"].reason
+    assert len(result.plan.kept["c.0"]) < 9
+    assert torch.allclose(result.model(X), result.graph_module(X), atol=1e-6)

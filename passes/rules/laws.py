@@ -67,8 +67,8 @@ def observed(
     axis: str,
     trials: int = TRIALS,
 ) -> str:
-    """The kind of one axis: carry, sum, mean, mixed or fixed. Axis names are given per tensor argument
-    and per result.
+    """The kind of one axis: carry, sum, mean, mixed or fixed. Axis names are given per tensor
+    argument and per result.
     """
     kinds = {_observe(op, sample, operands, results, axis, seed) for seed in range(trials)}
     return next(kind for kind in ("fixed", "mixed", "mean", "sum", "carry") if kind in kinds)
