@@ -31,7 +31,7 @@ from passes.verify import verify
 
 from .calibration import few_tokens
 from .config import Config
-from .decide import Decisions, Progress, decide
+from .decide import Progress, decide
 from .emit.layout import Said, uniform_groups
 from .emit.modules import Emission, emit_model
 from .emit.standin import stand_in
@@ -39,6 +39,7 @@ from .evaluate import flops, shapes_of
 from .inputs import refuse_modelless, refuse_unmergeable, refuse_unstreamable
 from .memory import peak_cuda, peak_host, restart
 from .report import Frozen, GroupReport, Report
+from .walking import Decisions
 
 
 @dataclass(frozen=True)

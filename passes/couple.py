@@ -217,7 +217,7 @@ class _Builder:
     def _kind(
         self, unit: int, members: list[Member], sites: list[Site], sizes: np.ndarray
     ) -> tuple[str, str]:
-        notes, sites = self.notes, _summing(sites)
+        notes, sites = self.notes, _summing(sites) or sites
         if notes.frozen[unit] >= 0:
             return "frozen", notes.reasons[notes.frozen[unit]]
         why = notes.mixed[unit]
@@ -243,10 +243,9 @@ class _Builder:
     def _returns(self, members: list[Member], sites: list[Site]) -> bool:
         """Whether weights write to the axis after weights have read it: a residual stream."""
         consumers = {site.node: _consumer(site, self.layer.labels) for site in sites}
-        read = {(c.parameter, c.dim): self.place[node] for node, c in consumers.items()}
-        places = [place for (parameter, _), place in read.items() if parameter]
+        read = {(c.parameter, c.dim): self.place[n] for n, c in consumers.items() if c.parameter}
         makers = [m.parameter for m in members if (m.parameter, m.dim) not in read]
-        return bool(places) and any(self.uses[name] > min(places) for name in makers)
+        return any(self.uses[name] > min(read.values()) for name in makers if read)
 
     def _weighed(self, site: Site) -> bool:
         """Whether one activation meets a weight, plain or computed. What is made of weights alone,

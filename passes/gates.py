@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .edits import register
+from .edit import register
 from .groups import DependencyGraph, Group
 from .observe import Moments, Walk
 from .removal import nodes_by_name, removal
@@ -100,6 +100,8 @@ def level(view: View, dense: Moments, state: Walk) -> None:
 
 def behind(module: GraphModule, gates: Sequence[Gate], stop: Node) -> list[Node]:
     """The nodes before `stop` whose results a gate changes, in order."""
+    if not gates:
+        return []
     found: dict[Node, None] = {gate.node: None for gate in gates}
     for node in module.graph.nodes:
         if node is stop:

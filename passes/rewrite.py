@@ -18,7 +18,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .constants import rejoin
-from .edits import EDITS, Edit, hold, register
+from .edit import Edit, hold, register
+from .edits import EDITS
 from .errors import UnsupportedOp, where
 from .removal import Cuts, Removal, is_constant, nodes_by_name, removal, sliced
 from .visit import bind, op_name

@@ -184,7 +184,7 @@ def test_gates_are_closed_again_when_a_run_goes_on(tmp_path, monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasp_graph.decide.level", interrupted)
+    monkeypatch.setattr("fasp_graph.walking.level", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fg.prune(model, batches(1)[0], batches(), config, work=tmp_path / "work")
     resumed = fg.prune(model, batches(1)[0], batches(), config, work=tmp_path / "work")
@@ -239,6 +239,26 @@ def test_the_uniform_layout_leaves_alone_what_a_class_would_count_anew():
 def test_a_custom_op_has_no_mean():
     with pytest.raises(ValueError, match="call the axis mixed"):
         rules.register("fasp_test.average", "b t c -> b c; mean t")
+
+
+def test_an_axis_that_ends_in_a_mean_can_be_pruned():
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.up = nn.Linear(8, 12)
+
+        def forward(self, x):
+            return torch.tanh(self.up(x)).mean(-1)
+
+    model, x = Average().double(), data(1, 2, 5, 8).double()
+    deps, captured = fg.analyze(model, x, check=True), capture(model, x)
+    cut = removal(deps, {"up.0": KEPT})
+
+    compact = rewrite(captured.graph_module, cut)
+
+    assert deps["up.0"].kind == "bilinear"
+    assert torch.allclose(compact(x), zeroed(model, KEPT)(x), atol=1e-12)
 
 
 class Empty(nn.Module):

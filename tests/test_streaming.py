@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import fasp_graph as fg
-from fasp_graph import cli, decide
+from fasp_graph import cli, walking
 from fasp_graph.folders.lazyfolder import open_folder
 from fasp_graph.folders.shards import folder_tensors, write_shard
 from fasp_graph.scale.journal import KEY, _begin, close, work_folder
@@ -144,7 +144,7 @@ def model():
 def test_a_run_in_memory_resumes_with_the_same_numbers(tmp_path, monkeypatch):
     data = [torch.randn(18, 12, generator=torch.Generator().manual_seed(n)) for n in range(2)]
     work, repaired = tmp_path / "work", []
-    real = decide.restore
+    real = walking.restore
 
     def counted(*args):
         repaired.append(1)
@@ -152,7 +152,7 @@ def test_a_run_in_memory_resumes_with_the_same_numbers(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(decide, "restore", counted)
+    monkeypatch.setattr(walking, "restore", counted)
     with pytest.raises(KeyboardInterrupt):
         fg.prune(model(), data[0], data, CONFIG, work=work)
     resumed = fg.prune(model(), data[0], data, CONFIG, work=work)

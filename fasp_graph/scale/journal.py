@@ -41,7 +41,7 @@ except ImportError:  # not a POSIX system: journals are not locked
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from ..decide import Decisions
+    from ..walking import Decisions
 
 Visit = Callable[[Walk, Node], None]
 KEY = "key.json"

@@ -1,0 +1,227 @@
+"""walking: the walk of `decide`, and what happens at its stops: choose, repair, go on.
+
+At the first consumer of each group its units are chosen. Every consumer is repaired with the inputs
+of the model as pruned so far, and the walk goes on with the new weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.fx import Node
+
+from passes.capture import Args
+from passes.consumers import offset_of, staying, unit_columns
+from passes.couple import Group
+from passes.drift import Twin, drift, twin
+from passes.eliminate import eliminate
+from passes.experts import ExpertView, Orders, moved
+from passes.gates import behind, level
+from passes.observe import Moments, Room, Walk, probe, walk
+from passes.pieces import with_every_piece
+from passes.restore import TOWARDS, restore
+from passes.rewrite import attribute
+from passes.select import Budget, select
+from passes.views import View
+
+from .calibration import solving
+from .config import Config
+from .correction import corrected
+from .experts import settle_experts, weight_orders
+from .scale.distributed import total
+from .scale.journal import Journal, watch
+from .scale.spill import Spill
+from .worth import Job, Progress, problems_of, utility_of, weight_utility
+
+
+@dataclass
+class Decisions:
+    """Filled group by group. `curves[name][k]`: error of removing k units per block;
+    `seen`: tokens and channels at each consumer's weight that is solved for; `orders`: groups of
+    which each expert keeps its own units, put in front (passes/experts.py); `forward_passes`: the
+    cost, in plain forward passes over the calibration batches.
+    """
+
+    budget: Budget
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    orders: Orders = field(default_factory=dict)
+    forward_passes: float = 0.0
+
+
+def settle_all(
+    job: Job,
+    groups: list[Group],
+    batches: list[Args],
+    decided: Decisions,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> None:
+    """Fill `decided` by one walk over the batches."""
+    module, towards = job.captured.graph_module, job.config.passes.restore
+    stops = _Stops(job, decided)
+    for group in groups:
+        stops.add(group, bool(batches))
+    if stops.pending and towards in TOWARDS:
+        stops.dense = twin(module, batches)
+    report = (lambda done, total: progress("prune", done, total)) if progress else None
+    visit, nodes, room = watch(journal, stops.visit, decided), stops.nodes, _room(job.config)
+    given = batches if nodes else []
+    decided.weights = walk(module, given, nodes, visit, report, room, stops.again, stops.shut)
+    if stops.dense is not None and towards == "outputs":
+        decided.weights = corrected(
+            module, groups, job.views, decided.kept, decided.weights, batches, stops.dense
+        )
+    for gate in (gate for several in job.gates.values() for gate in several):
+        decided.weights.pop(gate.name, None)
+    _put_in_order(job, groups, decided)
+
+
+@dataclass
+class _Stops:
+    """Where the walk stops, and what it does there. `again`: nodes to run once more after a stop;
+    `shut`: gates of the groups that are decided before the walk begins.
+    """
+
+    job: Job
+    decided: Decisions
+    pending: dict[Node, list[tuple[Group, View]]] = field(default_factory=dict)
+    routed: dict[Node, list[tuple[Group, ExpertView]]] = field(default_factory=dict)
+    again: dict[Node, list[Node]] = field(default_factory=dict)
+    shut: dict[str, Tensor] = field(default_factory=dict)
+    dense: Twin | None = None
+
+    @property
+    def nodes(self) -> set[Node]:
+        """All stops."""
+        return {*self.pending, *self.routed}
+
+    def add(self, group: Group, data: bool) -> None:
+        """Stop where the group is consumed; without such a place or data, decide by weights."""
+        job, decided = self.job, self.decided
+        keep, inside = decided.budget.keep[group.name], job.experts.get(group.name)
+        several, module = job.views[group.name], job.captured.graph_module
+        if group.name in job.experts:
+            decided.kept[group.name] = tuple(range(keep))
+        if several and data:
+            for view in several:
+                self.pending.setdefault(view.node, []).append((group, view))
+            behind_gates = behind(module, job.gates.get(group.name, ()), several[0].node)
+            self.again.setdefault(several[0].node, []).extend(behind_gates)
+        elif inside is not None and data:
+            self.routed.setdefault(inside.node, []).append((group, inside))
+            self.again.setdefault(inside.node, []).extend(inside.picks)
+        elif group.name in job.experts:
+            decided.orders[group.name] = weight_orders(job, group, keep)
+        else:
+            utility = weight_utility(module, group, job.config.passes.score, job.generator)
+            decided.kept[group.name] = select(group, utility, keep)
+            self.shut |= _shut(job, group, decided, self.shut)
+
+    def visit(self, state: Walk, node: Node) -> None:
+        """Choose, repair; then close the gates of what was chosen."""
+        job, decided, here = self.job, self.decided, self.pending.get(node, ())
+        for group, inside in self.routed.get(node, ()):
+            found = settle_experts(job, group, inside, state, len(decided.kept[group.name]))
+            decided.orders[group.name], decided.errors[group.name] = found.orders, found.errors
+            if solving(job.config):
+                decided.seen[inside.parameter] = found.seen
+        moments = {view: state.moments(view) for _, view in here}
+        chosen = [(group, view) for group, view in here if group.name not in decided.kept]
+        for group, view in chosen:
+            _choose(job, group, view, moments[view], state, decided)
+        for group, view in here:
+            _repair(job, group, view, moments[view], state, self.dense, decided)
+        counted = [(group, view) for group, view in chosen if group.name in job.gates]
+        for group, _ in counted:
+            state.weights |= _shut(job, group, decided, state.weights)
+        for earlier in self.again[node] if counted else ():
+            state.step(earlier)
+        for view in {view: None for _, view in counted}:
+            level(view, moments[view], state)
+
+
+def _shut(
+    job: Job, group: Group, decided: Decisions, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The group's gates without what it removes."""
+    kept, found = decided.kept[group.name], {}
+    for gate in job.gates.get(group.name, ()):
+        now = weights.get(gate.name, attribute(job.captured.graph_module, gate.name))
+        found[gate.name] = now & gate.closed(job.deps, group, kept).to(now.device)
+    return found
+
+
+def _put_in_order(job: Job, groups: list[Group], decided: Decisions) -> None:
+    """What each expert keeps goes in front, so that all of them keep the same positions."""
+    state = Walk(job.captured.graph_module, [], decided.weights)
+    for name, move in moved(groups, decided.orders).items():
+        decided.weights[name] = move(state.held(name).detach())
+
+
+def _choose(
+    job: Job, group: Group, first: View, here: Moments, state: Walk, decided: Decisions
+) -> None:
+    """The units that stay. Of several consumers those behind the first have not been run: they
+    are judged on the dense model where it was sensed, else by running ahead.
+    """
+    keep, several = decided.budget.keep[group.name], job.views[group.name]
+    if len(several) == 1:
+        moments = {several[0].node.name: here}
+    elif job.sensed:
+        moments = {view.node.name: job.sensed[view.node.name].moments for view in several}
+    else:
+        moments = probe(state, first.node, several)
+    if job.config.passes.score != "obs":
+        kept = select(group, utility_of(job, group, moments, state), keep)
+    else:
+        removals = group.size // group.blocks - keep
+        problems = problems_of(job, group, moments, state)
+        gone = eliminate(problems, group.block_of.tolist(), removals).order
+        worth = dict.fromkeys(range(group.size), len(gone)) | {u: k for k, u in enumerate(gone)}
+        stay = [unit for unit in range(group.size) if worth[unit] == len(gone)]
+        kept = with_every_piece(group, stay, [float(worth[u]) for u in range(group.size)])
+    decided.kept[group.name] = kept
+
+
+def _repair(
+    job: Job,
+    group: Group,
+    view: View,
+    found: Moments,
+    state: Walk,
+    dense: Twin | None,
+    decided: Decisions,
+) -> None:
+    """Refit one consumer. A weight with several uses is fitted to the first: not towards the dense
+    path, which differs from use to use.
+    """
+    several, method = job.views[group.name], job.config.passes.restore
+    gap = None
+    if dense is not None and sum(view.parameter == v.parameter for v in several) == 1:
+        gap = drift(state, dense, view, method != "asymmetric")
+    weight = state.weight(view.parameter).detach()
+    offset = offset_of(view)
+    bias = offset.read(state.weight(offset.name).detach()) if offset else None
+    mask = staying(group, decided.kept[group.name], unit_columns(group, view, weight))
+    if solving(job.config):
+        decided.seen.setdefault(view.parameter, (found.tokens, len(found.gram)))
+    result = restore(method, view.matrix(weight), bias, found, mask, job.config.ridge, gap)
+    state.weights[view.parameter] = view.weight(result.weight, weight)
+    if offset and result.bias is not None:
+        state.weights[offset.name] = offset.read(result.bias)
+    before, after = decided.errors.get(group.name, (0.0, 0.0))
+    decided.errors[group.name] = (
+        before + result.error_before / len(several),
+        after + result.error_after / len(several),
+    )
+
+
+def _room(config: Config) -> Room:
+    settle = None if config.max_memory is None else Spill(config.max_memory)
+    return Room(total, settle)
