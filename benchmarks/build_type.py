@@ -1,8 +1,11 @@
-"""build_type: transformers model type -> a small random model and inputs that it runs on."""
+"""build_type: model type of transformers, or family of timm -> a small random model and inputs
+that it runs on.
+"""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto as auto
 
+from . import timm_families
 from .policies import POLICIES, Policy
 from .sample_inputs import candidates
 from .shrink import shrunk
@@ -30,11 +34,10 @@ PREFERRED = (
 
 @dataclass(frozen=True)
 class Built:
-    """A model in eval mode, keyword inputs, and the policy that made it."""
+    """A model in eval mode, and keyword inputs."""
 
     model: nn.Module
     inputs: dict[str, Any]
-    policy: Policy
 
 
 class BuildError(Exception):
@@ -67,6 +70,9 @@ def model_class(model_type: str) -> type:
 
 def build(model_type: str) -> Built:
     """Try the policies in order; BuildError lists why each failed."""
+    if model_type.startswith(timm_families.PREFIX):
+        model = timm_families.smallest(model_type)
+        return _with_inputs(model, timm_families.images(model))
     cls = model_class(model_type)
     reasons = []
     for policy in POLICIES:
@@ -93,13 +99,18 @@ def _attempt(cls: Any, model_type: str, policy: Policy) -> Built:
     model = cls(config).eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")
+    return _with_inputs(model, candidates(model))
+
+
+def _with_inputs(model: nn.Module, given: Iterable[dict[str, Any]]) -> Built:
+    """The model off its initial values, with the first inputs that it runs on."""
     _randomise(model)
     errors: dict[tuple[str, ...], str] = {}
-    for inputs in candidates(model):
+    for inputs in given:
         try:
             with torch.no_grad():
                 model(**inputs)
-            return Built(model, inputs, policy)
+            return Built(model, inputs)
         except Exception as error:
             shapes = {k: tuple(v.shape) for k, v in inputs.items()}
             words = f"{shapes}: {type(error).__name__} {_short(error)}"

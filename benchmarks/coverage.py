@@ -1,6 +1,7 @@
-"""Which model types of the installed transformers the compiler covers.
+"""Which model types of the installed transformers, or families of timm, the compiler covers.
 
     python -m benchmarks.coverage [--types llama,t5] [--sample 40] [--output build/coverage.jsonl]
+    python -m benchmarks.coverage --timm [--types timm:resnet]
 
 Every type that can be built from a shrunken configuration: capture, analyse, prune half of every
 chain, bilinear and head group, verify. One process per type with limits of time and memory; a
@@ -33,6 +34,7 @@ from rich.table import Table
 
 from .build_type import types
 from .cover_type import KINDS, cover
+from .timm_families import families
 
 EXACT = 1e-9
 FIRST = "bert"
@@ -41,7 +43,8 @@ PATIENCE = 6  # the clock may run so much longer than the CPU: other work shares
 
 def main() -> None:
     options = _options()
-    names = options.types.split(",") if options.types else types()
+    names = families() if options.timm else types()
+    names = options.types.split(",") if options.types else names
     if options.sample:
         names = sorted(random.Random(0).sample(names, min(options.sample, len(names))))
     if options.shuffle is not None:
@@ -67,6 +70,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--types", help="comma-separated; default: all")
+    parser.add_argument("--timm", action="store_true", help="the families of timm instead")
     parser.add_argument("--sample", type=int, help="a fixed random sample of so many types")
     parser.add_argument(
         "--shuffle", type=int, help="a seed: types in a random order, so that a part is a sample"

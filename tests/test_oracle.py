@@ -263,6 +263,15 @@ ROWS = [
         (f"upsample_{mode}2d", "b c x y", lambda x, m=mode: F.interpolate(x, (9, 9), mode=m), None)
         for mode in ("bilinear", "bicubic")
     ),
+    *(
+        (
+            f"_upsample_{mode}2d_aa",
+            "b c x y",
+            lambda x, m=mode: F.interpolate(x, (9, 9), mode=m, antialias=True),
+            None,
+        )
+        for mode in ("bilinear", "bicubic")
+    ),
     (
         "upsample_trilinear3d",
         "b c x y w",

@@ -62,6 +62,7 @@ _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "ups
 _UPSAMPLES = {
     **dict.fromkeys(("upsample_linear1d", "_upsample_nearest_exact1d"), 1),
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d"), 2),
+    **dict.fromkeys(("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"), 2),
     "upsample_trilinear3d": 3,
 }
 

@@ -1,0 +1,46 @@
+"""timm_families: a family of timm (one of its modules) -> its smallest model, at a small image.
+
+`pip install -c constraints.txt timm`, with the torchvision that belongs to the installed torch.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+PREFIX = "timm:"
+SMALL = re.compile(
+    r"atto|femto|pico|nano|zepto|tiny|micro|mini|xx?s\b|small|_[st]\b|[_b]0\b|18|test"
+)
+VARIANTS = 12  # of a family are built without weights, to see how large they are
+IMAGES = (64, 96, 128, 192, 224, 256, 384)
+
+
+def families() -> list[str]:
+    """`timm:` and the name of each module of timm that registers models."""
+    import timm
+
+    return [PREFIX + name for name in timm.list_modules() if timm.list_models(module=name)]
+
+
+def smallest(family: str) -> nn.Module:
+    """The model of fewest parameters among the variants whose names sound small, random weights."""
+    import timm
+
+    names = timm.list_models(module=family.removeprefix(PREFIX))
+    names = sorted(names, key=lambda name: (not SMALL.search(name), len(name)))[:VARIANTS]
+    sizes = {}
+    for name in names:
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(min(sizes, key=sizes.__getitem__))
+    return model.eval()
+
+
+def images(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Inputs to try: two images, the smallest that the model may take first."""
+    channels = model.default_cfg["input_size"][0]  # type: ignore[index]
+    return [{"x": torch.randn(2, channels, size, size)} for size in IMAGES]
