@@ -21,6 +21,7 @@ import transformers
 from . import coverage
 from .build_type import types
 from .cover_type import KINDS
+from .timm_families import PREFIX
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
@@ -61,6 +62,13 @@ heads mixes them, a hidden state that the model returns must keep its shape.
 ## The types
 
 {table}
+
+## Families of timm
+
+The smallest model of each module of timm whose name sounds small, at its own width and depth, on
+images of 64 x 64 or the next size that it takes (`python -m benchmarks.coverage --timm`).
+
+{families}
 """
 
 
@@ -125,7 +133,7 @@ def _words(reason: str) -> str:
 
 def page(results: dict[str, Any]) -> str:
     """The page, as Markdown."""
-    rows = results["rows"]
+    rows, families = _parted(results["rows"])
     return TEXT.format(
         versions=f"torch {results['torch']}, transformers {results['transformers']}: "
         f"{len(rows)} of {results['types']} types were run.",
@@ -136,7 +144,22 @@ def page(results: dict[str, Any]) -> str:
         layers=_markdown(("reason", "layers", "types"), _held(rows)),
         failures=_markdown(("reason", "types"), _failures(rows)),
         table=_markdown(HEAD, [_line(row) for row in rows]),
+        families=_families(families),
     )
+
+
+def _parted(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Types of transformers, and families of timm without the prefix."""
+    types = [row for row in rows if not row["type"].startswith(PREFIX)]
+    found = [row for row in rows if row["type"].startswith(PREFIX)]
+    return types, [row | {"type": row["type"].removeprefix(PREFIX)} for row in found]
+
+
+def _families(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "Not run."
+    totals = _markdown(("what", "families", "share"), _totals(rows))
+    return f"{totals}\n\n{_markdown(HEAD, [_line(row) for row in rows])}"
 
 
 def _totals(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:

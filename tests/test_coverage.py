@@ -12,8 +12,30 @@ from benchmarks.build_type import build, model_class
 from benchmarks.cover_type import cover
 from benchmarks.layers import layers_with_chains
 from benchmarks.shrink import Policy, shrunk
+from benchmarks.timm_families import families
 from passes.analysis import analysis
 from passes.capture import capture
+
+
+def test_a_family_of_timm_is_its_smallest_model():
+    pytest.importorskip("timm")
+    assert "timm:resnet" in families()
+
+    built = build("timm:resnet")
+
+    assert list(built.inputs) == ["x"] and built.inputs["x"].shape == (2, 3, 64, 64)
+    assert sum(p.numel() for p in built.model.parameters()) < 2_000_000
+
+
+def test_families_of_timm_have_a_table_of_their_own():
+    row = {"type": "timm:mlp", "stage": "done", "class": "Mlp", "nodes": 9}
+    row |= {"groups": {"chain": 2}, "layers": {"mlp": [2, 2]}, "verified": {"chain": 1e-15}}
+
+    text = coverage_page.page(coverage_page.kept([row, {**row, "type": "llama"}]) | {"note": ""})
+
+    types, found = text.split("## Families of timm")
+    assert "| llama | Mlp |" in types and "timm:" not in text
+    assert "| mlp | Mlp |" in found and "| run | 1 |" in found
 
 
 def test_products_of_sizes_survive_shrinking():
