@@ -71,7 +71,7 @@ def model_class(model_type: str) -> type:
 def build(model_type: str) -> Built:
     """Try the policies in order; BuildError lists why each failed."""
     if model_type.startswith(timm_families.PREFIX):
-        model = timm_families.smallest(model_type)
+        model = timm_families.smallest(model_type, LARGEST)
         return _with_inputs(model, timm_families.images(model))
     cls = model_class(model_type)
     reasons = []

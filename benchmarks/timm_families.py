@@ -25,8 +25,10 @@ def families() -> list[str]:
     return [PREFIX + name for name in timm.list_modules() if timm.list_models(module=name)]
 
 
-def smallest(family: str) -> nn.Module:
-    """The model of fewest parameters among the variants whose names sound small, random weights."""
+def smallest(family: str, largest: int) -> nn.Module:
+    """The model of fewest parameters among the variants whose names sound small, random weights.
+    ValueError if even that has more than `largest`.
+    """
     import timm
 
     names = timm.list_models(module=family.removeprefix(PREFIX))
@@ -35,8 +37,11 @@ def smallest(family: str) -> nn.Module:
     for name in names:
         with torch.device("meta"):
             sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+    name = min(sizes, key=sizes.__getitem__)
+    if sizes[name] > largest:
+        raise ValueError(f"{sizes[name]:,} parameters")
     torch.manual_seed(0)
-    model: nn.Module = timm.create_model(min(sizes, key=sizes.__getitem__))
+    model: nn.Module = timm.create_model(name)
     return model.eval()
 
 
