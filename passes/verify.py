@@ -145,11 +145,15 @@ def fresh_inputs(inputs: Args, seed: int, precise: bool) -> Args:
 
 
 def as_float64(module: GraphModule) -> GraphModule:
-    """Parameters, buffers and every floating-point dtype burned into the graph become float64
-    (in place).
+    """Parameters, buffers, plain tensors and every floating-point dtype burned into the graph become
+    float64 (in place).
     """
     state_dtypes(module, (torch.float32, *HALF), torch.float64)
     replace(module, lambda _, held: held.double() if isinstance(held, Lazy) else None)
+    for holder in module.modules():
+        for name, held in vars(holder).items():
+            if isinstance(held, Tensor) and held.is_floating_point():
+                setattr(holder, name, held.double())
     return module.double()
 
 

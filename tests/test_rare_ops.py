@@ -162,3 +162,34 @@ def test_control_flow_freezes_what_it_touches_and_no_more(forward):
     assert "no axis rule for" in result.deps["a.0"].reason
     assert len(result.plan.kept["c.0"]) < 9
     assert torch.allclose(result.model(X), result.graph_module(X), atol=1e-6)
+
+
+class Quantised(nn.Module):
+    """The nearest entries of a table that forward makes once and keeps."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(7, 8), nn.Linear(8, 5)
+        self.register_buffer("total", torch.randn(16, 5))
+        self.made = None
+
+    @property
+    def table(self):
+        if self.made is None:
+            self.made = self.total / 3
+        return self.made
+
+    def forward(self, x):
+        y = self.b(torch.relu(self.a(x)))
+        return y + torch.cdist(y, self.table).softmax(-1) @ self.table
+
+
+def test_a_table_that_forward_keeps_takes_part_in_the_proof():
+    model = Quantised()
+    model(X)  # from here on the table is a plain tensor
+
+    result = fg.prune(model, X, None, fg.Config(sparsity=0.2, method="magnitude"))
+
+    assert result.report.verify_max_error < 1e-9 and len(result.plan.kept["a.0"]) < 8
+    assert torch.allclose(result.model(X), result.graph_module(X), atol=1e-5)
