@@ -20,9 +20,11 @@ from .blocks import block_tags
 from .errors import module_of, user_line
 from .groups import Consumer, DependencyGraph, Group, Layer, Member
 from .pieces import apart, pieces
-from .values import Labels, Site, Source
+from .values import Labels, Site, Source, Value
+from .visit import op_name
 
 __all__ = ["Consumer", "DependencyGraph", "Group", "Layer", "Member", "couple"]
+ADDING = {"add", "sub", "rsub", "add_", "addcmul", "lerp"}
 
 
 def couple(
@@ -221,7 +223,7 @@ class _Builder:
         if notes.frozen[unit] >= 0:
             return "frozen", notes.reasons[notes.frozen[unit]]
         why = notes.mixed[unit]
-        if why < 0 and notes.mean[unit] >= 0 and self._returns(members, sites):
+        if why < 0 and notes.mean[unit] >= 0 and self._returns(unit, members, sites):
             why = notes.mean[unit]
         mixed = notes.reasons[why] if why >= 0 else ""
         routed = bool(notes.flags["routed"][unit])
@@ -240,12 +242,28 @@ class _Builder:
         weighed = all(self._weighed(site) for site in sites)
         return ("chain", "") if weighed else ("bilinear", "")
 
-    def _returns(self, members: list[Member], sites: list[Site]) -> bool:
-        """Whether weights write to the axis after weights have read it: a residual stream."""
-        consumers = {site.node: _consumer(site, self.layer.labels) for site in sites}
-        read = {(c.parameter, c.dim): self.place[n] for n, c in consumers.items() if c.parameter}
+    def _returns(self, unit: int, members: list[Member], sites: list[Site]) -> bool:
+        """Whether what was read off the axis is added to what was there: a residual stream."""
+        consumers = [_consumer(site, self.layer.labels) for site in sites]
+        read = {(c.parameter, c.dim) for c in consumers}
+        first = min(self.place[site.node] for site in sites)
         makers = [m.parameter for m in members if (m.parameter, m.dim) not in read]
-        return any(self.uses[name] > min(read.values()) for name in makers if read)
+        if all(self.uses[name] < first for name in makers):
+            return False
+        behind = {site.node for site in sites}
+        for node in self.place:
+            if not behind.isdisjoint(node.all_input_nodes):
+                behind.add(node)
+                if op_name(node) in ADDING:
+                    held = {n in behind for n in node.all_input_nodes if self._carries(n, unit)}
+                    if len(held) == 2:
+                        return True
+        return False
+
+    def _carries(self, node: Node, unit: int) -> bool:
+        value = self.layer.labels.values.get(node)
+        arrays = value.arrays.values() if isinstance(value, Value) else ()
+        return any((self.layer.component[array.numpy()] == unit).any() for array in arrays)
 
     def _weighed(self, site: Site) -> bool:
         """Whether one activation meets a weight, plain or computed. What is made of weights alone,
