@@ -20,11 +20,10 @@ from .blocks import block_tags
 from .errors import module_of, user_line
 from .groups import Consumer, DependencyGraph, Group, Layer, Member
 from .pieces import apart, pieces
-from .values import Labels, Site, Source, Value
-from .visit import op_name
+from .streams import Streams
+from .values import Labels, Site, Source
 
 __all__ = ["Consumer", "DependencyGraph", "Group", "Layer", "Member", "couple"]
-ADDING = {"add", "sub", "rsub", "add_", "addcmul", "lerp"}
 
 
 def couple(
@@ -107,8 +106,7 @@ def _groups(layer: Layer, number: int) -> list[Group]:
         footprint[units] += keys.integers(1, 2**62, dtype=np.uint64)
         sites.append((site, units))
     wanted = owned & notes.flags["blocked"] if number else owned
-    place = {node: number for number, node in enumerate(labels.values)}
-    builder = _Builder(layer, number, notes, sources, sites, _fed(labels), place, _uses(place))
+    builder = _Builder(layer, number, notes, sources, sites, _fed(labels), Streams(layer))
     return builder.build(wanted, footprint)
 
 
@@ -119,16 +117,6 @@ def _fed(labels: Labels) -> set[Node]:
         if node.op == "placeholder" or not fed.isdisjoint(node.all_input_nodes):
             fed.add(node)
     return fed
-
-
-def _uses(place: dict[Node, int]) -> dict[str, int]:
-    """Weight -> the place of the last node that reads it."""
-    found: dict[str, int] = {}
-    for node in place:
-        if node.op == "get_attr":
-            last = max((place.get(user, -1) for user in node.users), default=-1)
-            found[str(node.target)] = max(last, found.get(str(node.target), -1))
-    return found
 
 
 def _flat(array: Tensor) -> np.ndarray:
@@ -143,8 +131,7 @@ class _Builder:
     sources: list[Source]
     sites: list[tuple[Site, np.ndarray]]
     fed: set[Node]
-    place: dict[Node, int]
-    uses: dict[str, int]
+    streams: Streams
 
     def build(self, wanted: np.ndarray, footprint: np.ndarray) -> list[Group]:
         component, count = self.layer.component, len(wanted)
@@ -204,11 +191,12 @@ class _Builder:
             tags[units], return_index=True, return_inverse=True, return_counts=True
         )
         block_of = np.argsort(np.argsort(start))[inverse]
-        kind, reason = self._kind(int(units[0]), members, sites, sizes)
+        ends, norms = self._parted(int(units[0]), sites)
+        kind, reason = self._kind(int(units[0]), ends, norms, sizes)
         bent = bool(self.notes.flags["bent"][units].any())
         symmetry = "permutation" if bent or kind != "chain" else "invertible"
-        consumers = tuple(_consumer(site, self.layer.labels) for site in _summing(sites))
-        means = [_consumer(site, self.layer.labels) for site in sites if site.mean]
+        consumers = tuple(_consumer(site, self.layer.labels) for site in ends)
+        means = [_consumer(site, self.layer.labels) for site in norms]
         means = [] if kind in ("width", "frozen") else means
         least = max(int(self.notes.least[units[0]]), apart(taken, block_of) * len(sizes))
         return Group(
@@ -216,15 +204,23 @@ class _Builder:
             *(self.number, least, block_of, units, tuple(taken), tuple(means)),
         )
 
+    def _parted(self, unit: int, sites: list[Site]) -> tuple[list[Site], list[Site]]:
+        """Where the axis ends, and means over it that come back to it (passes/streams.py)."""
+        stuck = self.notes.frozen[unit] >= 0 or self.notes.mixed[unit] >= 0
+        means = [site for site in sites if site.mean]
+        norms = [site for site in means if stuck or self.streams.comes_back(site, unit)]
+        return [site for site in sites if site not in norms], norms
+
     def _kind(
-        self, unit: int, members: list[Member], sites: list[Site], sizes: np.ndarray
+        self, unit: int, sites: list[Site], norms: list[Site], sizes: np.ndarray
     ) -> tuple[str, str]:
-        notes, sites = self.notes, _summing(sites) or sites
+        notes = self.notes
         if notes.frozen[unit] >= 0:
             return "frozen", notes.reasons[notes.frozen[unit]]
         why = notes.mixed[unit]
-        if why < 0 and notes.mean[unit] >= 0 and self._returns(unit, members, sites):
-            why = notes.mean[unit]
+        if why < 0 and norms:
+            exact = self.streams.passes(norms, unit) and not self.streams.returns(sites, unit)
+            why = -1 if exact else notes.mean[unit]
         mixed = notes.reasons[why] if why >= 0 else ""
         routed = bool(notes.flags["routed"][unit])
         if not sites and not routed:
@@ -242,40 +238,12 @@ class _Builder:
         weighed = all(self._weighed(site) for site in sites)
         return ("chain", "") if weighed else ("bilinear", "")
 
-    def _returns(self, unit: int, members: list[Member], sites: list[Site]) -> bool:
-        """Whether what was read off the axis is added to what was there: a residual stream."""
-        consumers = [_consumer(site, self.layer.labels) for site in sites]
-        read = {(c.parameter, c.dim) for c in consumers}
-        first = min(self.place[site.node] for site in sites)
-        makers = [m.parameter for m in members if (m.parameter, m.dim) not in read]
-        if all(self.uses[name] < first for name in makers):
-            return False
-        behind = {site.node for site in sites}
-        for node in self.place:
-            if not behind.isdisjoint(node.all_input_nodes):
-                behind.add(node)
-                if op_name(node) in ADDING:
-                    held = {n in behind for n in node.all_input_nodes if self._carries(n, unit)}
-                    if len(held) == 2:
-                        return True
-        return False
-
-    def _carries(self, node: Node, unit: int) -> bool:
-        value = self.layer.labels.values.get(node)
-        arrays = value.arrays.values() if isinstance(value, Value) else ()
-        return any((self.layer.component[array.numpy()] == unit).any() for array in arrays)
-
     def _weighed(self, site: Site) -> bool:
         """Whether one activation meets a weight, plain or computed. What is made of weights alone,
         say from a table of positions, is an activation where it meets a plain one.
         """
         data = [operand.node for operand in site.operands if operand.data]
         return len(site.operands) > 1 and 1 in (len(data), sum(n in self.fed for n in data))
-
-
-def _summing(sites: list[Site]) -> list[Site]:
-    """Where the axis ends; under a mean only a number is read off it."""
-    return [site for site in sites if not site.mean]
 
 
 def _split(units: np.ndarray, rank: np.ndarray, count: int) -> list[np.ndarray]:

@@ -171,7 +171,7 @@ def _convolution(edit: Edit) -> None:
 
 def _mean(edit: Edit) -> None:
     """Divided by as many positions as there were."""
-    rank, dims = len(edit.shape(edit.source)), edit.bound["dim"]
+    rank, dims = len(edit.shape(edit.source)), edit.bound.get("dim")
     dims = range(rank) if not dims else [dims] if isinstance(dims, int) else dims
     _rescale(edit, float(edit.cut.share(edit.source.name, {dim % rank for dim in dims})))
 

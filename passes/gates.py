@@ -102,11 +102,10 @@ def behind(module: GraphModule, gates: Sequence[Gate], stop: Node) -> list[Node]
     """The nodes before `stop` whose results a gate changes, in order."""
     if not gates:
         return []
-    found: dict[Node, None] = {gate.node: None for gate in gates}
+    first, found = {gate.node for gate in gates}, dict[Node, None]()
     for node in module.graph.nodes:
         if node is stop:
             break
-        if node.op == "call_function" and any(arg in found for arg in node.all_input_nodes):
+        if node in first or any(arg in found for arg in node.all_input_nodes):
             found[node] = None
-    place = {node: number for number, node in enumerate(module.graph.nodes)}
-    return sorted(found, key=place.__getitem__)
+    return list(found)

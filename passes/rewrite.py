@@ -172,18 +172,19 @@ def _restrict(module: GraphModule, node: Node, cut: Removal) -> None:
     outs = [cut.cuts(node.name, slot) for slot in range(cut.results(node.name))]
     if len(outs) > 1 and any(outs):
         raise UnsupportedOp(f"{op_name(node)} mixes an axis of several results · {where(node)}")
-    ins = {arg: cut.cuts(arg.name) for arg in node.all_input_nodes}
+    ins, target = {arg: cut.cuts(arg.name) for arg in node.all_input_nodes}, node.target
     if edit := EDITS.get(op_name(node)):
         edit(Edit(module, node, ins, outs, cut))
+    reader = node if node.target is target else node.all_input_nodes[0]  # the edit added a factor
     users = list(node.users)
     graph = module.graph
     for arg, cuts in ins.items():
-        with graph.inserting_before(node):
+        with graph.inserting_before(reader):
             short = arg
             for dim, index in _vectors(cuts).items():
-                held = hold(module, node, f"_in_{node.name}_{arg.name}_{dim}", index)
+                held = hold(module, reader, f"_in_{node.name}_{arg.name}_{dim}", index)
                 short = graph.call_function(aten.index_select.default, (short, dim, held))
-        node.replace_input_with(arg, short)
+        reader.replace_input_with(arg, short)
     wide = node
     for dim, index in _vectors(outs[0]).items():
         size = cut.value(node.name).shape[dim]

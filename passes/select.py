@@ -60,12 +60,13 @@ class Budget:
 
 
 def scope(deps: DependencyGraph) -> set[str]:
-    """Names of the parameters that the sparsity is measured on."""
+    """Names of the parameters that the sparsity is measured on: of modules with a chain, bilinear or
+    head group; of those with a width group where there is none.
+    """
+    inner = [group for group in deps.groups if group.kind in ("chain", "bilinear", "head")]
+    wide = [group for group in deps.groups if group.kind == "width"]
     owners = {
-        member.parameter.rpartition(".")[0]
-        for group in deps.groups
-        if group.kind in ("chain", "bilinear", "head")
-        for member in group.members
+        member.parameter.rpartition(".")[0] for group in inner or wide for member in group.members
     }
     return {name for name in deps.parameters if name.rpartition(".")[0] in owners}
 
