@@ -89,7 +89,8 @@ def _simplify(graph: Graph, node: Node) -> None:
         computed = torch.promote_types(node.meta["val"].dtype, torch.float32)
         node.args = (*(bound[name] for name in ("input", "normalized_shape", "weight")),)
         node.kwargs = {"eps": torch.finfo(computed).eps}
-    if op_name(node) == "reshape" and _follows_attention(node):
+    pairs = op_name(node) == "view_as_complex"  # refuses odd strides, which a cut may leave
+    if pairs or (op_name(node) == "reshape" and _follows_attention(node)):
         with graph.inserting_before(node):
             source = node.args[0]
             copied = graph.call_function(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,19 @@ def _sizes(edit: Edit, key: str, first: int = 0) -> list[Any]:
     sizes = list(edit.bound[key])
     for dim, mask in edit.outs[0].items():
         at = dim - first
-        if 0 <= at < len(sizes) and sizes[at] != -1:
+        if 0 <= at < len(sizes) and isinstance(sizes[at], Node):
+            sizes[at] = _shrunk(edit, sizes[at], Fraction(count(mask, dim), mask.shape[dim]))
+        elif 0 <= at < len(sizes) and sizes[at] != -1:
             sizes[at] = count(mask, dim)
     return sizes
+
+
+def _shrunk(edit: Edit, size: Node, share: Fraction) -> Node:
+    """A size that is computed (the batch times heads, say), times the share that stays."""
+    graph = edit.node.graph
+    with graph.inserting_before(edit.node):
+        whole = graph.call_function(operator.mul, (size, share.numerator))
+        return graph.call_function(operator.floordiv, (whole, share.denominator))
 
 
 def _reshape(edit: Edit) -> None:

@@ -98,16 +98,35 @@ def _gather_constant(module: GraphModule, node: Node, cut: Removal) -> None:
     for dim, mask in cut.cuts(node.name).items():
         if mask.numel() != mask.shape[dim]:
             raise UnsupportedOp("a constant would be cut block by block")
-        index = torch.nonzero(mask.reshape(-1)).reshape(-1)
-        name = f"_kept_{node.name}_{dim}"
-        register(module, name, index)
-        with module.graph.inserting_after(last):
-            held = module.graph.get_attr(name)
-        with module.graph.inserting_after(held):
-            last = module.graph.call_function(aten.index_select.default, (last, dim, held))
+        last = _gather(module, last, dim, mask.reshape(-1), f"_kept_{node.name}_{dim}")
     if last is not node:
         for user in users:
             user.replace_input_with(node, last)
+
+
+def _gather(module: GraphModule, node: Node, dim: int, mask: Tensor, name: str) -> Node:
+    """What stays along a dim. Where it repeats (heads in each sequence of a batch), it is taken
+    from each repetition, however many there are.
+    """
+    size = len(mask)
+    periods = [n for n in range(1, size) if size % n == 0 and (mask.view(-1, n) == mask[:n]).all()]
+    period = min(periods, default=size)
+    register(module, name, torch.nonzero(mask[:period]).reshape(-1))
+    steps: list[tuple[Any, tuple[Any, ...]]] = [(aten.index_select.default, (dim, None))]
+    if period < size:
+        steps = [
+            (aten.unflatten.int, (dim, [-1, period])),
+            (aten.index_select.default, (dim + 1, None)),
+            (aten.flatten.using_ints, (dim, dim + 1)),
+        ]
+    with module.graph.inserting_after(node):
+        held = module.graph.get_attr(name)
+    before, last = held, node
+    for target, arguments in steps:
+        given = tuple(held if a is None else a for a in arguments)
+        with module.graph.inserting_after(before):
+            last = before = module.graph.call_function(target, (last, *given))
+    return last
 
 
 def masked(module: GraphModule, cut: Removal) -> GraphModule:

@@ -60,8 +60,8 @@ class Budget:
 
 
 def scope(deps: DependencyGraph) -> set[str]:
-    """Names of the parameters that the sparsity is measured on: of modules with a chain, bilinear or
-    head group; of those with a width group where there is none.
+    """Names of the parameters that the sparsity is measured on: of modules with a chain, bilinear
+    or head group; of those with a width group where there is none.
     """
     inner = [group for group in deps.groups if group.kind in ("chain", "bilinear", "head")]
     wide = [group for group in deps.groups if group.kind == "width"]

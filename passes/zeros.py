@@ -17,8 +17,10 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .values import Value
+from .visit import op_name
 
 Carries = Callable[[Node], bool]
+BESIDE = {"cat", "stack", "slice_scatter", "select_scatter"}  # other units stand in other places
 
 
 class Zeros:
@@ -46,6 +48,8 @@ class Zeros:
             return isinstance(value, Value) and value.const is None
         if node.op != "call_function" or carriers.isdisjoint(node.all_input_nodes):
             return False
+        if op_name(node) in BESIDE:
+            return True
         shown = pytree.tree_map(
             lambda a: _shown(self.values[a], a in carriers) if isinstance(a, Node) else repr(a),
             (node.args, dict(node.kwargs)),

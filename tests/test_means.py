@@ -261,6 +261,118 @@ def test_an_axis_that_ends_in_a_mean_can_be_pruned():
     assert torch.allclose(compact(x), zeroed(model, KEPT)(x), atol=1e-12)
 
 
+class Net(nn.Module):
+    """Layers a, b, c, d of 8 and 12 channels, and a forward that is a function of them and x."""
+
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.c = nn.Linear(8, 12), nn.Linear(8, 12)
+        self.b, self.d = nn.Linear(12, 8), nn.Linear(12, 8)
+        self.gain, self.still = nn.RMSNorm(12), nn.LayerNorm(12)
+        self.call = forward
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def rms(y):
+    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def by_hand(m, x):
+    y = torch.relu(m.a(x))
+    y = y - y.mean(-1, keepdim=True)
+    return m.b(rms(y))
+
+
+def shifted(m, x):
+    y = torch.sigmoid(m.a(x))
+    return m.b(y * y.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("forward", [by_hand, shifted])
+def test_numbers_that_are_not_zero_under_a_mean_mix(forward):
+    group = fg.analyze(Net(forward), data(1, 4, 8), check=True)["a.0"]
+
+    assert group.kind == "width" and "mixed by mean" in group.reason
+
+
+def reads(m, x):
+    y = torch.relu(m.a(x))
+    return m.b(y), y.mean(-1), m.d(torch.relu(m.c(x)))
+
+
+def whole(m, x):
+    y = torch.relu(m.a(x))
+    return m.b(y), y.mean(), m.d(torch.relu(m.c(x)))
+
+
+@pytest.mark.parametrize("forward", [reads, whole])
+def test_a_mean_that_goes_elsewhere_ends_the_axis(forward):
+    model, x = Net(forward).double(), data(1, 4, 8).double()
+    deps, captured = fg.analyze(model, x, check=True), capture(model, x)
+
+    assert deps["a.0"].kind == "bilinear" and deps["a.0"].means == ()
+    assert deps["c.0"].kind == "chain"
+    cut = removal(deps, {"a.0": KEPT, "c.0": KEPT})
+    compact = rewrite(captured.graph_module, cut)
+    assert verify(captured.graph_module, compact, cut, captured.inputs) < 1e-12
+
+
+def before(m, x):
+    y = torch.relu(m.a(x))
+    return m.b(y) + m.d(rms(y))
+
+
+def after(m, x):
+    y = torch.relu(m.a(x))
+    z = m.d(m.gain(y))
+    return z + m.b(y)
+
+
+@pytest.mark.parametrize("method", ["fasp", "best"])
+@pytest.mark.parametrize("forward", [before, after])
+def test_another_consumer_may_stand_before_or_behind_the_norm(forward, method):
+    model = Net(forward)
+
+    result = fg.prune(model, batches(1)[0], batches(), fg.Config(sparsity=0.2, method=method))
+
+    assert result.deps["a.0"].kind == "chain"
+    x = data(9, 3, 5, 8)
+    assert torch.allclose(result.model(x), result.graph_module(x), atol=1e-5)
+
+
+def joined(m, x):
+    stream = m.a(x)
+    y = torch.cat([stream, torch.relu(m.c(m.b(m.still(stream))))], -1)
+    return F.rms_norm(y, (24,)) @ m.last
+
+
+@pytest.mark.parametrize("kept", [{"a": KEPT}, {"c": KEPT}, {"a": KEPT, "c": KEPT[:4]}])
+def test_a_mean_counts_one_part_and_not_the_other(kept):
+    model, x = Net(joined).double(), data(1, 4, 8).double()
+    model.last = nn.Parameter(data(2, 24, 5).double())
+    deps, captured = fg.analyze(model, x, check=True), capture(model, x)
+    made = {m.parameter: g for g in deps.groups for m in g.members if m.dim == 0}
+    a, c = made["a.weight"], made["c.weight"]
+    assert (a.kind, c.kind) == ("width", "chain")
+
+    cut = removal(deps, {{"a": a, "c": c}[layer].name: units for layer, units in kept.items()})
+
+    compact = rewrite(captured.graph_module, cut)
+    assert verify(captured.graph_module, compact, cut, captured.inputs) < 1e-12
+
+
+def test_a_budget_for_a_stream_alone_is_counted_on_the_stream():
+    model = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 3))
+    config = fg.Config(sparsity=0.3, kinds=("width",), method="magnitude")
+
+    result = fg.prune(model, data(1, 4, 6), None, config)
+
+    assert 8 < len(result.plan.kept["0.0"]) < 14
+
+
 class Empty(nn.Module):
     """Something of no tokens is joined to what shrinks."""
 

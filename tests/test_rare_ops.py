@@ -193,3 +193,81 @@ def test_a_table_that_forward_keeps_takes_part_in_the_proof():
 
     assert result.report.verify_max_error < 1e-9 and len(result.plan.kept["1.a.0"]) < 8
     assert torch.allclose(result.model(X), result.graph_module(X), atol=1e-5)
+
+
+class Conditioned(nn.Module):
+    """A convolution whose kernels are mixed for each image: batch and channels share an axis."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kernels = nn.Parameter(torch.randn(4, 8, 6, 3, 3) * 0.2)
+        self.choose, self.last = nn.Linear(6, 4), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        share = self.choose(x.mean((2, 3))).softmax(-1)
+        kernels = torch.einsum("be,eoikl->boikl", share, self.kernels).reshape(n * 8, 6, 3, 3)
+        y = F.conv2d(x.reshape(1, n * c, h, w), kernels, padding=1, groups=n).view(n, 8, h, w)
+        return self.last(torch.relu(y))
+
+
+def attention_layer():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)
+    return nn.Sequential(nn.Linear(5, 8), layer).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "kind"),
+    [(Conditioned, (6, 9, 9), "chain"), (attention_layer, (3, 5), "head")],
+)
+def test_the_graph_takes_other_batches_where_an_axis_holds_batch_and_units(build, shape, kind):
+    model, draw = build(), torch.Generator().manual_seed(0)
+    config = fg.Config(sparsity=0.1, kinds=(kind,), method="magnitude")
+
+    result = fg.prune(model, torch.randn(2, *shape, generator=draw), None, config)
+
+    x = torch.randn(5, *shape, generator=draw)
+    assert torch.allclose(result.graph_module(x), result.model(x), atol=1e-5)
+
+
+class Pairs(nn.Module):
+    """Complex rotary positions on parts of one product, whose rows get odd lengths."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 48), nn.Linear(16, 8)
+
+    def turned(self, y):
+        turns = torch.arange(y.shape[1])[:, None, None] * 0.1 ** torch.arange(4)
+        pairs = torch.view_as_complex(y.float().reshape(*y.shape[:-1], 4, 2))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(turns), turns)).flatten(3)
+
+    def forward(self, x):
+        q, k, v = self.a(x).view(*x.shape[:2], 2, 24).split(8, -1)
+        q, k, v = (y.transpose(1, 2) for y in (self.turned(q), self.turned(k), v))
+        return self.b(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_complex_pairs_stand_beside_rows_of_any_length():
+    draw = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 6, 8, generator=draw) for _ in range(3)]
+
+    result = fg.prune(Pairs(), batches[0], batches, fg.Config(sparsity=0.05, method="fasp"))
+
+    assert result.graph_module.a.weight.shape[0] % 2 == 0
+    assert len(result.plan.kept[result.report.groups[0].name]) % 4 == 2  # 7 of 8 in each head
+    assert torch.allclose(result.graph_module(batches[1]), result.model(batches[1]), atol=1e-5)
+
+
+def test_a_model_that_takes_only_positive_numbers_is_proved_on_its_own():
+    def logarithm(m, x):
+        return m.b(torch.relu(m.a(torch.log(x))))
+
+    positive = X.abs() + 0.1
+    result = fg.prune(Calls(logarithm), positive, None, fg.Config(sparsity=0.2, method="magnitude"))
+
+    assert result.report.verify_max_error < 1e-9 and len(result.plan.kept["a.0"]) < 8
+    assert result.emission.ways == {"a.0": "native"}

@@ -12,32 +12,30 @@ from torch.utils import _pytree as pytree
 
 from passes.capture import Args, tensors
 from passes.precision import widened, widened_inputs
-from passes.verify import fresh_inputs
+from passes.verify import doubled, fresh_inputs
 
 Case = tuple[Args, list[Tensor]]
 
 
 def cases(compact: GraphModule, inputs: Args) -> list[Case]:
     """Inputs with the compact graph's outputs: the sample, fresh numbers, other sizes."""
-    doubled = pytree.tree_map(lambda v: torch.cat([v, v]) if _batched(v) else v, inputs)
+    double = doubled(inputs)
     lengths = {v.shape[1] for v in pytree.tree_leaves(inputs) if _sequence(v)}
     short = max(lengths, default=3) * 2 // 3
     shorter = pytree.tree_map(
-        lambda v: v[:, :short].contiguous() if _sequence(v) and short > 1 else v, doubled
+        lambda v: v[:, :short].contiguous() if _sequence(v) and short > 1 else v, double
     )
     found: list[Case] = []
-    for args in (inputs, fresh_inputs(inputs, 1, False), doubled, shorter):
+    for args in (inputs, fresh_inputs(inputs, 1, False), double, shorter):
         with torch.no_grad():
             try:
-                found.append((args, tensors(compact(*args[0], **args[1]))))
+                expected = tensors(compact(*args[0], **args[1]))
+                if not found or not any(bool(tensor.isnan().all()) for tensor in expected):
+                    found.append((args, expected))
             except (RuntimeError, IndexError, ValueError):
                 if not found:
                     raise
     return found
-
-
-def _batched(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) > 1
 
 
 def _sequence(value: Any) -> bool:
