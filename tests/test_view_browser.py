@@ -101,8 +101,19 @@ def test_a_click_on_a_group_tells_all_about_it(show, pruned):
     detail = find(browser, "#detail")[0].text
     assert group.name in detail and group.symmetry in detail
     assert f"{len(pruned.plan.kept[group.name])} of {group.size}" in detail
-    assert "error after" in detail and group.consumers[0].line in detail
+    assert "error after repair" in detail and group.consumers[0].line in detail
     assert all(member.parameter in detail for member in group.members)
+
+
+def test_what_was_not_measured_is_left_out(show):
+    entry = models_zoo.load("llama-random")
+    pruned = fg.prune(entry.model, entry.inputs, None, fg.Config(method="magnitude"))
+    browser = show(pruned.deps, pruned.plan, pruned.report)
+
+    find(browser, "#groups .chip")[0].click()
+
+    detail = find(browser, "#detail")[0].text
+    assert "kept" in detail and "error" not in detail
 
 
 def test_a_frozen_group_says_why(show, pruned):
