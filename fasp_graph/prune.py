@@ -107,12 +107,19 @@ def prune(
 ) -> Pruned:
     """Prune `model`; the model itself is not changed.
 
-    `inputs`: example inputs (a tensor, a tuple or a dict). `calibration`: batches of the same
-    form, or None for methods that need no data. `program`: what `read` made of this model and
-    these inputs, where it is pruned several times. `progress(stage, done, total)` is called as the
-    work goes on; total is 0 where it is not known. `work`: a folder for what is finished; the
-    same call goes on from there after an interruption (fasp_graph/scale/journal.py). Raises
-    FaspGraphError: CaptureError, BudgetError, CalibrationError, VerificationError...
+    Args:
+        model: any module.
+        inputs: example inputs (a tensor, a tuple or a dict).
+        calibration: batches of the same form, or None for methods that need no data.
+        config: the options.
+        progress: progress(stage, done, total) is called as the work goes on; total is 0 where it
+            is not known.
+        program: what `read` made of this model and these inputs, where it is pruned several times.
+        work: a folder for what is finished; the same call goes on from there after an
+            interruption (fasp_graph/scale/journal.py).
+
+    Raises:
+        FaspGraphError: CaptureError, BudgetError, CalibrationError, VerificationError...
     """
     config = config or Config()
     refuse_modelless(model)

@@ -1,5 +1,6 @@
 """The documentation: its Python runs, its links and references hold, its commands exist."""
 
+import html
 import importlib.util
 import re
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import fasp_graph as fg
 from fasp_graph import cli
+from fasp_graph.commands.flags import field_docs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,6 +35,10 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     assert any("assert" in block for block in blocks(page))
 
 
+def plain_text(markup):
+    return " ".join(html.unescape(re.sub("<[^>]+>", "", markup)).split())
+
+
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("mkdocs", "material", "mkdocstrings"))),
     reason="the documentation's tools are not installed: pip install -e '.[docs]'",
@@ -41,7 +48,12 @@ def test_the_site_builds_without_warnings(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "site/reference/index.html").read_text().count("fasp_graph.") > 5
+    page = (tmp_path / "site/reference/index.html").read_text()
+    assert page.count("fasp_graph.") > 5 and "<details" not in page
+    items = dict(re.findall(r"<li [^>]*>\s*<b>(.*?)</b>(.*?)</li>", page, re.S))
+    told = {plain_text(name): plain_text(text) for name, text in items.items()}
+    for name, meaning in field_docs(fg.Config.__doc__).items():
+        assert told[name].endswith(f"– {meaning}")
 
 
 def test_commands_in_the_pages_exist():

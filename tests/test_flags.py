@@ -21,16 +21,10 @@ def test_every_field_has_a_flag_and_a_meaning():
     assert set(docs) == {field.name for field in dataclasses.fields(fg.Config)}
 
 
-def test_a_meaning_may_go_on_and_stand_after_one_space():
-    text = (
-        "Options.\n\n    sparsity share\n        of sparsity\n    kinds    what\n\n    seed  last"
-    )
+def test_a_meaning_may_go_on_and_hold_a_colon():
+    text = "Options.\n\n    Attributes:\n        seed: one: or\n            two\n        kinds: what\n    "
 
-    assert flags.field_docs(text) == {
-        "sparsity": "share of sparsity",
-        "kinds": "what",
-        "seed": "last",
-    }
+    assert flags.field_docs(text) == {"seed": "one: or two", "kinds": "what"}
 
 
 def test_a_flag_may_not_hide_an_argument():

@@ -6,7 +6,7 @@ x: bool                             --x / --no-x
 x: tuple[T, ...]                    --x VALUE, may be repeated
 anything else                       --x TEXT, read as a Python literal, else as text
 
-What a field means is read from the docstring of Config, one `name   meaning` a line.
+What a field means is read from the docstring of Config, `name: meaning` under `Attributes:`.
 """
 
 from __future__ import annotations
@@ -62,19 +62,11 @@ def config_parameters(taken: set[str]) -> list[inspect.Parameter]:
 
 
 def field_docs(text: str) -> dict[str, str]:
-    """`name   meaning` lines of a docstring; other lines go on with the one before."""
-    names, last = {held.name for held in fields(Config)}, ""
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        match = re.match(r"\s*(\w+)\s+(\S.*)", line)
-        if match and match[1] in names - found.keys():
-            last = match[1]
-            found[last] = match[2]
-        elif last and line.strip():
-            found[last] += " " + line.strip()
-        else:
-            last = ""
-    return found
+    """The `name: meaning` lines under `Attributes:`; lines that are indented deeper go on."""
+    _, _, listed = inspect.cleandoc(text).partition("Attributes:\n")
+    items = re.split(r"^    (\w+): ", listed, flags=re.MULTILINE)[1:]
+    meanings = (" ".join(meaning.split()) for meaning in items[1::2])
+    return dict(zip(items[::2], meanings, strict=True))
 
 
 def _annotation(name: str, hint: Any, text: str, taken: set[str]) -> Any:
