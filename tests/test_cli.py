@@ -20,18 +20,6 @@ from fasp_graph.exports.onnx import export_graph
 PERPLEXITIES = ("perplexity_before", "perplexity_after")
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fasp-graph", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
-
-
 def test_flags_are_the_fields_of_config(run):
     code, out, _ = run("prune", "--help")
 

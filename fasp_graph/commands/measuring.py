@@ -60,7 +60,8 @@ def eval_command(
     length: Length = 256,
     windows: Windows = 64,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens between windows; fewer than --length: overlap.")
+        int | None,
+        typer.Option(help="Tokens between windows; fewer than --length: overlap.", min=1),
     ] = None,
     device: Device = None,
     json: Json = False,
