@@ -194,8 +194,8 @@ def factory(text: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # the user's module, which may fail in any way
         raise FaspGraphError(
-            f"cannot import {text}: {type(error).__name__}: {error} · help: package.module:name, importable from "
-            "the working folder or installed"
+            f"cannot import {text}: {type(error).__name__}: {error} · help: package.module:name, "
+            "importable from the working folder or installed"
         ) from error
 
 
