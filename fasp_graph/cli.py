@@ -21,6 +21,7 @@ from rich.markup import escape
 from passes.errors import FaspGraphError
 
 from .commands.inspecting import inspect_command
+from .commands.interrupts import interruptible
 from .commands.measuring import bench_command, eval_command, export_command, zoo_command
 from .commands.pruning import prune_command
 from .commands.recovering import recover_command
@@ -40,7 +41,7 @@ for _name, _command in (
     ("export", export_command),
     ("zoo", zoo_command),
 ):
-    app.command(_name)(_command)
+    app.command(_name)(interruptible(_command))
 
 
 def main() -> None:
@@ -56,7 +57,8 @@ def main() -> None:
     except OSError as error:  # where it names a path, that is no folder, full or not ours
         told = FaspGraphError(f"{error.filename}: {error.strerror} · help: another path")
         _fail(told if error.filename else error, 2 if error.filename else 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # outside of a command
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:  # the last stop before the user: never a page of traceback
         _fail(error, 1)

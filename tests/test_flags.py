@@ -22,7 +22,7 @@ def test_every_field_has_a_flag_and_a_meaning():
 
 
 def test_a_meaning_may_go_on_and_hold_a_colon():
-    text = "Options.\n\n    Attributes:\n        seed: one: or\n            two\n        kinds: what"
+    text = "Options.\n\nAttributes:\n    seed: one: or\n        two\n    kinds: what"
 
     assert flags.field_docs(text) == {"seed": "one: or two", "kinds": "what"}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -118,6 +119,7 @@ def run_demo(
     output.mkdir(parents=True, exist_ok=True)
     sample = as_args(_sized(target.inputs, heldout[:2]))
     files: dict[str, Future[Path]] = {}
+    _record(output, target, heldout, sample, [])  # if interrupted, the next demo may replace it
     with progress_bar(console) as bars, tempfile.TemporaryDirectory() as scratch:
         whole = bars.add_task("dense model", total=len(sparsities) * (len(VARIANTS) + 1) + 3)
         step = _stepper(bars, whole)
@@ -163,15 +165,18 @@ def run_demo(
 def exporter() -> Iterator[Executor]:
     """A process for the exports, which keep one core busy; torch leaves it one meanwhile."""
     threads = torch.get_num_threads()
-    process = ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
-    )
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _in_exporter)
     torch.set_num_threads(max(1, threads - 1))
     try:
         yield process
     finally:
         process.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def _in_exporter() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the demo itself is interrupted, and ends it
+    torch.set_num_threads(1)
 
 
 def _prune_all(
