@@ -21,15 +21,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from torch.fx import GraphModule
@@ -46,6 +38,7 @@ from ..jsontext import to_json
 from ..pages.view import to_html
 from ..prune import Program, Pruned, prune, read
 from ..targets import Target
+from .progress import progress_bar, staged
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.5)
 WRITTEN = 0.3
@@ -71,21 +64,6 @@ class Row:
     latency: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     verify_max_error: float | None = None
-
-
-def progress_bar(console: Console) -> Progress:
-    """Bars that vanish when done; none where stderr is no terminal."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def refuse_others(output: Path) -> None:
@@ -138,7 +116,15 @@ def run_demo(
                 stem = f"{target.name}-{name.rstrip('%')}"
                 path = (output if sparsity == written else Path(scratch)) / f"{stem}.onnx"
                 pruned, row, files[name] = _prune_all(
-                    target, program, heldout, sparsity, sample, step, _inner(bars), process, path
+                    target,
+                    program,
+                    heldout,
+                    sparsity,
+                    sample,
+                    step,
+                    staged(bars, "  "),
+                    process,
+                    path,
                 )
                 rows.append(row)
                 graphs[name] = pruned.graph_module
@@ -296,13 +282,3 @@ def _stepper(bars: Progress, task: Any) -> Callable[[str], None]:
         bars.update(task, advance=1, description=description)
 
     return step
-
-
-def _inner(bars: Progress) -> Callable[[str, int, int], None]:
-    """A second bar for the stages inside one pruning run."""
-    task = bars.add_task("", total=1)
-
-    def progress(stage: str, done: int, total: int) -> None:
-        bars.update(task, completed=done, total=total or None, description=f"  {stage}")
-
-    return progress

@@ -15,7 +15,7 @@ import models_zoo
 from passes.errors import ConfigError
 
 from ..jsontext import to_json
-from .demo import progress_bar
+from .progress import progress_bar, staged
 
 
 def known_models(incomplete: str) -> list[str]:
@@ -51,11 +51,8 @@ def wide_console(stderr: bool = False) -> Console:
 def stages(first: str) -> Iterator[Any]:
     """A bar on stderr, with what is being done, how far, for how long; silent off a terminal."""
     with progress_bar(wide_console(stderr=True)) as bars:
-        task = bars.add_task(first, total=None)
-
-        def progress(stage: str, done: int = 0, total: int = 0) -> None:
-            bars.update(task, completed=done, total=total or None, description=stage)
-
+        progress = staged(bars)
+        progress(first)
         yield progress
 
 
