@@ -100,7 +100,7 @@ def run_demo(
     _record(output, target, heldout, sample, [])  # if interrupted, the next demo may replace it
     with progress_bar(console) as bars, tempfile.TemporaryDirectory() as scratch:
         whole = bars.add_task("dense model", total=len(sparsities) * (len(VARIANTS) + 1) + 3)
-        step = _stepper(bars, whole)
+        step, inner = _stepper(bars, whole), staged(bars, "  ")
         with exporter() as process:
             program = read(target.model, target.inputs)
             dense, module = program.captured, program.captured.graph_module
