@@ -147,6 +147,10 @@ def test_prune_writes_a_report_and_a_picture(run, tmp_path):
 
     report = json.loads((folder / "report.json").read_text())
     assert report["params_after"] < report["params_before"]
+    asked = report["asked"]
+    assert (asked["seed"], asked["score"], asked["ridge"]) == (1, "magnitude", 0.1)
+    assert asked["calibration data"].startswith("that of llama-random") and asked["versions"]
+    assert json.loads((folder / "fasp_graph.json").read_text())["config"]["seed"] == 1
     page = (folder / "report.html").read_text()
     assert "<script" not in page and f"{report['params_after']:,}" in page
     assert all(group["name"].rsplit(".", 1)[0] in page for group in report["groups"])

@@ -122,7 +122,7 @@ def run_demo(
                     sparsity,
                     sample,
                     step,
-                    staged(bars, "  "),
+                    inner,
                     process,
                     path,
                 )

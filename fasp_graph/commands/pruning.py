@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from ..config import Config
 from ..data import load_target
 from ..evaluate import latency, perplexity
 from ..folders.huggingface import refuse_foreign, save
+from ..folders.manifest import versions
 from ..jsontext import to_json
 from ..pages.report_page import write_report
 from ..pages.view import to_html
@@ -170,8 +172,11 @@ def _write(
     figures: dict[str, Any],
     facts: dict[str, Any],
 ) -> Path:
+    told = {name: held for name, held in facts.items() if not name.startswith("perplexity")}
+    asked = {**told, **asdict(pruned.config), "versions": versions()}
+
     def pages(folder: Path) -> None:
-        write_report(folder, target.name, pruned.report.to_dict(), figures)
+        write_report(folder, target.name, pruned.report.to_dict(), figures, asked)
         to_html(pruned.deps, folder / "graph.html", pruned.plan, pruned.report)
 
     return Path(save(pruned, output, tokenizer=target.tokenizer, facts=facts, extra=pages))
