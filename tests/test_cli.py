@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import decoding
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoConfig
 
 import fasp_graph as fg
 from fasp_graph import bench, cli, data
-from fasp_graph.commands import demo, inspecting, pruning, terminal
+from fasp_graph.commands import demo, dryrun, inspecting, pruning, terminal
 from fasp_graph.exports.onnx import export_graph
 
 PERPLEXITIES = ("perplexity_before", "perplexity_after")
@@ -107,6 +108,22 @@ def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
     assert 0 < plan["removed"] == report["removed"]
     assert f"{plan['removed']:.1%} of all and {plan['sparsity']:.1%} of those in scope" in words
     assert plan["exact"] and "Plan, nothing pruned" in words and "a run keeps other" not in words
+
+
+@pytest.mark.parametrize("method", ["best", "fasp", "flap", "magnitude"])
+def test_a_dry_run_expects_the_passes_that_a_run_takes(run, monkeypatch, method):
+    clock = iter(range(100))  # every look at the clock is a second after the one before
+    monkeypatch.setattr(dryrun, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    asked = ("prune", "zoo:llama-random", "--method", method, "--json")
+
+    plan = json.loads(run(*asked, "--dry-run")[1])
+
+    report = json.loads(run(*asked)[1])
+    passes = plan["forward_passes"]
+    assert passes == report["forward_passes"]
+    batches = len(data.load_target("zoo:llama-random").calibration)
+    deciding = plan["expected_seconds"] - 2  # capture and couple, and as much again
+    assert deciding == 0 if method == "magnitude" else 0 < deciding - batches * passes < batches
 
 
 def little():
