@@ -30,16 +30,21 @@ def needs_data(config: Config) -> bool:
     return passes.score in NEEDS_DATA or passes.restore != "none" or passes.allocation != "uniform"
 
 
+def refuse_dataless(calibration: Any, config: Config) -> None:
+    """CalibrationError if there are no batches, and a step of the method needs some."""
+    if calibration is None and needs_data(config):
+        p = config.passes
+        raise CalibrationError(
+            f"score={p.score}, restore={p.restore}, allocation={p.allocation} need calibration "
+            "batches · help: pass calibration=..., or method='magnitude'"
+        )
+
+
 def batches_of(calibration: Any, inputs: Args, config: Config) -> list[Args]:
     """The batches as arguments of the form of `inputs`; CalibrationError if there are none, or if
     one has another form.
     """
-    if calibration is None:
-        p = config.passes
-        raise CalibrationError(
-            f"score={p.score}, restore={p.restore}, allocation={p.allocation} need calibration "
-            "batches · help: pass calibration, or method='magnitude'"
-        )
+    refuse_dataless(calibration, config)
     if isinstance(calibration, (str, bytes, Tensor)) or not hasattr(calibration, "__iter__"):
         raise CalibrationError(
             f"calibration is {type(calibration).__name__}, not an iterable of batches · help: "

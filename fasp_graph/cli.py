@@ -10,6 +10,7 @@ came from.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 
@@ -64,12 +65,28 @@ def main() -> None:
         _fail(error, 1)
 
 
+def in_flags(message: str) -> str:
+    """A message whose help names flags where it named arguments: `lora=0` is `--lora 0`."""
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    held = [flag for command in commands for flag in command.params]
+    names = {flag.name for flag in held if flag.param_type_name == "option"}
+    told, found, way_out = message.partition("help: ")
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[3] or ""
+        if name not in names or not (match[2] or "_" in name):
+            return match[0]
+        return f"--{name.replace('_', '-')}" + (f" {value}" if match[2] else "")
+
+    return told + found + re.sub(r"(?<![\w(.'-])(\w+)\b(?! =)(='?([\w./]*)'?)?", flag, way_out)
+
+
 def _fail(error: Exception, code: int) -> None:
     """One message on stderr, and the exit code; with --debug the traceback."""
     if "--debug" in sys.argv:
         raise error
     inside = "" if code == 2 else " · help: this is a bug; run again with --debug and report it"
-    message = f"{type(error).__name__}: {error}{inside}"
+    message = f"{type(error).__name__}: {in_flags(str(error))}{inside}"
     Console(stderr=True).print(f"[red]{escape(message)}[/red]", soft_wrap=True, highlight=False)
     sys.exit(code)
 

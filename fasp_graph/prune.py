@@ -29,7 +29,7 @@ from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
 from passes.verify import verify
 
-from .calibration import few_tokens
+from .calibration import few_tokens, refuse_dataless
 from .config import Config
 from .decide import Decisions, Progress, decide
 from .emit.layout import Said, uniform_groups
@@ -124,7 +124,8 @@ def prune(
     config = config or Config()
     refuse_modelless(model)
     refuse_unmergeable(model)
-    refuse_unstreamable(model, config)
+    refuse_unstreamable(is_lazy(model), config)
+    refuse_dataless(calibration, config)
     restart()
     program = program or read(model, inputs, config.check, progress)
     captured, deps, seconds = program.captured, program.deps, dict(program.seconds)

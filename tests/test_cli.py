@@ -87,8 +87,20 @@ def test_inspect_tells_in_words(run):
     code, out, _ = run("inspect", "zoo:resnet", "--frozen")
     assert code == 0 and "frozen" in out and "layer1.0.conv1.0" in out
 
-    code, out, _ = run("inspect", "zoo:resnet", "--explain", "layer1.0.conv1.weight")
+    explained = ("inspect", "zoo:resnet", "--explain", "layer1.0.conv1.weight")
+    code, out, _ = run(*explained)
     assert code == 0 and "goes with: " in out
+    found = json.loads(run(*explained, "--json")[1])
+    assert found["explanation"] == out.rstrip("\n") and found["shape"]
+    names = [group["name"] for group in found["groups"]]
+    assert "layer1.0.conv1.0" in names and all(name in out for name in names)
+
+
+def test_frozen_groups_are_listed_when_asked_for(run):
+    plain, frozen = (run("inspect", "zoo:resnet", *more)[1] for more in ((), ("--frozen",)))
+
+    assert "frozen" not in plain and "reason" not in plain
+    assert "frozen" in frozen and "reaches" in frozen
 
 
 def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
@@ -262,7 +274,8 @@ def test_a_device_is_chosen_or_refused_with_a_reason(run):
     ):
         code, _, error = run("eval", "zoo:llama-random", "--device", device)
         assert code == 2 and reason in error and "help: cpu, " in error
-    code, _, error = run("prune", "zoo:llama-random", "--stream", "--device", "cuda")
+    streamed = ("prune", "zoo:llama-random", "--stream", "--method", "fasp")
+    code, _, error = run(*streamed, "--device", "cuda")
     assert code == 2 and "--stream computes on the CPU · help: leave --device out" in error
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+from fasp_graph import cli
+
 DATA = """
 import torch
 
@@ -94,3 +96,90 @@ def test_windows_longer_than_the_models_positions(run, mine):
     refused(run("prune", "zoo:llama", "--evaluation", "text.txt", *long), *positions)
     asked = ("bench", "zoo:gpt2", "zoo:gpt2", "--no-onnx", "--no-memory")
     refused(run(*asked, *long), "gpt2 has 64 positions", "help: --length 64")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--explain", "a", "--format", "dot"), ("--explain", "--format", "one of them")),
+        (("--explain", "a", "--output", "a.dot"), ("--explain", "--output", "one of them")),
+        (("--json", "--format", "dot"), ("--json", "--format", "one of them")),
+        (("--html", "none/graph.html"), ("none/graph.html", "create it first")),
+        (("--output", "none/graph.dot"), ("none/graph.dot", "create it first")),
+        (("--html", "."), ("it is a folder",)),
+        (("--output", "graph.html"), ("no format 'html'", "--html FILE")),
+    ],
+)
+def test_inspect_refuses_before_it_loads_anything(run, mine, monkeypatch, more, words):
+    monkeypatch.setattr("fasp_graph.commands.inspecting.load_target", None)  # would be work
+
+    refused(run("inspect", "zoo:resnet", *more), *words)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("--output", "afile/x"), ("cannot write afile/x: afile is a file", "--output")),
+        (("--output", "folder"), ("folder exists and is no fasp_graph folder",)),
+        (("--stream",), ("--method fasp, or --allocation uniform",)),
+    ],
+)
+def test_prune_refuses_before_it_loads_anything(run, mine, monkeypatch, asked, words):
+    monkeypatch.setattr("fasp_graph.commands.pruning.load_target", None)  # would be work
+    (mine / "afile").write_text("mine")
+    (mine / "folder").mkdir()
+    (mine / "folder/notes.txt").write_text("mine")
+
+    refused(run("prune", "zoo:resnet", *asked), *words)
+
+
+def test_a_model_without_data_is_refused_before_capture(run, mine, monkeypatch):
+    monkeypatch.setattr("fasp_graph.prune.capture", None)  # would be work
+
+    told = run("prune", "my_mistakes:build")
+
+    refused(told, "need calibration batches", "help: pass --calibration ..., or --method magnitude")
+
+
+def test_recover_without_data(run, mine):
+    folder = mine / "small"
+    asked = ("prune", "zoo:llama-random", "--method", "magnitude", "--output", folder)
+    assert run(*asked)[0] == 0
+
+    refused(run("recover", folder, "--output", "better"), "help: --data DATA, or --distill MODEL")
+    own = ("--distill", "my_mistakes:build")  # comes without calibration data
+    refused(run("recover", folder, "--output", "better", *own), "help: --data DATA")
+
+
+def test_an_unknown_name_is_told_the_close_ones(run):
+    refused(
+        run("inspect", "zoo:resnet", "--explain", "layer1.0.conv1.wieght"),
+        *("close names: layer1.0.conv1.weight, ", "no parameter 'layer1.0.conv1.wieght'"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("python", "flags"),
+    [
+        (
+            "no data · help: calibration=..., or method='fasp'",
+            "--calibration ..., or --method fasp",
+        ),
+        ("x · help: lora=0 trains all weights", "--lora 0 trains all weights"),
+        ("x · help: another min_keep or align", "another --min-keep or align"),
+        ("x · help: Config(seed=...), in a file seed = 1", "Config(seed=...), in a file seed = 1"),
+        ("x · help: Config(min_keep=...), in a file min_keep = 1", "a file min_keep = 1"),
+        ("x · help: load(folder, model=a fresh one)", "load(folder, model=a fresh one)"),
+    ],
+)
+def test_the_way_out_is_told_in_flags(python, flags):
+    told = cli.in_flags(python)
+
+    assert told.endswith(flags) and told.partition(" · ")[0] == python.partition(" · ")[0]
+
+
+def test_what_was_written_is_said(run, mine):
+    asked = ("inspect", "zoo:kan", "--html", "graph.html", "--output", "graph.dot")
+    code, out, error = run(*asked)
+
+    assert code == 0 and out == "" and error == "wrote graph.html\nwrote graph.dot\n"

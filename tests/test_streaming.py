@@ -127,7 +127,7 @@ def test_a_model_with_buffers_is_streamed(tmp_path):
 
 
 def test_the_command_line_streams_folders_only(monkeypatch, capsys):
-    words = ["fasp-graph", "prune", "zoo:opt-random", "--stream", "--no-resume"]
+    words = ["fasp-graph", "prune", "zoo:opt-random", "--stream", "--no-resume", "--method", "fasp"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stop:
         cli.main()

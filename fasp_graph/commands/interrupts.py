@@ -8,10 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
 from ..scale.journal import work_folder
+from .terminal import said
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
@@ -31,8 +29,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
             if output is not None and given.get("resume") and work_folder(output).is_dir():
                 work = os.path.relpath(work_folder(output))
                 told.append(f"run the same command to go on from {work}, or delete {work}")
-            text = escape(" · ".join(told))
-            Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+            said(" · ".join(told))
             raise
 
     return called

@@ -14,11 +14,13 @@ from passes.capture import as_args
 from passes.errors import ConfigError
 from passes.lazy import is_lazy
 
+from ..calibration import refuse_dataless
 from ..config import Config
 from ..data import load_target
 from ..evaluate import latency, perplexity
 from ..folders.huggingface import refuse_foreign, save
 from ..folders.manifest import versions
+from ..inputs import refuse_unstreamable
 from ..jsontext import to_json
 from ..pages.report_page import write_report
 from ..pages.view import to_html
@@ -41,6 +43,7 @@ from .terminal import (
     stages,
     warn,
     wide_console,
+    writable_folder,
 )
 
 
@@ -84,13 +87,16 @@ def prune_command(
         _demo(output or Path("fasp-demo"), json)
         return
     options = config_from(config, flags)
+    refuse_unstreamable(stream, options)
     if output is not None:  # before hours of work
-        refuse_foreign(output.resolve())
+        writable_folder(output)
+        refuse_foreign(output)
     with stages("load model and data"):
         target = load_target(model, calibration, length, windows, evaluation, stream, device)
     if dry_run:
         show_dry_run(target, options, json)
         return
+    refuse_dataless(target.calibration or None, options)
     work = work_folder(output) if output is not None and (resume or stream) else None
     pruned, figures = _run(target, options, work)
     if world()[0]:  # all ranks hold the same result; rank 0 speaks and writes
