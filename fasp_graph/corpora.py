@@ -23,6 +23,8 @@ from torch import Tensor
 
 from passes.errors import CalibrationError, FaspGraphError
 
+from .network import offline_without_network
+
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"})
 TABLES = frozenset({".jsonl", ".json", ".parquet"})
 TEXTS = frozenset({".txt", ".md", ".py", ".rst"})
@@ -166,7 +168,8 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _hub(source: str, evaluation: bool) -> Iterator[str]:
-    import datasets
+    offline_without_network()
+    import datasets  # reads at import whether there is a network
 
     corpus = CORPORA.get(source) or Corpus(source, {}, "train", "test")
     split = corpus.evaluation if evaluation else corpus.calibration

@@ -1,5 +1,9 @@
 """Mistakes at the command line: exit code 2, and one message that names the flag to mend."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from fasp_graph import cli
@@ -134,7 +138,7 @@ def test_prune_refuses_before_it_loads_anything(run, mine, monkeypatch, asked, w
 
 
 def test_a_model_without_data_is_refused_before_capture(run, mine, monkeypatch):
-    monkeypatch.setattr("fasp_graph.prune.capture", None)  # would be work
+    monkeypatch.setattr("fasp_graph.commands.pruning.prune", None)  # would be work
 
     told = run("prune", "my_mistakes:build")
 
@@ -183,3 +187,46 @@ def test_what_was_written_is_said(run, mine):
     code, out, error = run(*asked)
 
     assert code == 0 and out == "" and error == "wrote graph.html\nwrote graph.dot\n"
+
+
+CONNECT = """
+import socket
+tried = []
+def refuse(name, *_, **__):
+    tried.append(name)
+    raise OSError("no network")
+socket.getaddrinfo = refuse
+import sys
+from fasp_graph.cli import main
+sys.argv = ["fasp-graph", *%r]
+try:
+    main()
+except SystemExit as done:
+    print(done.code, len(tried))
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("inspect", "someone/nothing"), "the hub gave no model"),
+        (("eval", "zoo:llama", "--data", "someone/texts"), "the hub gave no data set"),
+    ],
+)
+def test_without_a_network_names_fail_at_once_and_in_one_line(asked, message):
+    variables = {**os.environ, "HF_HUB_OFFLINE": "0"}
+    for name in list(variables):
+        variables.pop(name) if "proxy" in name.lower() else None
+
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECT % [*asked]], env=variables, capture_output=True, text=True
+    )
+
+    assert done.stdout == "2 1\n"  # one try
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_file_is_no_model(run, mine):
+    (mine / "model.bin").write_text("mine")
+
+    refused(run("inspect", "model.bin"), "model.bin is a file, not the folder of a model")
