@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from typing import Annotated
 
 import transformers
 import typer
@@ -26,6 +27,7 @@ from .commands.interrupts import interruptible
 from .commands.measuring import bench_command, eval_command, export_command, zoo_command
 from .commands.pruning import prune_command
 from .commands.recovering import recover_command
+from .folders.manifest import versions
 from .scale.distributed import joined
 
 app = typer.Typer(
@@ -33,6 +35,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        own, *others = (f"{name} {held}" for name, held in sorted(versions().items()))
+        print(f"{own} ({', '.join(others)})")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show versions and exit.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    pass
+
+
 for _name, _command in (
     ("inspect", inspect_command),
     ("prune", prune_command),

@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import fasp_graph as fg
@@ -19,6 +20,29 @@ def test_every_field_has_a_flag_and_a_meaning():
     assert [p.name for p in added] == [field.name for field in dataclasses.fields(fg.Config)]
     assert all(p.default is None for p in added)
     assert set(docs) == {field.name for field in dataclasses.fields(fg.Config)}
+
+
+def test_help_tells_defaults_and_cuts_nothing(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    commands = typer.main.get_command(app).commands
+    told = {name: run(name, "--help")[1] for name in commands}
+
+    for name, command in commands.items():
+        held = [flag for flag in command.params if flag.param_type_name == "option"]
+        assert "…" not in told[name] and all(flag.opts[0] in told[name] for flag in held)
+    words = " ".join(told["prune"].replace("│", " ").split())
+    for field in dataclasses.fields(fg.Config):
+        default = "chain" if field.name == "kinds" else field.default
+        assert default is None or f"[default: ({default})]" in words, field.name
+    summary = " ".join(run("--help")[1].replace("│", " ").split())
+    assert "parameters, FLOPs, latency, and its quality on data. bench" in summary
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+
+    assert code == 0 and out.startswith("fasp-graph ") and f"torch {torch.__version__}" in out
 
 
 def test_a_meaning_may_go_on_and_hold_a_colon():

@@ -19,7 +19,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -55,7 +55,7 @@ def config_parameters(taken: set[str]) -> list[inspect.Parameter]:
             held.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=_annotation(held.name, hints[held.name], docs.get(held.name, ""), taken),
+            annotation=_annotation(held, hints[held.name], docs.get(held.name, ""), taken),
         )
         for held in fields(Config)
     ]
@@ -69,13 +69,23 @@ def field_docs(text: str) -> dict[str, str]:
     return dict(zip(items[::2], meanings, strict=True))
 
 
-def _annotation(name: str, hint: Any, text: str, taken: set[str]) -> Any:
-    if name in taken:
-        raise TypeError(f"the flag of Config.{name} would hide an argument of the command")
+def _annotation(held: Field[Any], hint: Any, text: str, taken: set[str]) -> Any:
+    if held.name in taken:
+        raise TypeError(f"the flag of Config.{held.name} would hide an argument of the command")
     kind = _plain(hint)
-    flag = f"--{name.replace('_', '-')}"
+    flag = f"--{held.name.replace('_', '-')}"
     names = (f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,)
-    return Annotated[kind | None, typer.Option(*names, help=text, rich_help_panel=PANEL)]
+    option = typer.Option(
+        *names, help=text, rich_help_panel=PANEL, show_default=_default(held.default)
+    )
+    return Annotated[kind | None, option]
+
+
+def _default(value: Any) -> bool | str:
+    """A field's default as --help tells it; False: it has none to tell."""
+    if value is None:
+        return False
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _plain(hint: Any) -> Any:

@@ -67,8 +67,10 @@ def eval_command(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model: parameters, FLOPs, latency; on text perplexity, or with --reference the
-    similarity of embeddings; on images with labels accuracy; tasks.
+    """Measure a model: parameters, FLOPs, latency, and its quality on data.
+
+    On text that is perplexity, or with --reference the similarity of embeddings; on images with
+    labels accuracy; with --task the accuracy of tasks.
     """
     with stages("load model and data"):
         target = load_target(model, device=device)
@@ -152,7 +154,8 @@ def export_command(
         typer.Option(help=f"One of {', '.join(EXPORTS)}; without it pt2 for PATH.pt2, else onnx."),
     ] = None,
     cache: Annotated[
-        bool, typer.Option(help="onnx: past_key_values, or the parts of an encoder-decoder.")
+        bool,
+        typer.Option("--cache", help="onnx: past_key_values, or the parts of an encoder-decoder."),
     ] = False,
     dtype: Annotated[str, typer.Option(help=f"onnx: one of {', '.join(DTYPES)}.")] = "float32",
     data: Annotated[
@@ -162,7 +165,8 @@ def export_command(
     length: Length = 256,
     windows: Windows = 64,
     external_data_bytes: Annotated[
-        int, typer.Option(help="onnx: weights of more bytes lie in PATH.data.", min=0)
+        int,
+        typer.Option(metavar="BYTES", help="onnx: weights of more bytes lie in PATH.data.", min=0),
     ] = EXTERNAL_DATA_BYTES,
     json: Json = False,
     debug: Debug = False,
