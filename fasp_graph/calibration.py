@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from passes.capture import Args, Captured, as_args
+from passes.capture import Args, Captured, as_args, tensors
 from passes.errors import CalibrationError, ConfigError
 from passes.lazy import is_lazy
 from passes.restore import TOWARDS
@@ -148,13 +148,16 @@ def solving(config: Config) -> bool:
     return config.passes.score == "obs" or config.passes.restore not in ("none", "bias")
 
 
-def few_tokens(found: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
-    """A note for each weight whose input has fewer tokens than channels: weight -> (tokens,
-    channels). Its Gram matrix has no full rank, so the ridge decides what the data do not.
+def few_tokens(found: Mapping[str, tuple[int, int]], inputs: Args) -> tuple[str, ...]:
+    """A note for each weight whose input has fewer tokens (of images: samples, each place of a
+    convolution one) than channels: weight -> (tokens, channels). Its Gram matrix has no full
+    rank, so the ridge decides what the data do not.
     """
+    ids = any(not value.is_floating_point() for value in tensors(inputs))
+    what = "tokens" if ids else "samples"
     return tuple(
-        f"few tokens: {tokens} calibration tokens for the {channels} channels that enter {name}; "
-        f"its repair leans on the ridge · help: calibrate on at least {channels} tokens"
+        f"few {what}: {tokens} calibration {what} for the {channels} channels that enter {name}; "
+        f"its repair leans on the ridge · help: calibrate on at least {channels} {what}"
         for name, (tokens, channels) in found.items()
         if tokens < channels
     )

@@ -1,10 +1,15 @@
-"""Large numbers in units that fit them, powers of 1000."""
+"""Numbers as people read them: in units that fit, powers of 1000, and with a plural."""
 
 from __future__ import annotations
 
 from rich.filesize import pick_unit_and_suffix
 
 _PREFIXES = ("", "k", "M", "G", "T", "P")
+
+
+def counted(count: int, one: str, more: str = "") -> str:
+    """`1 group`, `2 groups`; `more`: the plural, if it is not made with an s."""
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
 def in_bytes(value: float) -> str:

@@ -139,7 +139,7 @@ def test_a_dry_run_expects_the_passes_that_a_run_takes(run, monkeypatch, method)
 
 
 def little():
-    """A model, its inputs, and fewer calibration tokens than its layers have channels."""
+    """A model, its inputs, and fewer calibration samples than its layers have channels."""
     torch.manual_seed(0)
     layers = [nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)]
     return nn.Sequential(*layers), torch.randn(2, 3), [torch.randn(5, 3)]
@@ -150,7 +150,7 @@ def test_too_little_calibration_is_one_warning_beside_the_result(run):
 
     assert code == 0, error
     assert error.count("warning") == 1 and "1 more like it in the report" in error
-    assert "5 calibration tokens for the 8 channels that enter 2.weight" in error
+    assert "few samples: 5 calibration samples for the 8 channels that enter 2.weight" in error
     assert len(json.loads(out)["notes"]) == 2
 
 
@@ -326,7 +326,7 @@ def test_a_card_names_no_path_of_this_machine(tmp_path):
     facts = pruning._facts(target, str(texts), "wikitext2", dict.fromkeys(PERPLEXITIES, 2.0))
 
     assert facts["model"] == tmp_path.name
-    assert facts["calibration data"] == "texts, 1 batches"
+    assert facts["calibration data"] == "texts, 1 batch"
     assert facts["evaluation data"] == "wikitext2"
 
 

@@ -53,7 +53,7 @@ def test_memory_is_told(run):
     held = report.to_dict()["peak_memory"]
 
     assert held > report.bytes_before and held > 50e6  # torch alone takes more
-    assert f"{held / 1e6:,.0f} MB of memory at most" in report.to_text()
+    assert f"{held / 1e6:,.1f} MB of memory at most" in report.to_text()
     page = report_page("llama", {**report.to_dict(), "peak_memory_cuda": 3_000_000}, {})
     assert f"<td>peak memory</td><td>{held / 1e6:,.1f} MB</td>" in page
     assert "<td>peak GPU memory</td><td>3.0 MB</td>" in page
@@ -72,6 +72,17 @@ def test_shares_inputs_and_reasons_are_told(run):
     assert f"{len(report.frozen)} groups were left alone: 2 head (not asked for), " in text
     assert ", 1 width (mixed by mean), " in text and "1 frozen (reaches the model's output)" in text
     assert "inspect MODEL --frozen" in text
+
+
+def test_one_is_told_as_one(run):
+    report = run[0].report
+    one = dataclasses.replace(
+        report, groups=report.groups[:1], frozen=report.frozen[:1], forward_passes=1.0
+    )
+    text = one.to_text()
+
+    assert "1 group keeps " in text and "1 group was left alone" in text
+    assert "1 forward pass, " in text
 
 
 def test_nothing_left_alone_has_no_reasons(run):

@@ -168,7 +168,7 @@ def test_a_run_in_memory_resumes_with_the_same_numbers(tmp_path, monkeypatch):
     ]
     assert resumed.report.notes == whole_run.report.notes
     assert (
-        "36 calibration tokens for the 40 channels that enter 2.weight" in resumed.report.notes[0]
+        "36 calibration samples for the 40 channels that enter 2.weight" in resumed.report.notes[0]
     )
     count = len(repaired)
     fg.prune(model(), data[0], data[:1], CONFIG, work=work)  # other data: another run

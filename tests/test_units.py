@@ -2,7 +2,7 @@
 
 import pytest
 
-from fasp_graph.units import in_bytes, in_flops
+from fasp_graph.units import counted, in_bytes, in_flops
 
 
 @pytest.mark.parametrize(
@@ -15,3 +15,9 @@ def test_bytes(value, text):
 
 def test_flops():
     assert in_flops(3_420_000_000) == "3.4 GFLOPs" and in_flops(5) == "5 FLOPs"
+
+
+def test_plurals():
+    told = [counted(count, "batch", "batches") for count in (0, 1, 2000)]
+
+    assert told == ["0 batches", "1 batch", "2,000 batches"] and counted(2, "group") == "2 groups"

@@ -36,6 +36,7 @@ from ..jsontext import to_json
 from ..pages.view import shapes_after
 from ..prune import Program, read
 from ..targets import Target
+from ..units import counted
 from ..worth import Job
 from .terminal import wide_console
 
@@ -150,10 +151,11 @@ def show_dry_run(target: Target, options: Config, json: bool) -> None:
     for name, count in found.keep.items():
         result.add_row(escape(name), str(found.sizes[name]), str(count))
     wide_console().print(result)
+    frozen = counted(len(found.frozen), "group")
     wide_console().print(
         f"parameters {found.params_before:,} -> {found.params_after:,}, {found.removed:.1%} of all "
-        f"and {found.sparsity:.1%} of those in scope; {len(found.frozen)} groups frozen; about "
-        f"{found.expected_seconds:.0f} s"
+        f"and {found.sparsity:.1%} of those in scope; {frozen} frozen; "
+        f"about {found.expected_seconds:.0f} s"
     )
     if not found.exact:
         wide_console().print(

@@ -62,7 +62,8 @@ def inspect_command(
     elif json:
         print(text(deps, "json"), end="")
     else:
-        wide_console().print(groups_table(target.name, deps, frozen))
+        console = wide_console()
+        console.print(groups_table(target.name, deps, frozen, console.width))
 
 
 def _explained(deps: DependencyGraph, parameter: str) -> str:

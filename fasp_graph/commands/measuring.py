@@ -24,6 +24,7 @@ from ..jsontext import to_json
 from ..measures import tasks
 from ..quality import Quality
 from ..targets import Target
+from ..units import in_bytes, in_flops
 from .terminal import (
     DATA_HELP,
     Debug,
@@ -126,19 +127,19 @@ def bench_command(
     if json:
         print(to_json([vars(result) for result in found], indent=1))
         return
-    heads = ("model", "runtime", "parameters", "MB", "GFLOPs", "ms", "± IQR", "tokens/s", "peak MB")
-    result = Table(*heads, "perplexity")
+    heads = ("model", "runtime", "parameters", "weights", "one call", "ms", "± IQR", "tokens/s")
+    result = Table(*heads, "peak memory", "perplexity")
     for row in found:
         result.add_row(
             escape(row.model),
             row.runtime,
             f"{row.parameters:,}",
-            f"{row.bytes / 1e6:.1f}",
-            f"{row.flops / 1e9:.3f}",
+            in_bytes(row.bytes),
+            in_flops(row.flops),
             f"{row.median * 1e3:.2f}",
             f"{row.spread * 1e3:.2f}",
             "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-            "" if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}",
+            "" if row.peak_memory is None else in_bytes(row.peak_memory),
             "" if row.perplexity is None else f"{row.perplexity:.3f}",
         )
     wide_console().print(result)

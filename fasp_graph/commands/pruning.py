@@ -28,6 +28,7 @@ from ..prune import Pruned, prune
 from ..scale.distributed import world
 from ..scale.journal import close, work_folder
 from ..targets import Target
+from ..units import counted
 from .demo import RECORD, refuse_others, run_demo, table
 from .dryrun import show_dry_run
 from .flags import config_from, given_flags, with_config_flags
@@ -157,8 +158,8 @@ def _facts(
     own = f"that of {target.name}"
     found = {"model": _public(target.source or target.name)}
     if target.calibration:
-        data = _public(calibration or own)
-        found["calibration data"] = f"{data}, {len(target.calibration)} batches"
+        batches = counted(len(target.calibration), "batch", "batches")
+        found["calibration data"] = f"{_public(calibration or own)}, {batches}"
     if "perplexity_before" in figures:
         found["evaluation data"] = _public(evaluation or own)
         found["perplexity before"] = f"{figures['perplexity_before']:.2f}"

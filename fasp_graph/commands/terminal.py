@@ -103,6 +103,8 @@ def show(figures: dict[str, Any], json: bool) -> None:
             if isinstance(value, int)
             else f"{value:.4g}"
             if isinstance(value, float)
+            else ", ".join(map(str, value))
+            if isinstance(value, (list, tuple))
             else str(value)
         )
         wide_console().print(f"{escape(name.replace('_', ' '))}: {escape(text)}")
