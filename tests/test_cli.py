@@ -384,8 +384,19 @@ def test_an_interrupt_is_exit_code_130(run, monkeypatch):
     assert run("inspect", "zoo:resnet")[0] == 130
 
 
-def test_debug_shows_where_an_error_came_from(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["fasp-graph", "inspect", "zoo:nothing", "--debug"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "zoo:nothing", "--debug"),
+        ("prune", "zoo:nothing", "--debug"),
+        ("recover", "nothing", "--output", "better", "--debug"),
+        ("eval", "zoo:nothing", "--debug"),
+        ("bench", "zoo:nothing", "--debug"),
+        ("export", "zoo:nothing", "x.onnx", "--debug"),
+    ],
+)
+def test_debug_shows_where_an_error_came_from(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["fasp-graph", *words])
 
     with pytest.raises(fg.FaspGraphError):
         cli.main()

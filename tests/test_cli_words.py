@@ -9,6 +9,7 @@ import torch
 import fasp_graph as fg
 from fasp_graph import bench
 from fasp_graph.commands import measuring, recovering
+from fasp_graph.exports import export
 from fasp_graph.training import Training
 
 ROW = bench.Result("small", "torch", 1_234_567, 4_938_268, 2_500_000, 0.004, 0.0005, 250.0, 9, 7.5)
@@ -83,6 +84,8 @@ def test_inspect_zoo_and_a_dry_run_in_words(run):
     rows = {row[0]: row[1:] for row in cells(run("zoo")[1])}
     assert rows["model"] == ["class", "parameters"]
     assert rows["zoo:llama"] == ["LlamaForCausalLM", "2,755,008"]
+    held = json.loads(run("zoo", "--json", "--debug")[1])
+    assert [row["name"] for row in held] == [name for name in rows if name != "model"]
 
     asked = ("prune", "zoo:resnet", "--dry-run", "--method", "magnitude")
     plan = json.loads(run(*asked, "--json")[1])
@@ -91,6 +94,15 @@ def test_inspect_zoo_and_a_dry_run_in_words(run):
     assert rows.pop("group") == ["units per block", "keeps"]
     assert rows == {name: [str(plan["sizes"][name]), str(n)] for name, n in plan["keep"].items()}
     assert f"{plan['params_before']:,} -> {plan['params_after']:,}" in out
+
+
+def test_an_export_measures_on_windows_of_the_length_asked_for(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "session_perplexity", lambda _, tokens: float(tokens.shape[1]))
+
+    asked = ("export", "zoo:llama", tmp_path / "llama.onnx", "--data", text(tmp_path))
+    told = lines(run(*asked, "--length", 24, "--windows", 3)[1])
+
+    assert told["perplexity"] == "24"
 
 
 def text(tmp_path):

@@ -186,6 +186,18 @@ def test_a_fold_is_turned_by_keys_and_spread_by_a_double_click(show):
     assert {"m:net.0", "m:net.3"} <= set(browser.execute_script(drawn))
 
 
+def test_the_legend_counts_the_groups_of_each_kind(show, pruned):
+    browser = show(pruned.deps)
+
+    rows = [row.text for row in find(browser, "#legend li")]
+
+    kinds = [group.kind for group in pruned.deps.groups]
+    for kind in ("chain", "bilinear", "head", "width", "frozen"):
+        assert any(
+            row.startswith(f"{kind}: ") and row.endswith(f"({kinds.count(kind)})") for row in rows
+        )
+
+
 def test_dark_and_light(show, pruned):
     browser = show(pruned.deps)
     first = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
