@@ -205,7 +205,7 @@ def _row(name: str, values: dict[str, float], module: GraphModule, sample: Args)
 
 def _write(pruned: Pruned, output: Path, name: str, tokenizer: Any) -> None:
     save(pruned, output / name, tokenizer=tokenizer)
-    to_html(pruned.deps, output / "graph.html", pruned.plan, pruned.report)
+    to_html(pruned.deps, output / "graph.html", pruned.plan, pruned.report, name)
 
 
 def _record(output: Path, target: Target, heldout: Tensor, sample: Args, rows: list[Row]) -> None:

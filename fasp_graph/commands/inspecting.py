@@ -52,7 +52,7 @@ def inspect_command(
     with stages("analyse"):
         deps = analyze(target.model, target.inputs)
     if html is not None:
-        said(f"wrote {to_html(deps, html)}")
+        said(f"wrote {to_html(deps, html, name=target.name)}")
     if output is not None and form:
         said(f"wrote {write(deps, form, output)}")
     elif form:

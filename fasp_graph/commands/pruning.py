@@ -184,7 +184,7 @@ def _write(
 
     def pages(folder: Path) -> None:
         write_report(folder, target.name, pruned.report.to_dict(), figures, asked)
-        to_html(pruned.deps, folder / "graph.html", pruned.plan, pruned.report)
+        to_html(pruned.deps, folder / "graph.html", pruned.plan, pruned.report, target.name)
 
     return Path(save(pruned, output, tokenizer=target.tokenizer, facts=facts, extra=pages))
 
