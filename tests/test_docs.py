@@ -3,10 +3,13 @@
 import html
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 
 import fasp_graph as fg
@@ -33,6 +36,23 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         exec(compile(block, f"{page.name}, block {number}", "exec"), names)
 
     assert any("assert" in block for block in blocks(page))
+
+
+def test_the_readmes_own_model_goes_through_the_command_line(run, tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    (mine,) = [block for block in blocks(ROOT / "README.md") if "def build" in block]
+    calls = re.findall(r"^ {4}fasp-graph (.*mine:build.*)$", text, re.M)
+    (tmp_path / "mine.py").write_text(mine)
+    monkeypatch.chdir(tmp_path)
+
+    for call in calls:
+        code, _, error = run(*shlex.split(call))
+        assert code == 0, error
+
+    assert len(calls) == 2 and (tmp_path / "own/report.html").is_file()
+    session = onnxruntime.InferenceSession(tmp_path / "own.onnx")
+    feed = {held.name: np.zeros((5, 6), np.float32) for held in session.get_inputs()}
+    assert session.run(None, feed)[0].shape == (5, 3)
 
 
 def plain_text(markup):
