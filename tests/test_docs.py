@@ -1,5 +1,6 @@
 """The documentation: its Python runs, its links and references hold, its commands exist."""
 
+import ast
 import html
 import importlib.util
 import re
@@ -85,6 +86,33 @@ def test_commands_in_the_pages_exist():
     }
 
     assert named == known
+
+
+def messages():
+    """Every text in the sources but docstrings, with `...` where a value goes."""
+    for path in (*(ROOT / "fasp_graph").rglob("*.py"), *(ROOT / "passes").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        docs = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            if not docs & {*parts} and isinstance(node, (ast.JoinedStr, ast.Constant)):
+                yield "".join(
+                    str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "..."
+                    for part in parts
+                )
+
+
+def test_each_row_of_troubleshooting_is_a_message_of_the_sources():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    rows = re.findall(r"^\| `(.*?)`.*\|$", page, re.M)
+    known = list(messages())
+
+    unknown = []
+    for row in rows:
+        wanted = re.compile(".*".join(map(re.escape, row.split("..."))), re.S)
+        if not any(wanted.search(text) for text in known):
+            unknown.append(row)
+    assert len(rows) > 25 and unknown == []
 
 
 def test_links_between_pages_hold():
