@@ -25,7 +25,7 @@ from passes.capture import Args, as_args, capture
 from passes.errors import FaspGraphError
 
 from . import memory as peaks
-from .data import load_target
+from .data import load_target, refuse_long
 from .evaluate import flops, latency, perplexity, size_of
 from .exports.onnx import export_graph, onnx_session, run_session
 from .targets import Target
@@ -115,6 +115,7 @@ def sample_inputs(target: Target, batch: int, length: int) -> Args:
     found = _ids((args, kwargs))
     if not found:
         return args, kwargs
+    refuse_long(target, length)
     high = int(found[0].max()) + 1
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, high, (batch, length), generator=generator).to(found[0].device)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from passes.capture import Args, Captured, as_args
+from passes.capture import Args, Captured, as_args, tensors
 from passes.errors import CalibrationError, ConfigError
 from passes.lazy import is_lazy
 from passes.restore import TOWARDS
@@ -30,16 +30,21 @@ def needs_data(config: Config) -> bool:
     return passes.score in NEEDS_DATA or passes.restore != "none" or passes.allocation != "uniform"
 
 
+def refuse_dataless(calibration: Any, config: Config) -> None:
+    """CalibrationError if there are no batches, and a step of the method needs some."""
+    if calibration is None and needs_data(config):
+        p = config.passes
+        raise CalibrationError(
+            f"score={p.score}, restore={p.restore}, allocation={p.allocation} need calibration "
+            "batches · help: pass calibration=..., or method='magnitude'"
+        )
+
+
 def batches_of(calibration: Any, inputs: Args, config: Config) -> list[Args]:
     """The batches as arguments of the form of `inputs`; CalibrationError if there are none, or if
     one has another form.
     """
-    if calibration is None:
-        p = config.passes
-        raise CalibrationError(
-            f"score={p.score}, restore={p.restore}, allocation={p.allocation} need calibration "
-            "batches · help: pass calibration, or method='magnitude'"
-        )
+    refuse_dataless(calibration, config)
     if isinstance(calibration, (str, bytes, Tensor)) or not hasattr(calibration, "__iter__"):
         raise CalibrationError(
             f"calibration is {type(calibration).__name__}, not an iterable of batches · help: "
@@ -143,13 +148,16 @@ def solving(config: Config) -> bool:
     return config.passes.score == "obs" or config.passes.restore not in ("none", "bias")
 
 
-def few_tokens(found: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
-    """A note for each weight whose input has fewer tokens than channels: weight -> (tokens,
-    channels). Its Gram matrix has no full rank, so the ridge decides what the data do not.
+def few_tokens(found: Mapping[str, tuple[int, int]], inputs: Args) -> tuple[str, ...]:
+    """A note for each weight whose input has fewer tokens (of images: samples, each place of a
+    convolution one) than channels: weight -> (tokens, channels). Its Gram matrix has no full
+    rank, so the ridge decides what the data do not.
     """
+    ids = any(not value.is_floating_point() for value in tensors(inputs))
+    what = "tokens" if ids else "samples"
     return tuple(
-        f"few tokens: {tokens} calibration tokens for the {channels} channels that enter {name}; "
-        f"its repair leans on the ridge · help: calibrate on at least {channels} tokens"
+        f"few {what}: {tokens} calibration {what} for the {channels} channels that enter {name}; "
+        f"its repair leans on the ridge · help: calibrate on at least {channels} {what}"
         for name, (tokens, channels) in found.items()
         if tokens < channels
     )

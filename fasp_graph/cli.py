@@ -10,8 +10,10 @@ came from.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
+from typing import Annotated
 
 import transformers
 import typer
@@ -21,9 +23,11 @@ from rich.markup import escape
 from passes.errors import FaspGraphError
 
 from .commands.inspecting import inspect_command
+from .commands.interrupts import interruptible
 from .commands.measuring import bench_command, eval_command, export_command, zoo_command
 from .commands.pruning import prune_command
 from .commands.recovering import recover_command
+from .folders.manifest import versions
 from .scale.distributed import joined
 
 app = typer.Typer(
@@ -31,6 +35,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        own, *others = (f"{name} {held}" for name, held in sorted(versions().items()))
+        print(f"{own} ({', '.join(others)})")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show versions and exit.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    pass
+
+
 for _name, _command in (
     ("inspect", inspect_command),
     ("prune", prune_command),
@@ -40,7 +63,7 @@ for _name, _command in (
     ("export", export_command),
     ("zoo", zoo_command),
 ):
-    app.command(_name)(_command)
+    app.command(_name)(interruptible(_command))
 
 
 def main() -> None:
@@ -56,10 +79,27 @@ def main() -> None:
     except OSError as error:  # where it names a path, that is no folder, full or not ours
         told = FaspGraphError(f"{error.filename}: {error.strerror} · help: another path")
         _fail(told if error.filename else error, 2 if error.filename else 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # outside of a command
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:  # the last stop before the user: never a page of traceback
         _fail(error, 1)
+
+
+def in_flags(message: str) -> str:
+    """A message whose help names flags where it named arguments: `lora=0` is `--lora 0`."""
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    held = [flag for command in commands for flag in command.params]
+    names = {flag.name for flag in held if flag.param_type_name == "option"}
+    told, found, way_out = message.partition("help: ")
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[3] or ""
+        if name not in names or not (match[2] or "_" in name):
+            return match[0]
+        return f"--{name.replace('_', '-')}" + (f" {value}" if match[2] else "")
+
+    return told + found + re.sub(r"(?<![\w(.'-])(\w+)\b(?! =)(='?([\w./]*)'?)?", flag, way_out)
 
 
 def _fail(error: Exception, code: int) -> None:
@@ -67,7 +107,7 @@ def _fail(error: Exception, code: int) -> None:
     if "--debug" in sys.argv:
         raise error
     inside = "" if code == 2 else " · help: this is a bug; run again with --debug and report it"
-    message = f"{type(error).__name__}: {error}{inside}"
+    message = f"{type(error).__name__}: {in_flags(str(error))}{inside}"
     Console(stderr=True).print(f"[red]{escape(message)}[/red]", soft_wrap=True, highlight=False)
     sys.exit(code)
 

@@ -41,30 +41,31 @@ LAYOUTS = ("free", "uniform")
 class Config:
     """Options of `prune`.
 
-    sparsity   removed share of the parameters in scope: all of the layers that a chain, bilinear or
-               head group goes through, pruned or not. The share of the whole model is smaller: of
-               a language model embeddings, norms and output head are not in scope
-    method     preset of (score, restore, allocation): best; fasp, slimgpt, flap, wanda, magnitude
-               and random from the literature (docs/accuracy.md)
-    score      overrides the method's score: obs, fasp, wanda_l2, magnitude, flap, taylor,
-               numerical, random
-    restore    overrides the method's repair: none, bias, fasp, obs, affine, asymmetric, residual,
-               outputs
-    allocation overrides how the sparsity is spread over groups: uniform, sensitivity, curves,
-               standardised, influence
-    kinds      kinds of groups to prune: chain, bilinear (Q and K, scored by weight magnitude, not
-               repaired), head (whole heads, KV groups, experts), width (the residual stream: not
-               exact, since norms then see fewer channels)
-    align      what a group keeps of all its blocks together is a multiple of this
-    min_keep   units that every block keeps at least
-    ridge      the repair's ridge, relative to the mean of the Gram matrix's diagonal
-    layout     free: every group keeps what it should; uniform: only groups whose size a field of
-    the model's configuration says, equally many units for all groups of a field, so that a plain
-    from_pretrained loads the result
-    seed       for score=random and the inputs of the verification
-    max_memory bytes of live activations to hold in memory between nodes; more is spilled to files
-               in the folder for temporary files. None: all of them
-    check      check after every op of the analysis that no axis lost its labels
+    Attributes:
+        sparsity: removed share of the parameters in scope, which are all of the layers that a
+            chain, bilinear or head group goes through, pruned or not. The share of the whole model
+            is smaller: of a language model embeddings, norms and output head are not in scope.
+        method: preset of score, restore and allocation: best; fasp, slimgpt, flap, wanda,
+            magnitude and random from the literature (docs/accuracy.md).
+        score: overrides the method's score: obs, fasp, wanda_l2, magnitude, flap, taylor,
+            numerical, random.
+        restore: overrides the method's repair: none, bias, fasp, obs, affine, asymmetric,
+            residual, outputs.
+        allocation: overrides how the sparsity is spread over groups: uniform, sensitivity, curves,
+            standardised, influence.
+        kinds: kinds of groups to prune: chain, bilinear (Q and K, scored by weight magnitude, not
+            repaired), head (whole heads, KV groups, experts), width (the residual stream: not
+            exact, since norms then see fewer channels).
+        align: what a group keeps of all its blocks together is a multiple of this.
+        min_keep: units that every block keeps at least.
+        ridge: the repair's ridge, relative to the mean of the Gram matrix's diagonal.
+        layout: free, where every group keeps what it should, or uniform: only groups whose size a
+            field of the model's configuration says, equally many units for all groups of a field,
+            so that a plain from_pretrained loads the result.
+        seed: for score=random and the inputs of the verification.
+        max_memory: bytes of live activations to hold in memory between nodes; more is spilled to
+            files in the folder for temporary files. Without it all of them are held.
+        check: check after every op of the analysis that no axis lost its labels.
     """
 
     sparsity: float = 0.3

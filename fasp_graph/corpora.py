@@ -23,6 +23,8 @@ from torch import Tensor
 
 from passes.errors import CalibrationError, FaspGraphError
 
+from .network import offline_without_network
+
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"})
 TABLES = frozenset({".jsonl", ".json", ".parquet"})
 TEXTS = frozenset({".txt", ".md", ".py", ".rst"})
@@ -166,7 +168,8 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _hub(source: str, evaluation: bool) -> Iterator[str]:
-    import datasets
+    offline_without_network()
+    import datasets  # reads at import whether there is a network
 
     corpus = CORPORA.get(source) or Corpus(source, {}, "train", "test")
     split = corpus.evaluation if evaluation else corpus.calibration
@@ -192,10 +195,23 @@ def factory(text: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the user's module, which may fail in any way
         raise FaspGraphError(
-            f"cannot import {text}: {error} · help: package.module:name, importable from "
-            "the working folder or installed"
+            f"cannot import {text}: {type(error).__name__}: {error} · help: package.module:name, "
+            "importable from the working folder or installed"
+        ) from error
+
+
+def made(text: str) -> Any:
+    """What the function that package.module:name names returns; an iterator as a list."""
+    build = factory(text)
+    try:
+        found = build()
+        return list(found) if isinstance(found, Iterator) else found
+    except Exception as error:  # the user's code, which may fail in any way
+        raise CalibrationError(
+            f"{text}() failed: {type(error).__name__}: {error} · help: mend the function that "
+            "--calibration, --evaluation or --data names; --debug shows where"
         ) from error
 
 
@@ -224,8 +240,14 @@ def image_batches(
     channels, height, width = shape
     rows = []
     for file in files:
-        with Image.open(file) as image:
-            small = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+        try:
+            with Image.open(file) as image:
+                small = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise CalibrationError(
+                f"{file} is no image that can be read: {error} · help: replace it, or take it out "
+                "of the folder that --calibration or --data names"
+            ) from error
         pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
         rows.append(pixels.view(height, width, -1).movedim(-1, 0).float() / 255)
     middle, spread = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))

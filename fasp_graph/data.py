@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from passes.capture import as_args, placed
 from passes.errors import CalibrationError, ConfigError, FaspGraphError
 
 from .corpora import (
-    factory,
     image_batches,
     image_files,
     is_factory,
+    made,
     refuse_missing,
     text_of,
 )
@@ -79,7 +80,7 @@ def device_of(text: str | None, stream: bool = False) -> torch.device | None:
 def calibration_batches(target: Target, source: str, length: int, count: int) -> list[Any]:
     """Batches like the target's inputs, of a factory, a folder of images, or text."""
     if is_factory(source) and not Path(source).exists():
-        return list(factory(source)())
+        return _batches(made(source), source)
     if files := image_files(source):
         return image_inputs(target, files[:count])
     refuse_missing(source)
@@ -88,6 +89,7 @@ def calibration_batches(target: Target, source: str, length: int, count: int) ->
             f"{target.name} has no tokenizer, so text cannot calibrate it{_absent(source)} · help: "
             "pass package.module:factory, a function that returns batches like the inputs"
         )
+    refuse_long(target, length)
     windows = windows_of(text_of(source), target.tokenizer, length, count, source)
     return [like(target.inputs, batch) for batch in windows.split(8)]
 
@@ -95,10 +97,11 @@ def calibration_batches(target: Target, source: str, length: int, count: int) ->
 def heldout_tokens(target: Target, source: str, length: int, count: int | None) -> Tensor:
     """[N, length] windows of the text that perplexity is measured on."""
     if is_factory(source) and not Path(source).exists():
-        found = factory(source)()
+        found = made(source)
         if not isinstance(found, Tensor) or found.dim() != 2:
             raise FaspGraphError(
-                f"{source} returned {type(found).__name__} · help: return ids [windows, length]"
+                f"{source} returned {type(found).__name__} · help: --evaluation and --data take a "
+                "function that returns ids [windows, length]"
             )
         return found
     refuse_missing(source)
@@ -107,7 +110,32 @@ def heldout_tokens(target: Target, source: str, length: int, count: int | None) 
             f"{target.name} has no tokenizer, so it has no perplexity on text{_absent(source)} · "
             "help: pass package.module:factory, a function that returns tokens [windows, length]"
         )
+    refuse_long(target, length)
     return windows_of(text_of(source, evaluation=True), target.tokenizer, length, count, source)
+
+
+def _batches(found: Any, source: str) -> list[Any]:
+    """What a factory returned, as batches like the inputs."""
+    if not isinstance(found, Iterable) or isinstance(found, (str, bytes, Tensor, Mapping)):
+        raise CalibrationError(
+            f"{source} returned {type(found).__name__}, not batches · help: --calibration (of "
+            "recover --data) takes a function that returns a list of batches like the inputs"
+        )
+    return list(found)
+
+
+def refuse_long(target: Target, length: int) -> None:
+    """ConfigError if windows of `length` tokens go beyond the positions that the model's
+    configuration states.
+    """
+    config: Any = getattr(target.model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise ConfigError(
+            f"{target.name} has {positions} positions (max_position_embeddings), fewer than "
+            f"windows of {length} tokens · help: --length {positions}, or less"
+        )
 
 
 def _absent(source: str) -> str:

@@ -78,13 +78,13 @@ def quantised_by(config: Any) -> str:
     return str(getattr(method, "value", method))
 
 
-def refuse_unstreamable(model: nn.Module, config: Config) -> None:
+def refuse_unstreamable(lazy: bool, config: Config) -> None:
     """ConfigError if weights are read one by one and the method needs all of them at once."""
-    if is_lazy(model) and config.passes.allocation != "uniform":
+    if lazy and config.passes.allocation != "uniform":
         raise ConfigError(
             f"method={config.method} spreads the sparsity by allocation="
             f"{config.passes.allocation}, which needs all weights in memory · help: "
-            "allocation='uniform', or method='fasp'"
+            "method='fasp', or allocation='uniform'"
         )
 
 

@@ -29,7 +29,7 @@ from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
 from passes.verify import verify
 
-from .calibration import few_tokens
+from .calibration import few_tokens, refuse_dataless
 from .config import Config
 from .decide import Progress, decide
 from .emit.layout import Said, uniform_groups
@@ -108,17 +108,25 @@ def prune(
 ) -> Pruned:
     """Prune `model`; the model itself is not changed.
 
-    `inputs`: example inputs (a tensor, a tuple or a dict). `calibration`: batches of the same
-    form, or None for methods that need no data. `program`: what `read` made of this model and
-    these inputs, where it is pruned several times. `progress(stage, done, total)` is called as the
-    work goes on; total is 0 where it is not known. `work`: a folder for what is finished; the
-    same call goes on from there after an interruption (fasp_graph/scale/journal.py). Raises
-    FaspGraphError: CaptureError, BudgetError, CalibrationError, VerificationError...
+    Args:
+        model: any module.
+        inputs: example inputs (a tensor, a tuple or a dict).
+        calibration: batches of the same form, or None for methods that need no data.
+        config: the options.
+        progress: progress(stage, done, total) is called as the work goes on; total is 0 where it
+            is not known.
+        program: what `read` made of this model and these inputs, where it is pruned several times.
+        work: a folder for what is finished; the same call goes on from there after an
+            interruption (fasp_graph/scale/journal.py).
+
+    Raises:
+        FaspGraphError: CaptureError, BudgetError, CalibrationError, VerificationError...
     """
     config = config or Config()
     refuse_modelless(model)
     refuse_unmergeable(model)
-    refuse_unstreamable(model, config)
+    refuse_unstreamable(is_lazy(model), config)
+    refuse_dataless(calibration, config)
     restart()
     program = program or read(model, inputs, config.check, progress)
     captured, deps, seconds = program.captured, program.deps, dict(program.seconds)
@@ -229,7 +237,7 @@ def _report(
         error,
         left,
         decisions.forward_passes,
-        few_tokens(decisions.seen),
+        few_tokens(decisions.seen, captured.inputs),
         peak_host(),
         peak_cuda(),
         shapes_of(*captured.inputs),

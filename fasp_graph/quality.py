@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from passes.errors import ConfigError
 
-from .corpora import factory, image_files, is_factory, refuse_missing, text_of
-from .data import image_inputs, like, load_target, windows_of
+from .corpora import image_files, is_factory, made, refuse_missing, text_of
+from .data import image_inputs, like, load_target, refuse_long, windows_of
 from .evaluate import perplexity, spread
 from .measures import accuracy, similarity
 from .targets import Target
@@ -35,16 +35,23 @@ class Quality:
             return self._similarity(self.reference)
         if self.data is not None and image_files(self.data):
             return self._accuracy(self._labelled(Path(self.data)))
-        made = self._made()
-        if made is not None and not isinstance(made, torch.Tensor):
-            return self._accuracy(list(made))
-        return self._perplexity(made)
+        found = self._made()
+        if found is not None and not isinstance(found, torch.Tensor):
+            return self._accuracy(found)
+        return self._perplexity(found)
 
     def _made(self) -> Any:
         """What a factory returns: tokens, or batches with labels."""
         if self.data is None or not is_factory(self.data) or Path(self.data).exists():
             return None
-        return factory(self.data)()
+        found = made(self.data)
+        pairs = isinstance(found, (list, tuple)) and all(map(_is_pair, found))
+        if not pairs and not (isinstance(found, torch.Tensor) and found.dim() == 2):
+            raise ConfigError(
+                f"{self.data} returned {type(found).__name__} · help: --data takes a function that "
+                "returns ids [windows, length], or a list of pairs (inputs, labels)"
+            )
+        return found
 
     def _perplexity(self, tokens: Any) -> dict[str, Any]:
         if tokens is None and self.data is not None:
@@ -65,6 +72,7 @@ class Quality:
         refuse_missing(data)
         if self.target.tokenizer is None:
             raise ConfigError(self._mute())
+        refuse_long(self.target, self.length)
         text = text_of(data, evaluation=True)
         spread = self.stride is None  # windows that overlap have to lie side by side
         rows = windows_of(
@@ -84,6 +92,7 @@ class Quality:
         tokenizer = self.target.tokenizer or dense.tokenizer
         if tokenizer is None:
             raise ConfigError(self._mute())
+        refuse_long(self.target, self.length)
         text = text_of(self.data, evaluation=True)
         rows = windows_of(text, tokenizer, self.length, self.windows, self.data)
         batches = [like(self.target.inputs, part) for part in rows.split(8)]
@@ -118,3 +127,9 @@ class Quality:
     def _protocol(self, samples: int) -> dict[str, Any]:
         parameter = next(self.target.model.parameters(), torch.zeros(()))
         return {"samples": samples, "dtype": str(parameter.dtype).removeprefix("torch.")}
+
+
+def _is_pair(batch: Any) -> bool:
+    """Whether it is (inputs, labels)."""
+    pair = isinstance(batch, (list, tuple)) and len(batch) == 2
+    return pair and isinstance(batch[1], torch.Tensor)

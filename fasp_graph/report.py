@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .units import counted, in_bytes
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -75,13 +77,15 @@ class Report:
         """A short summary in words."""
         kept = sum(group.kept for group in self.groups)
         units = sum(group.units for group in self.groups)
+        keep = "keeps" if len(self.groups) == 1 else "keep"
+        forward = "pass" if self.forward_passes == 1 else "passes"
         return (
             f"parameters {self.params_before:,} -> {self.params_after:,}, "
             f"{self.removed:.1%} of all and {self.sparsity:.1%} of those in scope removed\n"
             f"FLOPs {self.flops_before:,} -> {self.flops_after:,} at {self.inputs}\n"
-            f"{len(self.groups)} groups keep {kept} of {units} units\n"
+            f"{counted(len(self.groups), 'group')} {keep} {kept:,} of {counted(units, 'unit')}\n"
             f"{self._left_alone()}\n"
-            f"verified to {self.verify_max_error:.1e}, {self.forward_passes:g} forward passes, "
+            f"verified to {self.verify_max_error:.1e}, {self.forward_passes:g} forward {forward}, "
             f"{sum(self.seconds.values()):.1f} s{self._memory()}"
         )
 
@@ -90,8 +94,9 @@ class Report:
         reasons = Counter((held.kind, held.reason.split(" · ")[0]) for held in self.frozen)
         told = ", ".join(f"{n} {kind} ({why})" for (kind, why), n in reasons.most_common())
         more = f": {told}; fasp-graph inspect MODEL --frozen tells where" if told else ""
-        return f"{len(self.frozen)} groups were left alone{more}"
+        were = "was" if len(self.frozen) == 1 else "were"
+        return f"{counted(len(self.frozen), 'group')} {were} left alone{more}"
 
     def _memory(self) -> str:
         named = ((self.peak_memory, "memory"), (self.peak_memory_cuda, "GPU memory"))
-        return "".join(f", {held / 1e6:,.0f} MB of {name} at most" for held, name in named if held)
+        return "".join(f", {in_bytes(held)} of {name} at most" for held, name in named if held)

@@ -28,6 +28,7 @@ from .folders.lazyfolder import open_folder, return_freed_memory
 from .folders.manifest import checked_files, read_manifest
 from .inputs import UNQUANTISED, quantised_by
 from .jsontext import read_object
+from .network import offline_without_network
 
 EXAMPLE = (
     3,
@@ -165,6 +166,13 @@ def _auto_model(text: str, local: bool) -> nn.Module:
         )
     if not local and text.startswith((".", "/", "~")):
         raise FaspGraphError(f"no folder {text} · help: zoo:NAME, a folder, package.module:factory")
+    if Path(text).is_file():
+        raise FaspGraphError(
+            f"{text} is a file, not the folder of a model · help: name the folder that holds its "
+            "config.json"
+        )
+    if not local:
+        offline_without_network()
     options = {"local_files_only": local, "trust_remote_code": False, "dtype": torch.float32}
     config = None
     try:

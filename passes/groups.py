@@ -16,6 +16,7 @@ frozen     reaches an output, an input, an index, an unknown op: never removed; 
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -153,9 +154,10 @@ class DependencyGraph:
         not prunable. Layers that repeat are told as one (passes/names.py).
         """
         if parameter not in self.parameters:
-            near = [name for name in self.parameters if parameter in name][:5]
-            near = near or list(self.parameters)[:5]
-            raise FaspGraphError(f"no parameter {parameter!r} · help: close names: {near}")
+            near = [name for name in self.parameters if parameter in name]
+            near += difflib.get_close_matches(parameter, self.parameters, 5)
+            names = ", ".join(list(dict.fromkeys(near or self.parameters))[:5])
+            raise FaspGraphError(f"no parameter {parameter!r} · help: close names: {names}")
         lines = [f"{parameter} {list(self.parameters[parameter])}"]
         for group in self.groups:
             for member in group.members:

@@ -1,6 +1,7 @@
 """Shared test options and fixtures."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -37,3 +38,18 @@ def mlp():
         torch.nn.ReLU(),
         torch.nn.Linear(12, 5),
     )
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command line in this process: its words -> exit code, stdout, stderr."""
+    from fasp_graph import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fasp-graph", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call

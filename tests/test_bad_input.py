@@ -299,8 +299,8 @@ def test_fewer_tokens_than_channels_lean_on_the_ridge_and_say_so(method):
     assert result.report.verify_max_error <= 1e-9
     assert all(bool(weight.isfinite().all()) for weight in result.model.parameters())
     (note,) = result.report.notes
-    assert "4 calibration tokens for the 8 channels that enter 2.weight" in note
-    assert "help: calibrate on at least 8 tokens" in note
+    assert "4 calibration samples for the 8 channels that enter 2.weight" in note
+    assert "help: calibrate on at least 8 samples" in note
     assert result.report.to_dict()["notes"] == [note]
 
 

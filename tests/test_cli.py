@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import decoding
 import pytest
@@ -14,22 +15,10 @@ from transformers import AutoConfig
 
 import fasp_graph as fg
 from fasp_graph import bench, cli, data
-from fasp_graph.commands import demo, inspecting, pruning, terminal
+from fasp_graph.commands import demo, dryrun, inspecting, pruning, terminal
 from fasp_graph.exports.onnx import export_graph
 
 PERPLEXITIES = ("perplexity_before", "perplexity_after")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fasp-graph", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return call
 
 
 def test_flags_are_the_fields_of_config(run):
@@ -98,8 +87,20 @@ def test_inspect_tells_in_words(run):
     code, out, _ = run("inspect", "zoo:resnet", "--frozen")
     assert code == 0 and "frozen" in out and "layer1.0.conv1.0" in out
 
-    code, out, _ = run("inspect", "zoo:resnet", "--explain", "layer1.0.conv1.weight")
+    explained = ("inspect", "zoo:resnet", "--explain", "layer1.0.conv1.weight")
+    code, out, _ = run(*explained)
     assert code == 0 and "goes with: " in out
+    found = json.loads(run(*explained, "--json")[1])
+    assert found["explanation"] == out.rstrip("\n") and found["shape"]
+    names = [group["name"] for group in found["groups"]]
+    assert "layer1.0.conv1.0" in names and all(name in out for name in names)
+
+
+def test_frozen_groups_are_listed_when_asked_for(run):
+    plain, frozen = (run("inspect", "zoo:resnet", *more)[1] for more in ((), ("--frozen",)))
+
+    assert "frozen" not in plain and "reason" not in plain
+    assert "frozen" in frozen and "reaches" in frozen
 
 
 def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
@@ -121,8 +122,24 @@ def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
     assert plan["exact"] and "Plan, nothing pruned" in words and "a run keeps other" not in words
 
 
+@pytest.mark.parametrize("method", ["best", "fasp", "flap", "magnitude"])
+def test_a_dry_run_expects_the_passes_that_a_run_takes(run, monkeypatch, method):
+    clock = iter(range(100))  # every look at the clock is a second after the one before
+    monkeypatch.setattr(dryrun, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    asked = ("prune", "zoo:llama-random", "--method", method, "--json")
+
+    plan = json.loads(run(*asked, "--dry-run")[1])
+
+    report = json.loads(run(*asked)[1])
+    passes = plan["forward_passes"]
+    assert passes == report["forward_passes"]
+    batches = len(data.load_target("zoo:llama-random").calibration)
+    deciding = plan["expected_seconds"] - 2  # capture and couple, and as much again
+    assert deciding == 0 if method == "magnitude" else 0 < deciding - batches * passes < batches
+
+
 def little():
-    """A model, its inputs, and fewer calibration tokens than its layers have channels."""
+    """A model, its inputs, and fewer calibration samples than its layers have channels."""
     torch.manual_seed(0)
     layers = [nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)]
     return nn.Sequential(*layers), torch.randn(2, 3), [torch.randn(5, 3)]
@@ -133,7 +150,7 @@ def test_too_little_calibration_is_one_warning_beside_the_result(run):
 
     assert code == 0, error
     assert error.count("warning") == 1 and "1 more like it in the report" in error
-    assert "5 calibration tokens for the 8 channels that enter 2.weight" in error
+    assert "few samples: 5 calibration samples for the 8 channels that enter 2.weight" in error
     assert len(json.loads(out)["notes"]) == 2
 
 
@@ -159,6 +176,10 @@ def test_prune_writes_a_report_and_a_picture(run, tmp_path):
 
     report = json.loads((folder / "report.json").read_text())
     assert report["params_after"] < report["params_before"]
+    asked = report["asked"]
+    assert (asked["seed"], asked["score"], asked["ridge"]) == (1, "magnitude", 0.1)
+    assert asked["calibration data"].startswith("that of llama-random") and asked["versions"]
+    assert json.loads((folder / "fasp_graph.json").read_text())["config"]["seed"] == 1
     page = (folder / "report.html").read_text()
     assert "<script" not in page and f"{report['params_after']:,}" in page
     assert all(group["name"].rsplit(".", 1)[0] in page for group in report["groups"])
@@ -253,7 +274,8 @@ def test_a_device_is_chosen_or_refused_with_a_reason(run):
     ):
         code, _, error = run("eval", "zoo:llama-random", "--device", device)
         assert code == 2 and reason in error and "help: cpu, " in error
-    code, _, error = run("prune", "zoo:llama-random", "--stream", "--device", "cuda")
+    streamed = ("prune", "zoo:llama-random", "--stream", "--method", "fasp")
+    code, _, error = run(*streamed, "--device", "cuda")
     assert code == 2 and "--stream computes on the CPU · help: leave --device out" in error
 
 
@@ -304,7 +326,7 @@ def test_a_card_names_no_path_of_this_machine(tmp_path):
     facts = pruning._facts(target, str(texts), "wikitext2", dict.fromkeys(PERPLEXITIES, 2.0))
 
     assert facts["model"] == tmp_path.name
-    assert facts["calibration data"] == "texts, 1 batches"
+    assert facts["calibration data"] == "texts, 1 batch"
     assert facts["evaluation data"] == "wikitext2"
 
 
@@ -362,8 +384,19 @@ def test_an_interrupt_is_exit_code_130(run, monkeypatch):
     assert run("inspect", "zoo:resnet")[0] == 130
 
 
-def test_debug_shows_where_an_error_came_from(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["fasp-graph", "inspect", "zoo:nothing", "--debug"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "zoo:nothing", "--debug"),
+        ("prune", "zoo:nothing", "--debug"),
+        ("recover", "nothing", "--output", "better", "--debug"),
+        ("eval", "zoo:nothing", "--debug"),
+        ("bench", "zoo:nothing", "--debug"),
+        ("export", "zoo:nothing", "x.onnx", "--debug"),
+    ],
+)
+def test_debug_shows_where_an_error_came_from(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["fasp-graph", *words])
 
     with pytest.raises(fg.FaspGraphError):
         cli.main()

@@ -155,7 +155,7 @@ def test_factories_give_batches_and_tokens(tmp_path, monkeypatch, target):
     (batch,) = data.calibration_batches(target, "my_data:batches", 8, 4)
     assert batch["input_ids"].shape == (1, 5)
     assert data.heldout_tokens(target, "my_data:tokens", 8, 4).shape == (3, 7)
-    with pytest.raises(fg.FaspGraphError, match=r"return ids \[windows, length\]"):
+    with pytest.raises(fg.FaspGraphError, match=r"returns ids \[windows, length\]"):
         data.heldout_tokens(target, "my_data:wrong", 8, 4)
 
 

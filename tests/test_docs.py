@@ -1,14 +1,21 @@
 """The documentation: its Python runs, its links and references hold, its commands exist."""
 
+import ast
+import html
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 
+import fasp_graph as fg
 from fasp_graph import cli
+from fasp_graph.commands.flags import field_docs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,6 +39,27 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     assert any("assert" in block for block in blocks(page))
 
 
+def test_the_readmes_own_model_goes_through_the_command_line(run, tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    (mine,) = [block for block in blocks(ROOT / "README.md") if "def build" in block]
+    calls = re.findall(r"^ {4}fasp-graph (.*mine:build.*)$", text, re.M)
+    (tmp_path / "mine.py").write_text(mine)
+    monkeypatch.chdir(tmp_path)
+
+    for call in calls:
+        code, _, error = run(*shlex.split(call))
+        assert code == 0, error
+
+    assert len(calls) == 2 and (tmp_path / "own/report.html").is_file()
+    session = onnxruntime.InferenceSession(tmp_path / "own.onnx")
+    feed = {held.name: np.zeros((5, 6), np.float32) for held in session.get_inputs()}
+    assert session.run(None, feed)[0].shape == (5, 3)
+
+
+def plain_text(markup):
+    return " ".join(html.unescape(re.sub("<[^>]+>", "", markup)).split())
+
+
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("mkdocs", "material", "mkdocstrings"))),
     reason="the documentation's tools are not installed: pip install -e '.[docs]'",
@@ -41,7 +69,12 @@ def test_the_site_builds_without_warnings(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "site/reference/index.html").read_text().count("fasp_graph.") > 5
+    page = (tmp_path / "site/reference/index.html").read_text()
+    assert page.count("fasp_graph.") > 5 and "<details" not in page
+    items = dict(re.findall(r"<li [^>]*>\s*<b>(.*?)</b>(.*?)</li>", page, re.S))
+    told = {plain_text(name): plain_text(text) for name, text in items.items()}
+    for name, meaning in field_docs(fg.Config.__doc__).items():
+        assert told[name].endswith(f"– {meaning}")
 
 
 def test_commands_in_the_pages_exist():
@@ -53,6 +86,33 @@ def test_commands_in_the_pages_exist():
     }
 
     assert named == known
+
+
+def messages():
+    """Every text in the sources but docstrings, with `...` where a value goes."""
+    for path in (*(ROOT / "fasp_graph").rglob("*.py"), *(ROOT / "passes").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        docs = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            if not docs & {*parts} and isinstance(node, (ast.JoinedStr, ast.Constant)):
+                yield "".join(
+                    str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "..."
+                    for part in parts
+                )
+
+
+def test_each_row_of_troubleshooting_is_a_message_of_the_sources():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    rows = re.findall(r"^\| `(.*?)`.*\|$", page, re.M)
+    known = list(messages())
+
+    unknown = []
+    for row in rows:
+        wanted = re.compile(".*".join(map(re.escape, row.split("..."))), re.S)
+        if not any(wanted.search(text) for text in known):
+            unknown.append(row)
+    assert len(rows) > 25 and unknown == []
 
 
 def test_links_between_pages_hold():

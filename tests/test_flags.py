@@ -1,10 +1,12 @@
 """Flags from fields, options from files."""
 
+import ast
 import dataclasses
 import inspect
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 import fasp_graph as fg
@@ -21,16 +23,33 @@ def test_every_field_has_a_flag_and_a_meaning():
     assert set(docs) == {field.name for field in dataclasses.fields(fg.Config)}
 
 
-def test_a_meaning_may_go_on_and_stand_after_one_space():
-    text = (
-        "Options.\n\n    sparsity share\n        of sparsity\n    kinds    what\n\n    seed  last"
-    )
+def test_help_tells_defaults_and_cuts_nothing(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    commands = typer.main.get_command(app).commands
+    told = {name: run(name, "--help")[1] for name in commands}
 
-    assert flags.field_docs(text) == {
-        "sparsity": "share of sparsity",
-        "kinds": "what",
-        "seed": "last",
-    }
+    for name, command in commands.items():
+        held = [flag for flag in command.params if flag.param_type_name == "option"]
+        assert "…" not in told[name] and all(flag.opts[0] in told[name] for flag in held)
+    words = " ".join(told["prune"].replace("│", " ").split())
+    for field in dataclasses.fields(fg.Config):
+        default = "chain" if field.name == "kinds" else field.default
+        assert default is None or f"[default: ({default})]" in words, field.name
+    summary = " ".join(run("--help")[1].replace("│", " ").split())
+    assert "parameters, FLOPs, latency, and its quality on data. bench" in summary
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+
+    assert code == 0 and out.startswith("fasp-graph ") and f"torch {torch.__version__}" in out
+
+
+def test_a_meaning_may_go_on_and_hold_a_colon():
+    text = "Options.\n\nAttributes:\n    seed: one: or\n        two\n    kinds: what"
+
+    assert flags.field_docs(text) == {"seed": "one: or two", "kinds": "what"}
 
 
 def test_a_flag_may_not_hide_an_argument():
@@ -85,14 +104,67 @@ def test_wrong_files(tmp_path, text, message):
         flags.config_from(tmp_path / "a.toml", {})
 
 
-def test_every_flag_of_every_command_is_used_by_a_test():
-    tests = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+def words_of(node, named):
+    """The texts in a call or tuple, in order; names and starred parts stand for what they hold."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    if isinstance(node, ast.Name):
+        return named.get(node.id, [])
+    if isinstance(node, ast.Starred):
+        return words_of(node.value, named)
+    if isinstance(node, ast.Call):
+        return [word for held in node.args for word in words_of(held, named)]
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return [word for held in node.elts for word in words_of(held, named)]
+    return []
+
+
+def called_with(source):
+    """(command, flag) of each call of the command line in a test's source."""
+    tree = ast.parse(source)
+    for scope in (tree, *(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))):
+        named = {}
+        for node in ast.walk(scope):
+            if isinstance(node, (ast.Assign, ast.AugAssign)):
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = zip(target.elts, node.value.elts, strict=True)
+                for name, value in pairs:
+                    held = words_of(value, named)
+                    before = named.get(getattr(name, "id", None), [])
+                    named[getattr(name, "id", None)] = [*before, *held]
+        for node in ast.walk(scope):
+            words = words_of(node, named)
+            command = next((word for word in words if word in COMMANDS), None)
+            yield from ((command, word) for word in words if word.startswith("--"))
+
+
+COMMANDS = typer.main.get_command(app).commands
+USED = """
+def test(run):
+    asked, more = ("prune", "a"), ["--json"]
+    run(*asked, *("--seed", 1), *more)
+    asked += ("--stream",)
+    done = run([*asked, "--length"])
+"""
+
+
+def test_the_flags_of_a_call_are_found_in_its_source():
+    found = {flag for command, flag in called_with(USED) if command == "prune"}
+
+    assert found == {"--json", "--seed", "--stream", "--length"}
+
+
+def test_every_flag_of_every_command_is_used_by_a_test_of_that_command():
+    tests = Path(__file__).parent.glob("test_*.py")
+    used = {pair for path in tests for pair in called_with(path.read_text())}
     unused = [
         f"{name} {flag.opts[0]}"
-        for name, command in typer.main.get_command(app).commands.items()
+        for name, command in COMMANDS.items()
         for flag in command.params
         if flag.param_type_name == "option"
-        and not any(f'"{opt}"' in tests for opt in (*flag.opts, *flag.secondary_opts))
+        and not any((name, opt) in used for opt in (*flag.opts, *flag.secondary_opts))
     ]
 
     assert unused == []

@@ -86,6 +86,17 @@ def test_no_part_of_a_name_is_broken_in_a_narrow_table(deps):
         assert part in words
 
 
+def test_on_a_narrow_terminal_names_are_whole_and_stand_below_each_other(deps):
+    console, table = Console(width=60), groups_table("stack", deps, frozen=True, width=60)
+    with console.capture() as said:
+        console.print(table)
+    words = said.get().replace("│", " ")
+
+    assert "…" not in words and max(map(len, words.splitlines())) <= 60
+    for name in ("group", "members", "consumers", "reason", "layers.0-11.up.weight (x12)"):
+        assert name in words
+
+
 def test_an_explanation_names_the_others_once(deps):
     words = deps.explain("layers.3.down.weight")
 

@@ -1,6 +1,7 @@
 """The report page: curves and stages of a real run, names that are data."""
 
 import dataclasses
+import html
 import re
 
 import pytest
@@ -52,10 +53,10 @@ def test_memory_is_told(run):
     held = report.to_dict()["peak_memory"]
 
     assert held > report.bytes_before and held > 50e6  # torch alone takes more
-    assert f"{held / 1e6:,.0f} MB of memory at most" in report.to_text()
+    assert f"{held / 1e6:,.1f} MB of memory at most" in report.to_text()
     page = report_page("llama", {**report.to_dict(), "peak_memory_cuda": 3_000_000}, {})
-    assert f"<td>peak memory</td><td>{held / 1e6:,.0f} MB</td>" in page
-    assert "<td>peak GPU memory</td><td>3 MB</td>" in page
+    assert f"<td>peak memory</td><td>{held / 1e6:,.1f} MB</td>" in page
+    assert "<td>peak GPU memory</td><td>3.0 MB</td>" in page
 
 
 def test_shares_inputs_and_reasons_are_told(run):
@@ -73,10 +74,76 @@ def test_shares_inputs_and_reasons_are_told(run):
     assert "inspect MODEL --frozen" in text
 
 
+def test_one_is_told_as_one(run):
+    report = run[0].report
+    one = dataclasses.replace(
+        report, groups=report.groups[:1], frozen=report.frozen[:1], forward_passes=1.0
+    )
+    text = one.to_text()
+
+    assert "1 group keeps " in text and "1 group was left alone" in text
+    assert "1 forward pass, " in text
+
+
 def test_nothing_left_alone_has_no_reasons(run):
     text = dataclasses.replace(run[0].report, frozen=()).to_text()
 
     assert "\n0 groups were left alone\n" in text
+
+
+def cells(page, heading):
+    """The rows of the table under a heading, as text."""
+    (table,) = re.findall(rf"<h2>{heading}</h2>.*?<table.*?</table>", page, re.S)
+    rows = re.findall("<tr>(.*?)</tr>", table, re.S)
+    return [[html.unescape(text) for text in re.findall("<t[hd][^>]*>(.*?)</t", r)] for r in rows]
+
+
+def test_every_figure_stands_under_its_heading(run):
+    report = run[0].report
+    page = report_page("llama", report.to_dict(), {"latency_ms_before": 8.0, "latency_ms_after": 6})
+
+    rows = {row[0]: row[1:] for row in cells(page, "Before and after")}
+    assert rows[""] == ["before", "after", "change"]
+    before, after = report.params_before, report.params_after
+    assert rows["parameters"] == [f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"]
+    assert rows["latency ms"] == ["8", "6", "-25.0%"]
+    assert rows["memory of the weights"][:2] == [
+        f"{held / 1000:.1f} kB" for held in (report.bytes_before, report.bytes_after)
+    ]
+    seconds = {name: f"{held:.2f}" for name, held in report.seconds.items()}
+    assert dict(cells(page, "Seconds")[1:]) == seconds and len(seconds) > 4
+    heads, *groups = cells(page, "Groups")
+    assert heads[2:6] == ["units", "kept", "error before repair", "error after repair"]
+    for held, row in zip(report.groups, groups, strict=True):
+        assert row[:4] == [held.name, held.kind, f"{held.units:,}", f"{held.kept:,}"]
+        assert float(row[4].replace(",", "")) == pytest.approx(held.error_before, rel=1e-3)
+
+
+def test_the_heat_map_is_of_what_is_kept_and_darkest_where_all_is(run):
+    names = ("net.0.up.0", "net.0.down.0", "net.1.up.0")
+    kept = dict(zip(names, (8, 3, 1), strict=True))
+    first = run[0].report.to_dict()["groups"][0]
+    groups = [{**first, "name": name, "units": 8, "kept": kept[name]} for name in names]
+
+    page = report_page("net", {**run[0].report.to_dict(), "groups": groups}, {})
+
+    shown = cells(page, "Kept share of each group")
+    assert shown == [["", "up", "down"], ["net.0", "100%", "38%"], ["net.1", "13%", ""]]
+    light = [int(value) for value in re.findall(r"hsl\(188 55% (\d+)%\)", page)]
+    assert light == [50, 76, 87]
+
+
+def test_what_was_asked_for_is_told(run):
+    asked = {"method": "best", "sparsity": 0.4, "seed": 0, "score": None, "kinds": ["chain"]}
+    asked["versions"] = {"python": "3", "torch": "2"}
+
+    page = report_page("llama", run[0].report.to_dict(), {}, asked)
+
+    assert dict(cells(page, "Asked for")[1:]) == {
+        **{"method": "best", "sparsity": "0.4", "seed": "0", "kinds": "chain"},
+        "versions": "python 3, torch 2",
+    }
+    assert "native, the class's own code" in html.unescape(page) and "logarithmic scale" in page
 
 
 def test_without_curves_the_page_says_so_and_names_stay_data(run):

@@ -127,7 +127,7 @@ def test_a_model_with_buffers_is_streamed(tmp_path):
 
 
 def test_the_command_line_streams_folders_only(monkeypatch, capsys):
-    words = ["fasp-graph", "prune", "zoo:opt-random", "--stream", "--no-resume"]
+    words = ["fasp-graph", "prune", "zoo:opt-random", "--stream", "--no-resume", "--method", "fasp"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -168,7 +168,7 @@ def test_a_run_in_memory_resumes_with_the_same_numbers(tmp_path, monkeypatch):
     ]
     assert resumed.report.notes == whole_run.report.notes
     assert (
-        "36 calibration tokens for the 40 channels that enter 2.weight" in resumed.report.notes[0]
+        "36 calibration samples for the 40 channels that enter 2.weight" in resumed.report.notes[0]
     )
     count = len(repaired)
     fg.prune(model(), data[0], data[:1], CONFIG, work=work)  # other data: another run

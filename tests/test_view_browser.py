@@ -1,5 +1,6 @@
 """The page in a real headless Chromium: it loads, answers clicks and keys, and stays fast."""
 
+import re
 from types import SimpleNamespace
 
 import browser as chromium
@@ -101,8 +102,19 @@ def test_a_click_on_a_group_tells_all_about_it(show, pruned):
     detail = find(browser, "#detail")[0].text
     assert group.name in detail and group.symmetry in detail
     assert f"{len(pruned.plan.kept[group.name])} of {group.size}" in detail
-    assert "error after" in detail and group.consumers[0].line in detail
+    assert "error after repair" in detail and group.consumers[0].line in detail
     assert all(member.parameter in detail for member in group.members)
+
+
+def test_what_was_not_measured_is_left_out(show):
+    entry = models_zoo.load("llama-random")
+    pruned = fg.prune(entry.model, entry.inputs, None, fg.Config(method="magnitude"))
+    browser = show(pruned.deps, pruned.plan, pruned.report)
+
+    find(browser, "#groups .chip")[0].click()
+
+    detail = find(browser, "#detail")[0].text
+    assert "kept" in detail and "error" not in detail
 
 
 def test_a_frozen_group_says_why(show, pruned):
@@ -145,6 +157,44 @@ def test_the_outline_is_driven_by_keys(show, pruned):
     assert all(names)
 
 
+def test_open_all_opens_what_close_all_closed(show, pruned):
+    browser = show(pruned.deps, pruned.plan, pruned.report, "llama-random")
+    drawn = "return faspGraph.cy.nodes().map(node => node.data('label'))"
+
+    find(browser, "#close")[0].click()
+    (closed,) = [label for label in browser.execute_script(drawn) if label.startswith("▸ model")]
+    find(browser, "#open")[0].click()
+
+    assert re.fullmatch(r"▸ model\n\S+ → \S+ parameters", closed)
+    labels = browser.execute_script(drawn)
+    assert not any(label.startswith("▸") for label in labels)
+    assert any(label.startswith("gate_proj\nweight") for label in labels)
+    assert browser.title == find(browser, "h1")[0].text == "Coupled weights of llama-random"
+
+
+@pytest.mark.parametrize("name", ["unet", "mixtral"])
+def test_the_first_view_holds_the_whole_graph(show, name):
+    entry = models_zoo.load(name)
+
+    browser = show(fg.analyze(entry.model, entry.inputs))
+
+    left, top, right, bottom, width, height = browser.execute_script(
+        "const { cy } = faspGraph, b = cy.elements().renderedBoundingBox();"
+        "return [b.x1, b.y1, b.x2, b.y2, cy.width(), cy.height()];"
+    )
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+
+
+def test_experts_of_one_card_are_marked_as_coupled_within(show):
+    entry = models_zoo.load("mixtral")
+
+    browser = show(fg.analyze(entry.model, entry.inputs))
+
+    labels = browser.execute_script("return faspGraph.cy.nodes().map(node => node.data('label'))")
+    marked = [label for label in labels if "within" in label]
+    assert marked and all("experts" in label and "↻ chain" in label for label in marked)
+
+
 def test_a_double_click_closes_and_opens_a_module(show, pruned):
     browser = show(pruned.deps)
     drawn = "return faspGraph.cy.nodes().length"
@@ -175,13 +225,27 @@ def test_a_fold_is_turned_by_keys_and_spread_by_a_double_click(show):
     assert {"m:net.0", "m:net.3"} <= set(browser.execute_script(drawn))
 
 
+def test_the_legend_counts_the_groups_of_each_kind(show, pruned):
+    browser = show(pruned.deps)
+
+    rows = [row.text for row in find(browser, "#legend li")]
+
+    kinds = [group.kind for group in pruned.deps.groups]
+    for kind in ("chain", "bilinear", "head", "width", "frozen"):
+        assert any(
+            row.startswith(f"{kind}: ") and row.endswith(f"({kinds.count(kind)})") for row in rows
+        )
+
+
 def test_dark_and_light(show, pruned):
     browser = show(pruned.deps)
     first = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    offered = find(browser, "#theme")[0].text
 
     find(browser, "#theme")[0].click()
 
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") != first
+    assert (offered, find(browser, "#theme")[0].text) in (("Dark", "Light"), ("Light", "Dark"))
 
 
 def test_hostile_names_are_only_text(show):

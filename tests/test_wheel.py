@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("fasp_graph", "passes", "models_zoo")
-FILES = ("pyproject.toml", "README.md", "LICENSE")
+ENTRY = "fasp_graph_entry.py"
+FILES = ("pyproject.toml", "README.md", "LICENSE", ENTRY)
 
 PRUNE = """
 import pathlib, socket, sys
@@ -74,7 +75,7 @@ def test_wheel_holds_every_file_of_the_packages(wheel):
     }
 
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert held == wanted
+    assert held == {*wanted, ENTRY}
 
 
 @pytest.mark.skipif(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,15 +21,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from torch.fx import GraphModule
@@ -45,6 +38,7 @@ from ..jsontext import to_json
 from ..pages.view import to_html
 from ..prune import Program, Pruned, prune, read
 from ..targets import Target
+from .progress import progress_bar, staged
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.5)
 WRITTEN = 0.3
@@ -70,21 +64,6 @@ class Row:
     latency: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
     verify_max_error: float | None = None
-
-
-def progress_bar(console: Console) -> Progress:
-    """Bars that vanish when done; none where stderr is no terminal."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def refuse_others(output: Path) -> None:
@@ -118,9 +97,10 @@ def run_demo(
     output.mkdir(parents=True, exist_ok=True)
     sample = as_args(_sized(target.inputs, heldout[:2]))
     files: dict[str, Future[Path]] = {}
+    _record(output, target, heldout, sample, [])  # if interrupted, the next demo may replace it
     with progress_bar(console) as bars, tempfile.TemporaryDirectory() as scratch:
         whole = bars.add_task("dense model", total=len(sparsities) * (len(VARIANTS) + 1) + 3)
-        step = _stepper(bars, whole)
+        step, inner = _stepper(bars, whole), staged(bars, "  ")
         with exporter() as process:
             program = read(target.model, target.inputs)
             dense, module = program.captured, program.captured.graph_module
@@ -136,7 +116,15 @@ def run_demo(
                 stem = f"{target.name}-{name.rstrip('%')}"
                 path = (output if sparsity == written else Path(scratch)) / f"{stem}.onnx"
                 pruned, row, files[name] = _prune_all(
-                    target, program, heldout, sparsity, sample, step, _inner(bars), process, path
+                    target,
+                    program,
+                    heldout,
+                    sparsity,
+                    sample,
+                    step,
+                    inner,
+                    process,
+                    path,
                 )
                 rows.append(row)
                 graphs[name] = pruned.graph_module
@@ -163,15 +151,18 @@ def run_demo(
 def exporter() -> Iterator[Executor]:
     """A process for the exports, which keep one core busy; torch leaves it one meanwhile."""
     threads = torch.get_num_threads()
-    process = ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
-    )
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _in_exporter)
     torch.set_num_threads(max(1, threads - 1))
     try:
         yield process
     finally:
         process.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def _in_exporter() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the demo itself is interrupted, and ends it
+    torch.set_num_threads(1)
 
 
 def _prune_all(
@@ -214,7 +205,7 @@ def _row(name: str, values: dict[str, float], module: GraphModule, sample: Args)
 
 def _write(pruned: Pruned, output: Path, name: str, tokenizer: Any) -> None:
     save(pruned, output / name, tokenizer=tokenizer)
-    to_html(pruned.deps, output / "graph.html", pruned.plan, pruned.report)
+    to_html(pruned.deps, output / "graph.html", pruned.plan, pruned.report, name)
 
 
 def _record(output: Path, target: Target, heldout: Tensor, sample: Args, rows: list[Row]) -> None:
@@ -291,13 +282,3 @@ def _stepper(bars: Progress, task: Any) -> Callable[[str], None]:
         bars.update(task, advance=1, description=description)
 
     return step
-
-
-def _inner(bars: Progress) -> Callable[[str, int, int], None]:
-    """A second bar for the stages inside one pruning run."""
-    task = bars.add_task("", total=1)
-
-    def progress(stage: str, done: int, total: int) -> None:
-        bars.update(task, completed=done, total=total or None, description=f"  {stage}")
-
-    return progress

@@ -1,9 +1,10 @@
 """A dry run: the plan and its sizes, and how long the pruning would take, without pruning.
 
-    expected seconds = what was spent here (capture, couple) + the walk + as much again to verify,
+    expected seconds = what was spent here (capture, couple) + deciding + as much again to verify,
                        rewrite and emit as the first two took
-    walk             = forward passes over all calibration batches
-                       * (1 + FLOPs of the Gram matrices / FLOPs of the forward pass)
+    deciding         = one forward pass over all calibration batches
+                       * (passes that the method costs, fasp_graph/decide.py
+                          + FLOPs of the Gram matrices / FLOPs of the forward pass)
 
 A Gram matrix of a consumer with n columns costs 2 n^2 FLOPs a token, its own product 2 n m.
 
@@ -22,15 +23,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from passes.capture import as_args
-from passes.groups import DependencyGraph
+from passes.consumers import views
+from passes.groups import DependencyGraph, Group
+from passes.removal import nodes_by_name
 from passes.select import Plan, allocate
 
+from ..calibration import affordable, batches_of, needs_data, sensing
 from ..config import Config
+from ..decide import _cost
 from ..emit.layout import Said, settled, uniform_groups
 from ..jsontext import to_json
 from ..pages.view import shapes_after
-from ..prune import analyze
+from ..prune import Program, read
 from ..targets import Target
+from ..units import counted
+from ..worth import Job
 from .terminal import wide_console
 
 
@@ -46,6 +53,7 @@ class DryRun:
     keep: dict[str, int]
     sizes: dict[str, int]
     frozen: dict[str, str]
+    forward_passes: float
     expected_seconds: float
     exact: bool
 
@@ -62,7 +70,8 @@ class DryRun:
 def dry_run(target: Target, config: Config) -> DryRun:
     """Analyse `target` and allocate its budget; BudgetError as in `prune`."""
     started = time.perf_counter()
-    deps = analyze(target.model, target.inputs, config.check)
+    program = read(target.model, target.inputs, config.check)
+    deps = program.deps
     analysed = time.perf_counter() - started
     groups = [group for group in deps.groups if group.kind in config.kinds]
     shared: list[Said] = []
@@ -80,6 +89,7 @@ def dry_run(target: Target, config: Config) -> DryRun:
     )
     before = {name: _numel(shape) for name, shape in deps.parameters.items()}
     after = {name: _numel(shape) for name, shape in shapes_after(deps, plan).items()}
+    passes = _passes(program, groups, target, config)
     return DryRun(
         sum(before.values()),
         sum({**before, **after}.values()),
@@ -87,20 +97,34 @@ def dry_run(target: Target, config: Config) -> DryRun:
         budget.keep,
         {group.name: group.size // group.blocks for group in groups},
         {group.name: group.reason for group in deps.groups if group.kind == "frozen"},
-        round(2 * analysed + _forward(target) * (1 + _gram_share(deps, set(plan.kept))), 2),
+        passes,
+        round(2 * analysed + _deciding(target, passes, _gram_share(deps, set(plan.kept))), 2),
         config.passes.allocation == "uniform",
     )
 
 
-def _forward(target: Target) -> float:
-    """Seconds of one forward pass over the calibration data, from its first batch."""
-    if not target.calibration:
+def _passes(program: Program, groups: list[Group], target: Target, config: Config) -> float:
+    """What deciding will cost, in forward passes over the calibration batches."""
+    if not target.calibration or not needs_data(config):
+        return 0.0
+    captured = program.captured
+    batches = batches_of(target.calibration, captured.inputs, config)
+    batches, config = affordable(captured, batches, config)
+    nodes = nodes_by_name(captured.graph_module.graph.nodes)
+    found = {group.name: views(group, program.deps, nodes) for group in groups}
+    sensed: Any = dict.fromkeys(found) if sensing(config) else {}
+    return _cost(Job(captured, config, found, {}, sensed, torch.Generator()), len(batches))
+
+
+def _deciding(target: Target, passes: float, gram: float) -> float:
+    """Seconds, from those of one forward pass over the first batch."""
+    if not passes:
         return 0.0
     args, kwargs = as_args(target.calibration[0])
     started = time.perf_counter()
     with torch.no_grad():
         target.model(*args, **kwargs)
-    return (time.perf_counter() - started) * len(target.calibration)
+    return (time.perf_counter() - started) * len(target.calibration) * (passes + gram)
 
 
 def _gram_share(deps: DependencyGraph, pruned: set[str]) -> float:
@@ -127,10 +151,11 @@ def show_dry_run(target: Target, options: Config, json: bool) -> None:
     for name, count in found.keep.items():
         result.add_row(escape(name), str(found.sizes[name]), str(count))
     wide_console().print(result)
+    frozen = counted(len(found.frozen), "group")
     wide_console().print(
         f"parameters {found.params_before:,} -> {found.params_after:,}, {found.removed:.1%} of all "
-        f"and {found.sparsity:.1%} of those in scope; {len(found.frozen)} groups frozen; about "
-        f"{found.expected_seconds:.0f} s"
+        f"and {found.sparsity:.1%} of those in scope; {frozen} frozen; "
+        f"about {found.expected_seconds:.0f} s"
     )
     if not found.exact:
         wide_console().print(

@@ -6,7 +6,7 @@ x: bool                             --x / --no-x
 x: tuple[T, ...]                    --x VALUE, may be repeated
 anything else                       --x TEXT, read as a Python literal, else as text
 
-What a field means is read from the docstring of Config, one `name   meaning` a line.
+What a field means is read from the docstring of Config, `name: meaning` under `Attributes:`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, Union
 
@@ -55,35 +55,37 @@ def config_parameters(taken: set[str]) -> list[inspect.Parameter]:
             held.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=_annotation(held.name, hints[held.name], docs.get(held.name, ""), taken),
+            annotation=_annotation(held, hints[held.name], docs.get(held.name, ""), taken),
         )
         for held in fields(Config)
     ]
 
 
 def field_docs(text: str) -> dict[str, str]:
-    """`name   meaning` lines of a docstring; other lines go on with the one before."""
-    names, last = {held.name for held in fields(Config)}, ""
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        match = re.match(r"\s*(\w+)\s+(\S.*)", line)
-        if match and match[1] in names - found.keys():
-            last = match[1]
-            found[last] = match[2]
-        elif last and line.strip():
-            found[last] += " " + line.strip()
-        else:
-            last = ""
-    return found
+    """The `name: meaning` lines under `Attributes:`; lines that are indented deeper go on."""
+    _, _, listed = inspect.cleandoc(text).partition("Attributes:\n")
+    items = re.split(r"^    (\w+): ", listed, flags=re.MULTILINE)[1:]
+    meanings = (" ".join(meaning.split()) for meaning in items[1::2])
+    return dict(zip(items[::2], meanings, strict=True))
 
 
-def _annotation(name: str, hint: Any, text: str, taken: set[str]) -> Any:
-    if name in taken:
-        raise TypeError(f"the flag of Config.{name} would hide an argument of the command")
+def _annotation(held: Field[Any], hint: Any, text: str, taken: set[str]) -> Any:
+    if held.name in taken:
+        raise TypeError(f"the flag of Config.{held.name} would hide an argument of the command")
     kind = _plain(hint)
-    flag = f"--{name.replace('_', '-')}"
+    flag = f"--{held.name.replace('_', '-')}"
     names = (f"{flag}/--no-{flag[2:]}",) if kind is bool else (flag,)
-    return Annotated[kind | None, typer.Option(*names, help=text, rich_help_panel=PANEL)]
+    option = typer.Option(
+        *names, help=text, rich_help_panel=PANEL, show_default=_default(held.default)
+    )
+    return Annotated[kind | None, option]
+
+
+def _default(value: Any) -> bool | str:
+    """A field's default as --help tells it; False: it has none to tell."""
+    if value is None:
+        return False
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _plain(hint: Any) -> Any:

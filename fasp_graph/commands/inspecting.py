@@ -8,13 +8,15 @@ from typing import Annotated
 import typer
 
 from passes.errors import ConfigError
+from passes.groups import DependencyGraph
 
 from ..data import load_target
+from ..jsontext import to_json
 from ..pages.graphfiles import FORMATS, text, write
 from ..pages.view import to_html
 from ..prune import analyze
 from .listing import groups_table
-from .terminal import Debug, Json, Model, stages, wide_console, writable
+from .terminal import Debug, Json, Model, one_of, said, stages, wide_console, writable
 
 
 def inspect_command(
@@ -39,25 +41,41 @@ def inspect_command(
 
     Names that differ by layer numbers only are one row (layers.0-31, x32); --json tells each.
     """
+    asked = {"--explain": explain, "--format or --output": format or output, "--json": json}
+    one_of({name: asked[name] for name in ("--explain", "--format or --output")})
+    one_of({name: asked[name] for name in ("--json", "--format or --output")})
     form = _form(format, output)
+    for path in filter(None, (html, output)):
+        writable(path)
     with stages("load"):
         target = load_target(model)
     with stages("analyse"):
         deps = analyze(target.model, target.inputs)
     if html is not None:
-        writable(html)
-        to_html(deps, html)
+        said(f"wrote {to_html(deps, html, name=target.name)}")
     if output is not None and form:
-        writable(output)
-        write(deps, form, output)
+        said(f"wrote {write(deps, form, output)}")
     elif form:
         print(text(deps, form), end="")
     elif explain is not None:
-        print(deps.explain(explain))
+        print(_explained(deps, explain) if json else deps.explain(explain))
     elif json:
         print(text(deps, "json"), end="")
     else:
-        wide_console().print(groups_table(target.name, deps, frozen))
+        console = wide_console()
+        console.print(groups_table(target.name, deps, frozen, console.width))
+
+
+def _explained(deps: DependencyGraph, parameter: str) -> str:
+    """`explain` as JSON: the words, and the groups of the weight."""
+    words = deps.explain(parameter)
+    groups = [
+        group.to_dict()
+        for group in deps.groups
+        if any(member.parameter == parameter for member in group.members)
+    ]
+    found = {"parameter": parameter, "shape": deps.parameters[parameter], "groups": groups}
+    return to_json({**found, "explanation": words}, indent=1)
 
 
 def _form(format: str | None, output: Path | None) -> str | None:
@@ -65,5 +83,6 @@ def _form(format: str | None, output: Path | None) -> str | None:
     form = format or (output.suffix.lstrip(".") if output else None)
     form = {"mmd": "mermaid", "gv": "dot"}.get(form or "", form)
     if form is not None and form not in FORMATS:
-        raise ConfigError(f"no format {form!r} · help: --format {', '.join(FORMATS)}")
+        viewer = "--html FILE writes the viewer; " if form == "html" else ""
+        raise ConfigError(f"no format {form!r} · help: {viewer}--format {', '.join(FORMATS)}")
     return form

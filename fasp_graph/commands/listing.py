@@ -13,11 +13,14 @@ from passes.names import folded, pattern
 
 from .cells import Names
 
+WIDE = 90  # columns of a terminal that shows all headings side by side
 HEADS = ("group", "kind", "units", "blocks", "members", "consumers", "reason")
 
 
-def groups_table(title: str, deps: DependencyGraph, frozen: bool) -> Table:
-    """The prunable groups, and the frozen ones if asked; names as in passes/names.py."""
+def groups_table(title: str, deps: DependencyGraph, frozen: bool, width: int = WIDE) -> Table:
+    """The prunable groups, and the frozen ones if asked; names as in passes/names.py. On a narrow
+    terminal what a row holds stands below each other.
+    """
     result = Table(title=escape(title), title_justify="left")
     alike: dict[Hashable, list[Group]] = {}
     for group in deps.groups:
@@ -25,10 +28,25 @@ def groups_table(title: str, deps: DependencyGraph, frozen: bool) -> Table:
             alike.setdefault(_form(group), []).append(group)
     rows = [_cells(held) for held in alike.values()]
     heads = HEADS if any(row[-1] for row in rows) else HEADS[:-1]
+    if width < WIDE:
+        return _turned(result, rows)
     for heading in heads:
         result.add_column(heading)
     for row in rows:
         result.add_row(*map(Names, row[: len(heads)]))
+    return result
+
+
+def _turned(result: Table, rows: list[tuple[str, ...]]) -> Table:
+    """Each row as a section of lines `heading | cell`."""
+    result.show_header = False
+    result.add_column(no_wrap=True)
+    result.add_column()
+    for row in rows:
+        for heading, cell in zip(HEADS, row, strict=True):
+            if cell:
+                result.add_row(heading, Names(cell))
+        result.add_section()
     return result
 
 

@@ -24,6 +24,7 @@ from ..jsontext import to_json
 from ..measures import tasks
 from ..quality import Quality
 from ..targets import Target
+from ..units import in_bytes, in_flops
 from .terminal import (
     DATA_HELP,
     Debug,
@@ -60,14 +61,17 @@ def eval_command(
     length: Length = 256,
     windows: Windows = 64,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens between windows; fewer than --length: overlap.")
+        int | None,
+        typer.Option(help="Tokens between windows; fewer than --length: overlap.", min=1),
     ] = None,
     device: Device = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model: parameters, FLOPs, latency; on text perplexity, or with --reference the
-    similarity of embeddings; on images with labels accuracy; tasks.
+    """Measure a model: parameters, FLOPs, latency, and its quality on data.
+
+    On text that is perplexity, or with --reference the similarity of embeddings; on images with
+    labels accuracy; with --task the accuracy of tasks.
     """
     with stages("load model and data"):
         target = load_target(model, device=device)
@@ -123,19 +127,19 @@ def bench_command(
     if json:
         print(to_json([vars(result) for result in found], indent=1))
         return
-    heads = ("model", "runtime", "parameters", "MB", "GFLOPs", "ms", "± IQR", "tokens/s", "peak MB")
-    result = Table(*heads, "perplexity")
+    heads = ("model", "runtime", "parameters", "weights", "one call", "ms", "± IQR", "tokens/s")
+    result = Table(*heads, "peak memory", "perplexity")
     for row in found:
         result.add_row(
             escape(row.model),
             row.runtime,
             f"{row.parameters:,}",
-            f"{row.bytes / 1e6:.1f}",
-            f"{row.flops / 1e9:.3f}",
+            in_bytes(row.bytes),
+            in_flops(row.flops),
             f"{row.median * 1e3:.2f}",
             f"{row.spread * 1e3:.2f}",
             "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-            "" if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}",
+            "" if row.peak_memory is None else in_bytes(row.peak_memory),
             "" if row.perplexity is None else f"{row.perplexity:.3f}",
         )
     wide_console().print(result)
@@ -151,7 +155,8 @@ def export_command(
         typer.Option(help=f"One of {', '.join(EXPORTS)}; without it pt2 for PATH.pt2, else onnx."),
     ] = None,
     cache: Annotated[
-        bool, typer.Option(help="onnx: past_key_values, or the parts of an encoder-decoder.")
+        bool,
+        typer.Option("--cache", help="onnx: past_key_values, or the parts of an encoder-decoder."),
     ] = False,
     dtype: Annotated[str, typer.Option(help=f"onnx: one of {', '.join(DTYPES)}.")] = "float32",
     data: Annotated[
@@ -161,7 +166,8 @@ def export_command(
     length: Length = 256,
     windows: Windows = 64,
     external_data_bytes: Annotated[
-        int, typer.Option(help="onnx: weights of more bytes lie in PATH.data.", min=0)
+        int,
+        typer.Option(metavar="BYTES", help="onnx: weights of more bytes lie in PATH.data.", min=0),
     ] = EXTERNAL_DATA_BYTES,
     json: Json = False,
     debug: Debug = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +14,13 @@ from passes.capture import as_args
 from passes.errors import ConfigError
 from passes.lazy import is_lazy
 
+from ..calibration import refuse_dataless
 from ..config import Config
 from ..data import load_target
 from ..evaluate import latency, perplexity
 from ..folders.huggingface import refuse_foreign, save
+from ..folders.manifest import versions
+from ..inputs import refuse_unstreamable
 from ..jsontext import to_json
 from ..pages.report_page import write_report
 from ..pages.view import to_html
@@ -24,6 +28,7 @@ from ..prune import Pruned, prune
 from ..scale.distributed import world
 from ..scale.journal import close, work_folder
 from ..targets import Target
+from ..units import counted
 from .demo import RECORD, refuse_others, run_demo, table
 from .dryrun import show_dry_run
 from .flags import config_from, given_flags, with_config_flags
@@ -39,6 +44,7 @@ from .terminal import (
     stages,
     warn,
     wide_console,
+    writable_folder,
 )
 
 
@@ -82,13 +88,16 @@ def prune_command(
         _demo(output or Path("fasp-demo"), json)
         return
     options = config_from(config, flags)
+    refuse_unstreamable(stream, options)
     if output is not None:  # before hours of work
-        refuse_foreign(output.resolve())
+        writable_folder(output)
+        refuse_foreign(output)
     with stages("load model and data"):
         target = load_target(model, calibration, length, windows, evaluation, stream, device)
     if dry_run:
         show_dry_run(target, options, json)
         return
+    refuse_dataless(target.calibration or None, options)
     work = work_folder(output) if output is not None and (resume or stream) else None
     pruned, figures = _run(target, options, work)
     if world()[0]:  # all ranks hold the same result; rank 0 speaks and writes
@@ -149,8 +158,8 @@ def _facts(
     own = f"that of {target.name}"
     found = {"model": _public(target.source or target.name)}
     if target.calibration:
-        data = _public(calibration or own)
-        found["calibration data"] = f"{data}, {len(target.calibration)} batches"
+        batches = counted(len(target.calibration), "batch", "batches")
+        found["calibration data"] = f"{_public(calibration or own)}, {batches}"
     if "perplexity_before" in figures:
         found["evaluation data"] = _public(evaluation or own)
         found["perplexity before"] = f"{figures['perplexity_before']:.2f}"
@@ -170,9 +179,12 @@ def _write(
     figures: dict[str, Any],
     facts: dict[str, Any],
 ) -> Path:
+    told = {name: held for name, held in facts.items() if not name.startswith("perplexity")}
+    asked = {**told, **asdict(pruned.config), "versions": versions()}
+
     def pages(folder: Path) -> None:
-        write_report(folder, target.name, pruned.report.to_dict(), figures)
-        to_html(pruned.deps, folder / "graph.html", pruned.plan, pruned.report)
+        write_report(folder, target.name, pruned.report.to_dict(), figures, asked)
+        to_html(pruned.deps, folder / "graph.html", pruned.plan, pruned.report, target.name)
 
     return Path(save(pruned, output, tokenizer=target.tokenizer, facts=facts, extra=pages))
 

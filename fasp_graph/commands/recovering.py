@@ -14,7 +14,7 @@ from ..evaluate import perplexity
 from ..folders.huggingface import MANIFEST, refuse_foreign, resave
 from ..targets import folder_of
 from ..training import Training, train
-from .terminal import DATA_HELP, Debug, Json, Length, Windows, show, stages
+from .terminal import DATA_HELP, Debug, Json, Length, Windows, show, stages, writable_folder
 
 
 def recover_command(
@@ -44,13 +44,18 @@ def recover_command(
     root, _ = folder_of(str(folder))
     if not (root / MANIFEST).is_file():
         raise ConfigError(f"{folder} is no folder that prune wrote · help: prune --output first")
-    refuse_foreign(output.resolve())
+    writable_folder(output)
+    refuse_foreign(output)
+    if data is None and distill is None:
+        raise _idle()
     with stages("load") as progress:
         target = load_target(str(folder), length=length, count=windows, evaluation=evaluation)
         dense = load_target(distill) if distill else None
         batches = calibration_batches(target, data, length, windows) if data else []
         if dense is not None and not batches:
             batches = dense.calibration
+        if not batches:
+            raise _idle()
         figures: dict[str, Any] = {}
         if target.heldout is not None:
             figures["perplexity_before"] = perplexity(target.model, target.heldout)
@@ -63,3 +68,10 @@ def recover_command(
     figures |= {name: getattr(trained, name) for name in course}
     figures["folder"] = str(resave(root, trained.model, output))
     show(figures, json)
+
+
+def _idle() -> ConfigError:
+    return ConfigError(
+        "there is nothing to train on · help: --data DATA, or --distill MODEL of a model that "
+        "comes with calibration data"
+    )

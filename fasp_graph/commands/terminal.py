@@ -15,7 +15,7 @@ import models_zoo
 from passes.errors import ConfigError
 
 from ..jsontext import to_json
-from .demo import progress_bar
+from .progress import progress_bar, staged
 
 
 def known_models(incomplete: str) -> list[str]:
@@ -51,16 +51,36 @@ def wide_console(stderr: bool = False) -> Console:
 def stages(first: str) -> Iterator[Any]:
     """A bar on stderr, with what is being done, how far, for how long; silent off a terminal."""
     with progress_bar(wide_console(stderr=True)) as bars:
-        task = bars.add_task(first, total=None)
-
-        def progress(stage: str, done: int = 0, total: int = 0) -> None:
-            bars.update(task, completed=done, total=total or None, description=stage)
-
+        progress = staged(bars)
+        progress(first)
         yield progress
+
+
+def one_of(given: dict[str, Any]) -> None:
+    """Refuse flags that ask for different outputs: name -> value."""
+    names = [name for name, value in given.items() if value]
+    if names[1:]:
+        raise ConfigError(f"{' and '.join(names)} contradict each other · help: one of them")
+
+
+def said(text: str) -> None:
+    """A line on stderr, beside the result."""
+    Console(stderr=True).print(escape(text), soft_wrap=True, highlight=False)
+
+
+def writable_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made since a file is in its way, before any work is done."""
+    for folder in (path, *path.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(
+                f"cannot write {path}: {folder} is a file · help: --output names a folder"
+            )
 
 
 def writable(path: Path) -> None:
     """Refuse a path in a folder that is not there, before any work is done."""
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a folder · help: name a file in it")
     if not path.parent.is_dir():
         raise ConfigError(f"cannot write {path}: no folder {path.parent} · help: create it first")
 
@@ -69,8 +89,7 @@ def warn(notes: tuple[str, ...]) -> None:
     """The first note of a report, on stderr; there may be one for every layer."""
     if notes:
         rest = f" · {len(notes) - 1} more like it in the report" if notes[1:] else ""
-        text = escape(f"warning: {notes[0]}{rest}")
-        Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+        said(f"warning: {notes[0]}{rest}")
 
 
 def show(figures: dict[str, Any], json: bool) -> None:
@@ -84,6 +103,8 @@ def show(figures: dict[str, Any], json: bool) -> None:
             if isinstance(value, int)
             else f"{value:.4g}"
             if isinstance(value, float)
+            else ", ".join(map(str, value))
+            if isinstance(value, (list, tuple))
             else str(value)
         )
         wide_console().print(f"{escape(name.replace('_', ' '))}: {escape(text)}")

@@ -30,7 +30,7 @@ from ..folders.manifest import MANIFEST, read_manifest
 from ..jsontext import to_json
 from ..targets import Target, folder_of
 from .caching import CachedDecoder, cached_decoder
-from .onnx import EXTERNAL_DATA_BYTES, Form, export_graph, onnx_session
+from .onnx import EXTERNAL_DATA_BYTES, Form, onnx_session, write_graph
 from .onnx_language import session_perplexity
 from .onnx_reduce import DTYPES
 from .packages import save_aoti, save_pt2
@@ -46,6 +46,8 @@ FORMATS = ("onnx", "pt2", "aoti")
 class Exported:
     """What was written: `bytes` of all `files`; of a decoder with a cache, the bytes that a token
     takes in it, before and after pruning; the perplexity that ONNX Runtime measured, if asked.
+    `max_error`: the largest difference to the graph that was seen when the file was compared,
+    relative to the output's largest number.
     `uncut`: weights that keep their old size, with zeros, because the cache cannot follow.
     """
 
@@ -58,6 +60,7 @@ class Exported:
     dense_cache_bytes: int | None = None
     perplexity: float | None = None
     uncut: tuple[str, ...] = ()
+    max_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what was not measured is left out."""
@@ -161,16 +164,16 @@ def export_source(source: Source, path: Path, format: str, options: Options) -> 
             "format='onnx'"
         )
     write = save_pt2 if format == "pt2" else save_aoti
-    write(source.graph_module, source.inputs, source.dynamic_shapes, path)
-    return _exported(source, path, format, options)
+    error = write(source.graph_module, source.inputs, source.dynamic_shapes, path)
+    return _exported(source, path, format, options, error)
 
 
 def _onnx(source: Source, path: Path, options: Options) -> Exported:
     form = Form(dtype=options.dtype, external_data_bytes=options.external_data_bytes)
     if not options.cache:
         plain = narrow(source.graph_module)
-        export_graph(plain, source.inputs, source.dynamic_shapes, path, source.metadata, form)
-        return _exported(source, path, "onnx", options)
+        given = (source.inputs, source.dynamic_shapes, path, source.metadata, form)
+        return _exported(source, path, "onnx", options, write_graph(plain, *given))
     if not getattr(getattr(source.model, "config", None), "is_encoder_decoder", False):
         return _decoder(source, path, form, options)
     if options.tokens is not None:
@@ -179,8 +182,8 @@ def _onnx(source: Source, path: Path, options: Options) -> Exported:
             "tokens (--data)"
         )
     parts = parts_of(source.twin(), source.model, source.inputs)
-    export_parts(parts, path, source.metadata, form)
-    return _exported(source, path, "onnx", options, parts)
+    error = export_parts(parts, path, source.metadata, form)
+    return _exported(source, path, "onnx", options, error, parts)
 
 
 def _decoder(source: Source, path: Path, form: Form, options: Options) -> Exported:
@@ -193,8 +196,9 @@ def _decoder(source: Source, path: Path, form: Form, options: Options) -> Export
         cases=decoder.cases(),
     )
     inputs: Args = (decoder.inputs, {})
-    export_graph(decoder.graph_module, inputs, decoder.dynamic_shapes, path, source.metadata, named)
-    return _exported(source, path, "onnx", options, decoder)
+    given = (inputs, decoder.dynamic_shapes, path, source.metadata, named)
+    error = write_graph(decoder.graph_module, *given)
+    return _exported(source, path, "onnx", options, error, decoder)
 
 
 def _exported(
@@ -202,6 +206,7 @@ def _exported(
     path: Path,
     format: str,
     options: Options,
+    error: float,
     cache: CachedDecoder | Parts | None = None,
 ) -> Exported:
     beside = path.with_name(f"{path.name}.data")
@@ -212,6 +217,7 @@ def _exported(
         str(path),
         tuple(file.name for file in files),
         sum(file.stat().st_size for file in files),
+        max_error=error,
     )
     if options.tokens is not None:
         figure = session_perplexity(onnx_session(path), options.tokens)

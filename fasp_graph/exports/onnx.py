@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from passes.capture import Args, tensors
 from passes.errors import REPORT, FaspGraphError, VerificationError
 from passes.kernels import narrow
+from passes.verify import difference
 
 from ..folders.drafts import draft
 from ..jsontext import to_json
@@ -84,6 +85,19 @@ def export_graph(
     form: Form = Form(),
 ) -> Path:
     """Write any captured graph as ONNX: the work of `export_onnx`."""
+    write_graph(module, inputs, dynamic_shapes, path, metadata, form)
+    return path
+
+
+def write_graph(
+    module: GraphModule,
+    inputs: Args,
+    dynamic_shapes: Any,
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    form: Form = Form(),
+) -> float:
+    """The same; the largest difference to the graph, relative to each output's largest number."""
     import onnx
 
     size = sum(p.numel() * p.element_size() for p in module.parameters())
@@ -93,13 +107,13 @@ def export_graph(
         program.model.metadata_props.update(metadata or {})
         program.save(made, external_data=external)
         onnx.checker.check_model(str(made))
-        _compare(module, inputs, made, form)
+        worst = _compare(module, inputs, made, form)
         if form.dtype != "float32":
             with quiet():
                 reduce(made, form.dtype, external)
             onnx.checker.check_model(str(made))
-            _compare(module, inputs, made, form)
-    return path
+            worst = _compare(module, inputs, made, form)
+    return worst
 
 
 def _program(module: GraphModule, inputs: Args, dynamic_shapes: Any, form: Form) -> Any:
@@ -168,9 +182,9 @@ def run_session(session: onnxruntime.InferenceSession, inputs: Args) -> list[Ten
     return [torch.from_numpy(array) for array in session.run(None, feed)]
 
 
-def _compare(module: GraphModule, inputs: Args, path: Path, form: Form) -> None:
+def _compare(module: GraphModule, inputs: Args, path: Path, form: Form) -> float:
     """ONNX Runtime equals the graph module at the example size and at another, if it is dynamic."""
-    session = onnx_session(path)
+    session, worst = onnx_session(path), 0.0
     cases: Sequence[Args] | Iterator[Args] | None = form.cases
     if cases is None:
         shapes = [entry.shape for entry in session.get_inputs()]
@@ -184,10 +198,12 @@ def _compare(module: GraphModule, inputs: Args, path: Path, form: Form) -> None:
                 f"ONNX Runtime returns {len(actual)} outputs, the graph {len(expected)} · {REPORT}"
             )
         for k, (left, right) in enumerate(zip(expected, actual, strict=True)):
-            _same(left.cpu(), right, k, form.dtype)
+            worst = max(worst, _same(left.cpu(), right, k, form.dtype))
+    return worst
 
 
-def _same(left: Tensor, right: Tensor, output: int, dtype: str = "float32") -> None:
+def _same(left: Tensor, right: Tensor, output: int, dtype: str = "float32") -> float:
+    """Their largest difference; VerificationError where it is too large."""
     if left.shape != right.shape:
         raise VerificationError(
             f"output {output}: ONNX Runtime gives shape {tuple(right.shape)}, the graph "
@@ -196,7 +212,7 @@ def _same(left: Tensor, right: Tensor, output: int, dtype: str = "float32") -> N
     if dtype == "int8":
         if not bool(torch.isfinite(right).all()):
             raise VerificationError(f"output {output} is not finite in int8 · help: another dtype")
-        return  # what rounding to 8 bits costs is measured, by perplexity
+        return difference(left, right)  # what it costs is measured, by perplexity
     half = torch.float16 in (left.dtype, right.dtype) or left.dtype == torch.bfloat16
     tolerance = 2e-2 if half else 5e-4
     left, right = left.double(), right.double()
@@ -207,3 +223,4 @@ def _same(left: Tensor, right: Tensor, output: int, dtype: str = "float32") -> N
             f"output {output}: ONNX Runtime and the graph differ by {worst:.1e} (allowed "
             f"{tolerance:.0e}); nothing was written · {REPORT}"
         )
+    return difference(left, right)

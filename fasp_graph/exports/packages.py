@@ -30,18 +30,17 @@ from .program import program_of, quiet
 COMPILERS = ("c++", "g++", "clang++")
 
 
-def save_pt2(module: GraphModule, inputs: Args, dynamic_shapes: Any, path: Path) -> Path:
+def save_pt2(module: GraphModule, inputs: Args, dynamic_shapes: Any, path: Path) -> float:
     """Write a captured graph by torch.export.save; VerificationError if it computes other
-    numbers when loaded.
+    numbers when loaded. Returns the largest relative difference.
     """
     with draft(path, "pt2", ".pt2") as made, torch.no_grad():
         program = program_of(module, inputs, dynamic_shapes)
         torch.export.save(program, made)
-        _compare(module, torch.export.load(made).module(), inputs, program)
-    return path
+        return _compare(module, torch.export.load(made).module(), inputs, program)
 
 
-def save_aoti(module: GraphModule, inputs: Args, dynamic_shapes: Any, path: Path) -> Path:
+def save_aoti(module: GraphModule, inputs: Args, dynamic_shapes: Any, path: Path) -> float:
     """Compile a captured graph for this machine; FaspGraphError where no C++ compiler is."""
     if not any(shutil.which(name) for name in COMPILERS):
         raise FaspGraphError(
@@ -51,13 +50,13 @@ def save_aoti(module: GraphModule, inputs: Args, dynamic_shapes: Any, path: Path
     with draft(path, "an AOTInductor package", ".pt2") as made, torch.no_grad(), quiet():
         program = program_of(module, inputs, dynamic_shapes)
         torch._inductor.aoti_compile_and_package(program, package_path=str(made))
-        _compare(module, torch._inductor.aoti_load_package(str(made)), inputs, program)
-    return path
+        return _compare(module, torch._inductor.aoti_load_package(str(made)), inputs, program)
 
 
 def _compare(
     module: GraphModule, loaded: Callable[..., Any], inputs: Args, program: ExportedProgram
-) -> None:
+) -> float:
+    worst = 0.0
     for args in (inputs, *other_sizes(module, inputs, _shapes(program))):
         expected, actual = (
             tensors(module(*args[0], **args[1])),
@@ -65,6 +64,7 @@ def _compare(
         )
         for number, (left, right) in enumerate(zip(expected, actual, strict=True)):
             error = difference(left, right)
+            worst = max(worst, error)
             allowed = 2e-2 if left.dtype in (torch.float16, torch.bfloat16) else 5e-4
             if not error <= allowed:
                 raise VerificationError(
@@ -72,6 +72,7 @@ def _compare(
                     f"{allowed:.0e}); nothing was written · help: format='onnx' may do; please "
                     "report it with the model"
                 )
+    return worst
 
 
 def _shapes(program: ExportedProgram) -> list[list[Any]]:

@@ -29,7 +29,7 @@ from passes.values import OpenAxes
 from ..emit.dense import Shrunk, Twin, shrunk
 from ..folders.drafts import draft_folder
 from .caching import agree, numbers
-from .onnx import Form, export_graph
+from .onnx import Form, write_graph
 from .part_modules import Encoder, First, Next, own_of
 
 BATCH, LENGTH, PAST = 3, 7, 5
@@ -85,8 +85,9 @@ def parts_of(twin: Twin, reference: nn.Module, inputs: Args) -> Parts:
     return parts
 
 
-def export_parts(parts: Parts, folder: Path, metadata: Mapping[str, str], form: Form) -> Path:
-    """Write the three files."""
+def export_parts(parts: Parts, folder: Path, metadata: Mapping[str, str], form: Form) -> float:
+    """Write the three files; the largest relative difference of each to its graph."""
+    worst = 0.0
     with draft_folder(folder) as made:
         for part in (parts.encoder, parts.first, parts.later):
             named = replace(
@@ -94,8 +95,11 @@ def export_parts(parts: Parts, folder: Path, metadata: Mapping[str, str], form: 
             )
             path = made / f"{part.name}.onnx"
             given: Args = (part.captured.inputs, {})
-            export_graph(part.captured.graph_module, given, part.shapes, path, metadata, named)
-    return folder
+            error = write_graph(
+                part.captured.graph_module, given, part.shapes, path, metadata, named
+            )
+            worst = max(worst, error)
+    return worst
 
 
 def _main_input(model: Any, inputs: Args) -> Tensor:

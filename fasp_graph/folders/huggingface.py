@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,7 @@ def _write(
         "settings": settings,
         "aliases": aliases,
         "emission": (Emission(ways=pruned.emission.ways) if plain else pruned.emission).to_dict(),
+        "config": asdict(pruned.config),
         "plan": pruned.plan.to_dict(),
         "report": {key: held for key, held in report.items() if key not in _MEASURED},
         "versions": versions(),

@@ -42,17 +42,23 @@ _SCRIPTS = (
 
 
 def to_html(
-    deps: DependencyGraph, path: str | os.PathLike[str], plan: Any = None, report: Any = None
+    deps: DependencyGraph,
+    path: str | os.PathLike[str],
+    plan: Any = None,
+    report: Any = None,
+    name: str = "",
 ) -> Path:
-    """Write the page; a plan and a report add what is kept and what it cost."""
+    """Write the page; a plan and a report add what is kept and what it cost; `name`: the model's,
+    for the title.
+    """
     target = Path(path)
-    target.write_text(page(deps, plan, report), encoding="utf-8")
+    target.write_text(page(deps, plan, report, name), encoding="utf-8")
     return target
 
 
-def page(deps: DependencyGraph, plan: Any = None, report: Any = None) -> str:
+def page(deps: DependencyGraph, plan: Any = None, report: Any = None, name: str = "") -> str:
     """The page as text."""
-    data = to_json(page_data(deps, plan, report))
+    data = to_json({**page_data(deps, plan, report), "name": name})
     for character, escape in _ESCAPES.items():
         data = data.replace(character, escape)
     return _shell().replace("__DATA__", data)

@@ -15,12 +15,15 @@ const graphDraw = (() => {
   const count = value => value >= 1e9 ? (value / 1e9).toFixed(2) + "B" : value >= 1e6
     ? (value / 1e6).toFixed(2) + "M" : value >= 1e4 ? Math.round(value / 1e3) + "k" : String(value);
 
+  const cut = ({ before, after }) => before === after ? count(before) : `${count(before)} → ${count(after)}`;
+
   function lines(node) {
     if (node.kind === "op") return ["Σ " + node.name.replace(/_default|_\d+$/g, "").replaceAll("_", " ")];
-    if (isBox(node)) return ["▸ " + node.name, count(sizes(node).before) + " parameters"];
+    if (isBox(node)) return ["▸ " + node.name, cut(sizes(node)) + " parameters"];
     const shape = p => p.shape.map((size, d) => size === p.after[d] ? size : `${size}→${p.after[d]}`).join(" × ");
     return [node.name, ...node.parameters.slice(0, 3).map(p => `${p.leaf} ${shape(p)}`),
-      ...(node.parameters.length > 3 ? [`… ${node.parameters.length - 3} more`] : [])];
+      ...(node.parameters.length > 3 ? [`… ${node.parameters.length - 3} more`] : []),
+      ...(node.inside ? [`↻ ${[...node.inside].join(", ")} within`] : [])];
   }
 
   function measure(node) {

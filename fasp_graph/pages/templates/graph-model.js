@@ -43,9 +43,18 @@ const graphModel = (() => {
     const model = { data, root, byId, cardOf, parameterOf, open: new Set([root.id]) };
     fold(root, model);
     model.groupsOf = memberships(data);
+    data.groups.forEach(group => markInside(model, group));
     model.links = data.groups.flatMap((group, g) => links(model, group, g));
     openSome(model);
     return model;
+  }
+
+  // A group whose weights all lie in one card has no band: the card says so.
+  function markInside(model, group) {
+    const cards = new Set([...group.members, ...group.consumers].map(held => model.cardOf.get(held.parameter)));
+    const [card] = cards;
+    if (cards.size !== 1 || !card || !group.consumers.length || group.kind === "frozen") return;
+    card.inside = (card.inside || new Set()).add(group.kind);
   }
 
   function memberships(data) {

@@ -139,7 +139,7 @@
   function setTheme(next) {
     theme = root.dataset.theme = next;
     cy.style(graphDraw.style(theme));
-    at("theme").setAttribute("aria-pressed", String(theme === "dark"));
+    at("theme").textContent = theme === "dark" ? "Light" : "Dark";
   }
   function step(by) {
     const folds = cy.nodes(".fold").map(node => model.byId.get(node.id()));
@@ -162,6 +162,7 @@
   at("theme").addEventListener("click", () => setTheme(theme === "dark" ? "light" : "dark"));
   at("earlier").addEventListener("click", () => step(-1));
   at("later").addEventListener("click", () => step(1));
+  at("open").addEventListener("click", () => { every(model.root, node => isBox(node) && model.open.add(node.id)); redraw(); fit(); });
   at("close").addEventListener("click", () => { model.open = new Set([model.root.id]); redraw(); fit(); });
   document.addEventListener("keydown", event => {
     const typing = ["INPUT", "SELECT"].includes(document.activeElement?.tagName);
@@ -172,6 +173,7 @@
     if (keys[event.key] && !event.ctrlKey && !event.metaKey) { event.preventDefault(); keys[event.key](); }
   });
 
+  if (data.name) document.title = at("title").textContent = `Coupled weights of ${data.name}`;
   const free = data.groups.length - (counts.frozen || 0);
   at("count").textContent = `${full(data.modules.length)} module${data.modules.length === 1 ? "" : "s"} with weights · ${full(free)} prunable group${free === 1 ? "" : "s"}, ${full(counts.frozen || 0)} frozen · `
     + (data.planned ? `${full(data.before)} → ${full(data.after)} parameters` : `${full(data.before)} parameters`);
@@ -183,6 +185,5 @@
   redraw();
   fit();
   if (cy.zoom() > 1.2) { cy.zoom(1.2); cy.center(); }
-  if (cy.zoom() < 0.45) { cy.zoom(0.45); cy.pan({ x: 24 - 0.45 * cy.elements().boundingBox().x1, y: 24 - 0.45 * cy.elements().boundingBox().y1 }); }
   window.faspGraph = { cy, model, act };
 })();

@@ -4,6 +4,7 @@ const graphPanel = (() => {
   const { sizes, isBox, every } = graphModel;
   const at = id => document.getElementById(id);
   const full = value => value.toLocaleString("en-US");
+  const NAMES = { error_before: "error before repair", error_after: "error after repair" };
 
   function make(tag, name, text, parent) {
     const element = document.createElement(tag);
@@ -42,11 +43,17 @@ const graphPanel = (() => {
     make("p", "dim", `Group of kind ${found.kind}: all of this goes together or stays.`, panel);
     terms(panel, [["units", full(found.size)], ["blocks", found.blocks > 1 ? `${found.blocks}, each keeps equally many` : "1"],
       ["symmetry", found.symmetry], ["kept", planned ? `${full(found.kept)} of ${full(found.size)}` : undefined],
-      ...Object.entries(found.figures || {}).map(([name, value]) => [name.replaceAll("_", " "), Number(value).toPrecision(3)]),
+      ...figures(found.figures || {}),
       ["reason", found.reason]]);
     if (planned) bar(panel, found.kept, found.size, "units");
     weights(model, panel, "Weights that hold it", found.members, act);
     users(model, panel, found, act);
+  }
+
+  // What was not measured is null.
+  function figures(held) {
+    return Object.entries(held).filter(([, value]) => value !== null)
+      .map(([name, value]) => [NAMES[name] || name.replaceAll("_", " "), value.toPrecision(3)]);
   }
 
   function weights(model, panel, title, members, act) {

@@ -1,0 +1,152 @@
+"""What each command tells a person: the tables and lines, not their JSON."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import fasp_graph as fg
+from fasp_graph import bench
+from fasp_graph.commands import measuring, recovering
+from fasp_graph.exports import export
+from fasp_graph.training import Training
+
+ROW = bench.Result("small", "torch", 1_234_567, 4_938_268, 2_500_000, 0.004, 0.0005, 250.0, 9, 7.5)
+
+
+def cells(out):
+    """The cells of a table in print, row by row."""
+    lines = [line.replace("┃", "│").strip("│") for line in out.splitlines()]
+    return [[cell.strip() for cell in line.split("│")] for line in lines if "│" in line]
+
+
+def lines(out):
+    """`name: value` lines."""
+    return dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
+
+
+def test_bench_puts_each_figure_under_its_heading(run, monkeypatch):
+    monkeypatch.setattr(measuring, "bench", lambda *_: [ROW])
+
+    code, out, _ = run("bench", "zoo:kan")
+
+    assert code == 0
+    assert dict(zip(*cells(out), strict=True)) == {
+        **{"model": "small", "runtime": "torch", "parameters": "1,234,567", "weights": "4.9 MB"},
+        **{"one call": "2.5 MFLOPs", "ms": "4.00", "± IQR": "0.50", "tokens/s": "250"},
+        **{"peak memory": "9 B", "perplexity": "7.500"},
+    }
+
+
+def test_bench_runs_as_often_as_asked(run, monkeypatch):
+    asked = []
+
+    def latency(calls, repeats):
+        asked.append(repeats)
+        return {name: {"median": 0.25, "spread": 0.5} for name in calls}
+
+    monkeypatch.setattr(bench, "latency", latency)
+
+    row = json.loads(run("bench", "zoo:kan", "--runs", 7, "--no-onnx", "--no-memory", "--json")[1])
+
+    assert asked == [7] and (row[0]["median"], row[0]["spread"]) == (0.25, 0.5)
+
+
+def test_prune_eval_and_export_in_words(run, tmp_path):
+    folder, file = tmp_path / "small", tmp_path / "small.onnx"
+    code, out, error = run("prune", "zoo:llama-random", "--method", "magnitude", "--output", folder)
+    assert code == 0, error
+    found = json.loads((folder / "report.json").read_text())
+    assert f"parameters {found['params_before']:,} -> {found['params_after']:,}, " in out
+    assert lines(out)["folder"] == str(folder)
+
+    told = lines(run("eval", folder)[1])
+    assert told["parameters"] == f"{found['params_after']:,}" and float(told["latency ms"]) > 0
+
+    told = lines(run("export", folder, file, "--external-data-bytes", 1000)[1])
+    assert told["path"] == str(file) and told["files"] == "small.onnx, small.onnx.data"
+    assert 0 < float(told["max error"]) < 5e-4
+
+
+def test_the_largest_error_of_an_export_is_the_one_that_was_seen(run, tmp_path, monkeypatch):
+    seen = iter([0.0001, 0.0003, 0.0002])
+    monkeypatch.setattr("fasp_graph.exports.packages.difference", lambda *_: next(seen, 0.0))
+
+    told = json.loads(run("export", "zoo:kan", tmp_path / "kan.pt2", "--json")[1])
+
+    assert told["max_error"] in (0.0001, 0.0003)
+
+
+def test_inspect_zoo_and_a_dry_run_in_words(run):
+    assert any("layer1.0.conv1.0" in row[0] for row in cells(run("inspect", "zoo:resnet")[1]))
+
+    rows = {row[0]: row[1:] for row in cells(run("zoo")[1])}
+    assert rows["model"] == ["class", "parameters"]
+    assert rows["zoo:llama"] == ["LlamaForCausalLM", "2,755,008"]
+    held = json.loads(run("zoo", "--json", "--debug")[1])
+    assert [row["name"] for row in held] == [name for name in rows if name != "model"]
+
+    asked = ("prune", "zoo:resnet", "--dry-run", "--method", "magnitude")
+    plan = json.loads(run(*asked, "--json")[1])
+    out = run(*asked)[1]
+    rows = {row[0]: row[1:] for row in cells(out)}
+    assert rows.pop("group") == ["units per block", "keeps"]
+    assert rows == {name: [str(plan["sizes"][name]), str(n)] for name, n in plan["keep"].items()}
+    assert f"{plan['params_before']:,} -> {plan['params_after']:,}" in out
+
+
+def test_an_export_measures_on_windows_of_the_length_asked_for(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "session_perplexity", lambda _, tokens: float(tokens.shape[1]))
+
+    asked = ("export", "zoo:llama", tmp_path / "llama.onnx", "--data", text(tmp_path))
+    told = lines(run(*asked, "--length", 24, "--windows", 3)[1])
+
+    assert told["perplexity"] == "24"
+
+
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("def area(radius):\n    return 3.14 * radius ** 2\n" * 40)
+    return file
+
+
+def test_recover_trains_as_asked_and_says_so(run, tmp_path, monkeypatch):
+    asked = []
+    train = recovering.train
+    monkeypatch.setattr(
+        recovering,
+        "train",
+        lambda model, batches, options, progress: (
+            asked.append(dataclasses.replace(options, distill=None))
+            or train(model, batches, options, progress)
+        ),
+    )
+    code, _, error = run("prune", "zoo:llama", "--method", "magnitude", "--output", tmp_path / "a")
+    assert code == 0, error
+
+    code, out, error = run(
+        *("recover", tmp_path / "a", "--data", text(tmp_path), "--output", tmp_path / "b"),
+        *("--tokens", 64, "--lora", 3, "--learning-rate", 0.02, "--seed", 5),
+        *("--length", 32, "--windows", 4, "--evaluation", text(tmp_path)),
+    )
+
+    assert code == 0, error
+    assert asked == [Training(64, 3, learning_rate=0.02, seed=5)]
+    told = lines(out)
+    assert told["folder"] == str(tmp_path / "b") and told["steps"] == "1"
+    assert float(told["perplexity before"]) > 0 and float(told["loss first"]) > 0
+
+
+@pytest.mark.parametrize("option", ["learning_rate", "seed", "lora"])
+def test_each_option_of_recover_changes_the_result(option):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.ReLU(), torch.nn.Linear(9, 2))
+    data = [torch.randn(8, 6) for _ in range(4)]
+    other = {"learning_rate": 1e-2, "seed": 1, "lora": 2}
+    given = {"data": data, "tokens": 16, "distill": torch.nn.Linear(6, 2), "lora": 0}
+
+    trained = [fg.recover(model, **given | more) for more in ({}, {}, {option: other[option]})]
+
+    first, again, changed = (held[0].weight for held in trained)
+    assert torch.equal(first, again) and not torch.equal(first, changed)

@@ -1,0 +1,77 @@
+"""Ctrl-C, sent to real processes: exit code 130, one line that says what is left, no traceback."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+START = "from fasp_graph_entry import main; main()"
+
+
+def start(folder, *words, path=()):
+    variables = {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", START, *words],
+        cwd=folder,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def interrupted(process, ready=lambda: True):
+    """Send SIGINT as soon as it is ready; its one line."""
+    while process.poll() is None and not ready():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.01)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert out == "" and error.count("\n") == 1
+    return error.strip()
+
+
+def test_while_libraries_load(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+
+    process = start(tmp_path, "zoo", path=[tmp_path])
+
+    assert process.communicate(timeout=120) == ("", "interrupted\n")
+    assert process.returncode == 130
+
+
+def test_a_run_that_can_go_on_says_from_where(tmp_path):
+    asked = ("prune", "zoo:llama", "--output", "small", "--json")
+    work = tmp_path / ".small.work"
+
+    told = interrupted(start(tmp_path, *asked), lambda: list(work.glob("*.safetensors")))
+
+    assert told == (
+        "interrupted · nothing was written to small · run the same command to go on from "
+        ".small.work, or delete .small.work"
+    )
+    assert not (tmp_path / "small").exists()
+    done = start(tmp_path, *asked)
+    assert json.loads(done.communicate(timeout=300)[0])["params_after"]
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("more", "left"), [((), ""), (("--output", "small"), " · nothing was written to small")]
+)
+def test_a_run_without_a_work_folder(tmp_path, more, left):
+    (tmp_path / "my_stop.py").write_text(
+        "import os, signal\ndef build():\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+
+    process = start(tmp_path, "prune", "my_stop:build", *more)
+
+    out, error = process.communicate(timeout=120)
+    assert (process.returncode, out, error) == (130, "", f"interrupted{left}\n")
