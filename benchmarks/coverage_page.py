@@ -66,7 +66,7 @@ heads mixes them, a hidden state that the model returns must keep its shape.
 ## Families of timm
 
 The smallest model of each module of timm whose name sounds small, at its own width and depth, on
-images of 64 x 64 or the next size that it takes (`python -m benchmarks.coverage --timm`).
+images of 128 x 128 or another size that it takes (`python -m benchmarks.coverage --timm`).
 
 {families}
 """

@@ -23,7 +23,7 @@ def test_a_family_of_timm_is_its_smallest_model():
 
     built = build("timm:resnet")
 
-    assert list(built.inputs) == ["x"] and built.inputs["x"].shape == (2, 3, 64, 64)
+    assert list(built.inputs) == ["x"] and built.inputs["x"].shape == (2, 3, 128, 128)
     assert sum(p.numel() for p in built.model.parameters()) < 2_000_000
 
 

@@ -113,7 +113,8 @@ def _passes(program: Program, groups: list[Group], target: Target, config: Confi
     nodes = nodes_by_name(captured.graph_module.graph.nodes)
     found = {group.name: views(group, program.deps, nodes) for group in groups}
     sensed: Any = dict.fromkeys(found) if sensing(config) else {}
-    return _cost(Job(captured, config, found, {}, sensed, torch.Generator()), len(batches))
+    job = Job(captured, program.deps, {}, config, found, {}, sensed, torch.Generator())
+    return _cost(job, len(batches))
 
 
 def _deciding(target: Target, passes: float, gram: float) -> float:
