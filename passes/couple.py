@@ -239,11 +239,11 @@ class _Builder:
         return ("chain", "") if weighed else ("bilinear", "")
 
     def _weighed(self, site: Site) -> bool:
-        """Whether one activation meets a weight, plain or computed. What is made of weights alone,
-        say from a table of positions, is an activation where it meets a plain one.
+        """Whether one activation meets a weight; a sum over weights alone (a norm of them) has
+        none.
         """
-        data = [operand.node for operand in site.operands if operand.data]
-        return len(site.operands) > 1 and 1 in (len(data), sum(n in self.fed for n in data))
+        read = sum(operand.data and operand.node in self.fed for operand in site.operands)
+        return len(site.operands) > 1 and read == 1
 
 
 def _split(units: np.ndarray, rank: np.ndarray, count: int) -> list[np.ndarray]:

@@ -140,7 +140,8 @@ def _chain(node: Node, dim: int) -> Chain | None:
     shape, source = shape_of(at), shape_of(at.args[0])
     if shape is None or source is None or not all(isinstance(n, int) for n in shape[dim:]):
         return None
-    splits = dim < len(shape) - 1 and len(shape) > len(source)
+    whole = math.prod(shape[dim:]) == source[-1]  # other dims may be merged on the way
+    splits = dim < len(shape) - 1 and (len(shape) > len(source) or whole)
     if not splits or math.prod(shape[dim:]) == 0 or _ends(source, math.prod(shape[dim + 1 :])):
         return None
     return chain, at, dim

@@ -271,3 +271,30 @@ def test_a_model_that_takes_only_positive_numbers_is_proved_on_its_own():
 
     assert result.report.verify_max_error < 1e-9 and len(result.plan.kept["a.0"]) < 8
     assert result.emission.ways == {"a.0": "native"}
+
+
+class Windows(nn.Module):
+    """Attention in windows: one reshape merges the windows and takes the product apart."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):  # [images, rows, columns, 2, 2, 8]
+        n, h, w, s, _, c = x.shape
+        q, k, v = self.a(x).reshape(n, h * w, s * s, 3, 2, c // 2).permute(3, 0, 1, 4, 2, 5)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+        return self.b(y.reshape(n, h, w, s, s, -1))
+
+
+@pytest.mark.parametrize("kind", ["chain", "bilinear", "head"])
+def test_a_product_is_taken_apart_where_windows_are_merged(kind):
+    x = torch.randn(2, 2, 3, 2, 2, 8, generator=torch.Generator().manual_seed(0))
+    config = fg.Config(sparsity=0.3, kinds=(kind,), method="magnitude")
+
+    result = fg.prune(Windows(), x, None, config)
+
+    assert result.report.verify_max_error < 1e-9
+    assert any(group.kept < group.units for group in result.report.groups)
+    assert torch.allclose(result.graph_module(x), result.model(x), atol=1e-5)

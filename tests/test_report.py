@@ -9,6 +9,7 @@ import pytest
 import fasp_graph as fg
 import models_zoo
 from fasp_graph.pages.report_page import report_page
+from fasp_graph.units import in_bytes
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,9 @@ def test_memory_is_told(run):
     held = report.to_dict()["peak_memory"]
 
     assert held > report.bytes_before and held > 50e6  # torch alone takes more
-    assert f"{held / 1e6:,.1f} MB of memory at most" in report.to_text()
+    assert f"{in_bytes(held)} of memory at most" in report.to_text()
     page = report_page("llama", {**report.to_dict(), "peak_memory_cuda": 3_000_000}, {})
-    assert f"<td>peak memory</td><td>{held / 1e6:,.1f} MB</td>" in page
+    assert f"<td>peak memory</td><td>{in_bytes(held)}</td>" in page
     assert "<td>peak GPU memory</td><td>3.0 MB</td>" in page
 
 
