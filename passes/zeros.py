@@ -43,9 +43,11 @@ class Zeros:
         return all(self._keeps(node, found) for node in sorted(found, key=place.__getitem__))
 
     def _keeps(self, node: Node, carriers: set[Node]) -> bool:
+        value = self.values[node]
+        if isinstance(value, Value) and value.const is not None:
+            return not bool(value.const.any())
         if node.op == "get_attr":
-            value = self.values[node]
-            return isinstance(value, Value) and value.const is None
+            return isinstance(value, Value)
         if node.op != "call_function" or carriers.isdisjoint(node.all_input_nodes):
             return False
         if op_name(node) in BESIDE:

@@ -298,6 +298,20 @@ def test_numbers_that_are_not_zero_under_a_mean_mix(forward):
     assert group.kind == "width" and "mixed by mean" in group.reason
 
 
+def accumulated(m, x):
+    y = torch.relu(m.a(x))
+    total = y.new_zeros(y.shape[0], 12)
+    for place in range(3):
+        total = total * 0.5 + y[:, place]
+    return m.b(rms(total))
+
+
+def test_what_is_summed_onto_zeros_stays_zero():
+    group = fg.analyze(Net(accumulated), data(1, 4, 3, 8), check=True)["a.0"]
+
+    assert group.kind == "chain" and len(group.means) == 1
+
+
 def reads(m, x):
     y = torch.relu(m.a(x))
     return m.b(y), y.mean(-1), m.d(torch.relu(m.c(x)))
