@@ -30,7 +30,7 @@ from benchmarks.speed import SHAPES
 from benchmarks.speed import seconds as cpu_seconds
 from fasp_graph import Config, Pruned, prune
 from fasp_graph.evaluate import flops
-from fasp_graph.exports.onnx import export_graph, onnx_session, run_session
+from fasp_graph.exports.onnx import onnx_session, run_session, write_graph
 from passes.capture import Captured, capture
 from passes.kernels import narrow
 
@@ -90,7 +90,7 @@ def runtimes(dense: Captured, model: nn.Module, pruned: Pruned, folder: Path) ->
     sessions = []
     for number, graph in enumerate(graphs):
         path = folder / f"{number}.onnx"
-        export_graph(narrow(graph), dense.inputs, dense.dynamic_shapes, path)
+        write_graph(narrow(graph), dense.inputs, dense.dynamic_shapes, path)
         sessions.append(onnx_session(path))
     found["prefill onnx"] = [
         lambda b, s=s: lambda: run_session(s, ((), tokens(b))) for s in sessions

@@ -27,7 +27,7 @@ from passes.errors import FaspGraphError
 from . import memory as peaks
 from .data import load_target, refuse_long
 from .evaluate import flops, latency, perplexity, size_of
-from .exports.onnx import export_graph, onnx_session, run_session
+from .exports.onnx import onnx_session, run_session, write_graph
 from .targets import Target
 
 
@@ -156,7 +156,7 @@ def _torch_call(target: Target, sample: Args) -> Callable[[], Any]:
 
 def _onnx_call(target: Target, sample: Args, path: Path) -> Callable[[], Any]:
     captured = capture(target.model, target.inputs)
-    export_graph(captured.graph_module, captured.inputs, captured.dynamic_shapes, path)
+    write_graph(captured.graph_module, captured.inputs, captured.dynamic_shapes, path)
     session = onnx_session(path)
     return lambda: run_session(session, sample)
 

@@ -155,7 +155,7 @@ def flops(
     module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> int:
     """FLOPs of one call of `module`; attention counts alike whichever kernel would run it. The body
-    of a scan or a while loop does not count: torch cannot tell how often it runs.
+    of a scan or a while loop does not count: torch's counter refuses them.
     """
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, _Uncounted():

@@ -112,21 +112,13 @@ def _gather(module: GraphModule, node: Node, dim: int, mask: Tensor, name: str) 
     periods = [n for n in range(1, size) if size % n == 0 and (mask.view(-1, n) == mask[:n]).all()]
     period = min(periods, default=size)
     register(module, name, torch.nonzero(mask[:period]).reshape(-1))
-    steps: list[tuple[Any, tuple[Any, ...]]] = [(aten.index_select.default, (dim, None))]
-    if period < size:
-        steps = [
-            (aten.unflatten.int, (dim, [-1, period])),
-            (aten.index_select.default, (dim + 1, None)),
-            (aten.flatten.using_ints, (dim, dim + 1)),
-        ]
-    with module.graph.inserting_after(node):
+    with module.graph.inserting_before(node.next):
         held = module.graph.get_attr(name)
-    before, last = held, node
-    for target, arguments in steps:
-        given = tuple(held if a is None else a for a in arguments)
-        with module.graph.inserting_after(before):
-            last = before = module.graph.call_function(target, (last, *given))
-    return last
+        if period == size:
+            return module.graph.call_function(aten.index_select.default, (node, dim, held))
+        apart = module.graph.call_function(aten.unflatten.int, (node, dim, [-1, period]))
+        left = module.graph.call_function(aten.index_select.default, (apart, dim + 1, held))
+        return module.graph.call_function(aten.flatten.using_ints, (left, dim, dim + 1))
 
 
 def masked(module: GraphModule, cut: Removal) -> GraphModule:

@@ -1,4 +1,4 @@
-"""streams: what a norm by mean squares is to a group: a stream's, a chain's, or a reader.
+"""streams: what a mean over a group's axis is to the group.
 
 read      the mean goes elsewhere: another place where the axis ends
 passed    the mean comes back to the axis, and zeros there stand for what is gone: exact
@@ -8,6 +8,7 @@ mixed     what goes is not zero there; or the axis is a residual stream, to whic
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 
 from torch.fx import Node
@@ -27,6 +28,8 @@ class Streams:
         self.layer = layer
         self.values = layer.labels.values
         self.zeros = Zeros(self.values)
+        self.place = {node: number for number, node in enumerate(self.values)}
+        self.adds = [node for node in self.values if op_name(node) in ADDING]
 
     def carries(self, node: Node, unit: int) -> bool:
         """Whether a node's result has the unit on an axis."""
@@ -41,26 +44,36 @@ class Streams:
 
     def comes_back(self, site: Site, unit: int) -> bool:
         """Whether the mean meets the axis again."""
-        if self.carries(site.node, unit):
-            return True
-        behind = {site.node}
-        for node in self.values:
-            if node not in behind and not behind.isdisjoint(node.all_input_nodes):
-                behind.add(node)
-                if self.carries(node, unit):
-                    return True
+        seen, waiting = {site.node}, [site.node]
+        while waiting:
+            node = waiting.pop()
+            if self.carries(node, unit):
+                return True
+            waiting += [user for user in node.users if user not in seen]
+            seen.update(node.users)
         return False
 
     def returns(self, sites: Sequence[Site], unit: int) -> bool:
-        """Whether what was read off the axis is added to what was there: a residual stream."""
-        behind = {site.node for site in sites}
-        for node in self.values:
-            if not behind.isdisjoint(node.all_input_nodes):
-                behind.add(node)
-                if op_name(node) in ADDING:
-                    held = {n in behind for n in node.all_input_nodes if self.carries(n, unit)}
-                    if len(held) == 2:
-                        return True
+        """Whether what was read off the axis is added to what was there, and read again."""
+        ends = {site.node for site in sites}
+        first, last = (pick(self.place[end] for end in ends) for pick in (min, max))
+        low, high = (bisect(self.adds, at, key=self.place.__getitem__) for at in (first, last))
+        for node in self.adds[low:high]:
+            sides = [side for side in node.all_input_nodes if self.carries(side, unit)]
+            if len({self._behind(side, ends, first) for side in sides}) == 2:
+                return True
+        return False
+
+    def _behind(self, node: Node, ends: set[Node], first: int) -> bool:
+        """Whether a node depends on one of `ends`, of which none stands before place `first`."""
+        seen, waiting = {node}, [node]
+        while waiting:
+            node = waiting.pop()
+            if node in ends:
+                return True
+            fresh = [arg for arg in node.all_input_nodes if arg not in seen]
+            waiting += [arg for arg in fresh if self.place[arg] >= first]
+            seen.update(fresh)
         return False
 
     def passes(self, sites: Sequence[Site], unit: int) -> bool:

@@ -32,7 +32,6 @@ class Zeros:
 
     def stay(self, end: Node, carries: Carries) -> bool:
         """Whether zeros in the weights that carry a unit are zeros of `end` there."""
-        place = {node: number for number, node in enumerate(self.values)}
         found: set[Node] = set()
         waiting = [end]
         while waiting:
@@ -40,7 +39,7 @@ class Zeros:
             if node not in found:
                 found.add(node)
                 waiting += [arg for arg in node.all_input_nodes if carries(arg)]
-        return all(self._keeps(node, found) for node in sorted(found, key=place.__getitem__))
+        return all(self._keeps(node, found) for node in found)
 
     def _keeps(self, node: Node, carriers: set[Node]) -> bool:
         value = self.values[node]

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 import fasp_graph as fg
 from fasp_graph import bench, cli, data
 from fasp_graph.commands import demo, dryrun, inspecting, pruning, terminal
-from fasp_graph.exports.onnx import export_graph
+from fasp_graph.exports.onnx import write_graph
 
 PERPLEXITIES = ("perplexity_before", "perplexity_after")
 
@@ -408,7 +408,7 @@ def test_an_export_that_fails_in_its_process_is_told(tmp_path):
 
     with pytest.raises(fg.FaspGraphError, match="none does not exist"), demo.exporter() as process:
         process.submit(
-            export_graph, nn.Linear(3, 4), inputs, None, tmp_path / "none/x.onnx"
+            write_graph, nn.Linear(3, 4), inputs, None, tmp_path / "none/x.onnx"
         ).result()
 
     assert torch.get_num_threads() == threads

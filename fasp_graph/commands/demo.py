@@ -32,7 +32,7 @@ from passes.errors import ConfigError, FaspGraphError
 from ..config import Config
 from ..data import load_target
 from ..evaluate import flops, latency, perplexity, size_of, spread
-from ..exports.onnx import export_graph, graph_call, onnx_session, run_session
+from ..exports.onnx import graph_call, onnx_session, run_session, write_graph
 from ..folders.huggingface import save
 from ..jsontext import to_json
 from ..pages.view import to_html
@@ -96,7 +96,7 @@ def run_demo(
     written = min(sparsities, key=lambda value: abs(value - WRITTEN))
     output.mkdir(parents=True, exist_ok=True)
     sample = as_args(_sized(target.inputs, heldout[:2]))
-    files: dict[str, Future[Path]] = {}
+    files: dict[str, tuple[Path, Future[float]]] = {}
     _record(output, target, heldout, sample, [])  # if interrupted, the next demo may replace it
     with progress_bar(console) as bars, tempfile.TemporaryDirectory() as scratch:
         whole = bars.add_task("dense model", total=len(sparsities) * (len(VARIANTS) + 1) + 3)
@@ -106,37 +106,29 @@ def run_demo(
             dense, module = program.captured, program.captured.graph_module
             path = Path(scratch) / "0.onnx"
             plain = copy.deepcopy(module)  # without torch.export's hooks, which cannot be sent
-            files["dense"] = process.submit(
-                export_graph, plain, dense.inputs, dense.dynamic_shapes, path
-            )
+            call = (plain, dense.inputs, dense.dynamic_shapes, path)
+            files["dense"] = path, process.submit(write_graph, *call)
             graphs = {"dense": module}
             rows = [_row("dense", {"dense": perplexity(target.model, heldout)}, module, sample)]
             for sparsity in sparsities:
                 name = f"{sparsity:.0%}"
                 stem = f"{target.name}-{name.rstrip('%')}"
                 path = (output if sparsity == written else Path(scratch)) / f"{stem}.onnx"
-                pruned, row, files[name] = _prune_all(
-                    target,
-                    program,
-                    heldout,
-                    sparsity,
-                    sample,
-                    step,
-                    inner,
-                    process,
-                    path,
+                pruned, row, file = _prune_all(
+                    target, program, heldout, sparsity, sample, step, inner, process, path
                 )
+                files[name] = path, file
                 rows.append(row)
                 graphs[name] = pruned.graph_module
                 if sparsity == written:
                     _write(pruned, output, stem, target.tokenizer)
-            for name, file in files.items():
+            for name, (_, file) in files.items():
                 step(f"{name} to ONNX")
                 file.result()
         calls: dict[str, Callable[[], Any]] = {}
-        for name, file in files.items():
+        for name, (path, _) in files.items():
             calls[f"{name} torch"] = _graph_call(graphs[name], sample)
-            calls[f"{name} onnx"] = _session_call(file.result(), sample)
+            calls[f"{name} onnx"] = _session_call(path, sample)
         step("latency, runs alternating")
         times = latency(calls, repeats)
     rows = [
@@ -175,7 +167,7 @@ def _prune_all(
     progress: Callable[[str, int, int], None],
     process: Executor,
     path: Path,
-) -> tuple[Pruned, Row, Future[Path]]:
+) -> tuple[Pruned, Row, Future[float]]:
     """Every variant at one sparsity; the pruned model, its figures and its file are those of fasp,
     the first.
     """
@@ -191,7 +183,7 @@ def _prune_all(
         values[variant] = perplexity(pruned.model, heldout)
         if chosen is None:
             chosen, seconds = pruned, elapsed
-            file = process.submit(export_graph, *graph_call(pruned, path))
+            file = process.submit(write_graph, *graph_call(pruned, path))
     assert chosen is not None
     row = _row(f"{sparsity:.0%}", values, chosen.graph_module, sample)
     error = chosen.report.verify_max_error

@@ -64,29 +64,17 @@ def export_onnx(pruned: Pruned, path: str | os.PathLike[str]) -> Path:
     Raises VerificationError, and writes nothing, if ONNX Runtime computes other numbers.
     `fasp_graph.exports.export` has the options: with a cache, in parts, float16, int8.
     """
-    return export_graph(*graph_call(pruned, path))
+    write_graph(*graph_call(pruned, path))
+    return Path(path)
 
 
 def graph_call(
     pruned: Pruned, path: str | os.PathLike[str]
 ) -> tuple[GraphModule, Args, Any, Path, dict[str, str]]:
-    """The arguments of `export_graph` for a pruned model; they can be sent to another process."""
+    """The arguments of `write_graph` for a pruned model; they can be sent to another process."""
     metadata = {"fasp_graph.plan": to_json(pruned.plan.to_dict())}
     plain = narrow(pruned.graph_module)  # ONNX Runtime has no use for the padding, and pays for it
     return plain, pruned.inputs, pruned.dynamic_shapes, Path(path), metadata
-
-
-def export_graph(
-    module: GraphModule,
-    inputs: Args,
-    dynamic_shapes: Any,
-    path: Path,
-    metadata: Mapping[str, str] | None = None,
-    form: Form = Form(),
-) -> Path:
-    """Write any captured graph as ONNX: the work of `export_onnx`."""
-    write_graph(module, inputs, dynamic_shapes, path, metadata, form)
-    return path
 
 
 def write_graph(
@@ -97,7 +85,9 @@ def write_graph(
     metadata: Mapping[str, str] | None = None,
     form: Form = Form(),
 ) -> float:
-    """The same; the largest difference to the graph, relative to each output's largest number."""
+    """Write any captured graph as ONNX: the work of `export_onnx`. The largest difference to the
+    graph, relative to each output's largest number.
+    """
     import onnx
 
     size = sum(p.numel() * p.element_size() for p in module.parameters())
