@@ -219,9 +219,8 @@ class _Builder:
             return "frozen", notes.reasons[notes.frozen[unit]]
         why = notes.mixed[unit]
         if why < 0 and norms:
-            exact = self.streams.passes(norms, unit) and not (
-                sites and self.streams.returns(sites, unit)
-            )
+            stream = self.streams.returns(sites, unit)
+            exact = not stream and self.streams.passes(norms, unit)
             why = -1 if exact else notes.mean[unit]
         mixed = notes.reasons[why] if why >= 0 else ""
         routed = bool(notes.flags["routed"][unit])

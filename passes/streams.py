@@ -56,7 +56,7 @@ class Streams:
     def returns(self, sites: Sequence[Site], unit: int) -> bool:
         """Whether what was read off the axis is added to what was there, and read again."""
         ends = {site.node for site in sites}
-        first, last = (pick(self.place[end] for end in ends) for pick in (min, max))
+        first, last = (pick((self.place[end] for end in ends), default=0) for pick in (min, max))
         low, high = (bisect(self.adds, at, key=self.place.__getitem__) for at in (first, last))
         for node in self.adds[low:high]:
             sides = [side for side in node.all_input_nodes if self.carries(side, unit)]

@@ -408,3 +408,11 @@ def test_an_empty_constant_narrows_with_what_it_is_joined_to():
     compact = rewrite(captured.graph_module, cut)
 
     assert verify(captured.graph_module, compact, cut, captured.inputs) < 1e-12
+
+
+def test_a_stream_is_told_without_running_its_ops(monkeypatch):
+    monkeypatch.setattr("passes.zeros.Zeros._try", lambda *args: pytest.fail("an op was run"))
+
+    kinds = {g.name: g.kind for g in fg.analyze(Stream(), data(1, 4, 6), check=True).groups}
+
+    assert kinds["first.0"] == "width" and kinds["up.0"] == "chain"
