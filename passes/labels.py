@@ -171,7 +171,7 @@ class _Propagation:
         weight = values[0].weight and (name in moves.MOVEMENT or name in moves.SELECTION)
         domains = routing.domains(visit)
         results = [
-            Value(out, arrays, None, weight, domain) if isinstance(out, Tensor) else out
+            Value(out, self._once(arrays), None, weight, domain) if isinstance(out, Tensor) else out
             for out, arrays, domain in zip(outs, found, domains, strict=True)
         ]
         if self.check:
@@ -179,11 +179,14 @@ class _Propagation:
         self._note_write(node, results[0])
         return results[0] if isinstance(fake, Tensor) else results
 
+    def _once(self, arrays: Arrays) -> Arrays:
+        return {dim: self.labels.once(array) for dim, array in arrays.items()}
+
     def _visit(self, visit: Visit, values: list[Value]) -> list[Arrays]:
         name = visit.name.rstrip("_") if not visit.name.startswith("_") else visit.name
         if _writes_a_view(visit.node):
             return self._frozen_write(visit)
-        if name in moves.MOVEMENT and _movable(name, values):
+        if name in moves.MOVEMENT and _movable(visit, values):
             return moves.move(visit)
         for handlers in SPECIAL:
             if name in handlers:
@@ -247,8 +250,10 @@ class _Propagation:
         return visit.all_fixed(what)
 
 
-def _movable(name: str, values: list[Value]) -> bool:
-    return name in moves.LIKE or all(v.const is not None for v in values[1:])
+def _movable(visit: Visit, values: list[Value]) -> bool:
+    if visit.given.get("dtype") is not None and visit.shape != values[0].shape:
+        return False  # a view of the bits
+    return visit.name in moves.LIKE or all(v.const is not None for v in values[1:])
 
 
 def _writes_a_view(node: Node) -> bool:

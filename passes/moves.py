@@ -41,6 +41,7 @@ LIKE = {"view_as", "reshape_as", "expand_as"}
 SAME_DIMS = {"slice", "narrow", "split", "split_with_sizes", "chunk", "flip", "tensor_split"}
 CHANNEL_HOME = {"pixel_shuffle": -3, "pixel_unshuffle": -3}
 UNMOVABLE = {"roll", "unfold", "diagonal", "as_strided", "rot90"}  # places depend on the size
+ALONG = {"repeat_interleave", "index_select", "roll", "flip"}  # their dims lose or change places
 RESHAPES = {"reshape", "view", "_unsafe_view", "flatten", "reshape_as", "view_as"}
 GROWING = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
 
@@ -62,7 +63,7 @@ def move(visit: Visit) -> list[Arrays]:
         ticks = execute(_ticks(value, dim))
         if visit.name in RESHAPES:
             array = _unite_inside(visit, value, dim, array, execute, ticks[0])
-        moved = execute(array.expand(value.shape))
+        moved = execute(array)
         for slot, out, tick in zip(slots, moved, ticks, strict=True):
             if out.numel():
                 _place(visit, slot, dim, array, compress(out), varying(compress(tick)))
@@ -98,7 +99,9 @@ def _unite_inside(
 
 
 def _executor(visit: Visit, value: Value) -> Callable[[Tensor], list[Tensor]]:
-    """The op as a function of an array of the value's shape."""
+    """The op as a function of an array that broadcasts to the value's shape."""
+    if visit.name in RESHAPES:
+        return lambda array: [_reshaped(array, value.shape, tuple(visit.outs[0].shape))]
 
     def plain(item: Any) -> Any:
         if not isinstance(item, Value):
@@ -107,13 +110,26 @@ def _executor(visit: Visit, value: Value) -> Callable[[Tensor], list[Tensor]]:
 
     given = pytree.tree_map(plain, dict(visit.given), is_leaf=lambda v: isinstance(v, Value))
     first = next(name for name, item in visit.given.items() if item is value)
+    rank = len(value.shape)
+    along_dims = visit.name in ALONG and visit.outs[0].dim() == rank
 
     def execute(array: Tensor) -> list[Tensor]:
+        if along_dims and not set(varying(array)).intersection(_dims(visit, rank)):
+            return [array]
         arguments = {**given, first: array.expand(value.shape)}
         result = visit.node.target(**arguments)  # type: ignore[operator]
         return [result] if isinstance(result, Tensor) else list(result)
 
     return execute
+
+
+def _reshaped(array: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """A reshape; leading dims that stay, and along which the array does not change, stay 1."""
+    still = 0
+    while still < min(len(old), len(new)) and old[still] == new[still] and array.shape[still] == 1:
+        still += 1
+    whole = array.expand([*array.shape[:still], *old[still:]])
+    return whole.reshape([*array.shape[:still], *new[still:]])
 
 
 def _place(
@@ -155,12 +171,17 @@ def _stand_still(visit: Visit, slot: _Slot, dim: int, out: Tensor, spread: list[
 
 def _disturbed(visit: Visit, dim: int, rank: int) -> bool:
     """Whether an op whose effect depends on sizes acts on this very dim."""
-    dims = visit.given.get("dims") or [
+    return dim in _dims(visit, rank)
+
+
+def _dims(visit: Visit, rank: int) -> list[int]:
+    """The dims that an op names; all if it names none."""
+    given = visit.given.get("dims") or [
         visit.given[k]
         for k in ("dim", "dimension", "dim1", "dim2")
         if visit.given.get(k) is not None
     ]
-    return not dims or dim in [d % rank for d in dims]
+    return [d % rank for d in given] or list(range(rank))
 
 
 def _settle(visit: Visit, slot: _Slot, out: Tensor) -> Arrays:

@@ -114,6 +114,15 @@ class Labels:
     sites: list[Site] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     fixed_labels: dict[str, int] = field(default_factory=dict)
+    held: dict[tuple[torch.Size, int], Tensor] = field(default_factory=dict)
+
+    def once(self, array: Tensor) -> Tensor:
+        """The array, or the equal one that is held already: most ops hand labels on as they are."""
+        key = (array.shape, hash(array.numpy().tobytes()))
+        known = self.held.get(key)
+        if known is None:
+            known = self.held[key] = array.contiguous()
+        return known if torch.equal(known, array) else array
 
     def fresh(self, kind: str, name: str, dim: int, size: int) -> Tensor:
         """`size` new labels."""

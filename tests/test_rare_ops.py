@@ -67,6 +67,10 @@ CHAINS = {
     "turned by a table": (Calls(lambda m, x: m.b(torch.relu(m.a(x))[:, TURNED])), 8),
     "index_select": (Calls(lambda m, x: m.b(torch.relu(m.a(x)).index_select(1, TURNED))), 8),
     "written by an index": (Calls(written_by_index), 8),
+    "rows repeated": (
+        Calls(lambda m, x: m.b(torch.relu(m.a(x)).repeat_interleave(2, 0).roll(1, 0).flip([0]))),
+        8,
+    ),
     "repeat": (Calls(lambda m, x: m.b(torch.relu(m.a(x)).repeat(1, 2)), b=(16, 5)), 8),
     "pixel_shuffle": (
         Calls(lambda m, x: m.b(F.pixel_shuffle(m.a(x).view(6, 8, 1, 1), 2).flatten(1)), b=(8, 5)),
@@ -83,6 +87,10 @@ CHAINS = {
     ),
 }
 FROZEN = {
+    "seen as half its bits": (
+        Calls(lambda m, x: m.b(m.a(x).view(torch.int16).view(torch.float32))),
+        "view.dtype",
+    ),
     "padded by ones": (
         Calls(lambda m, x: m.b(F.pad(torch.relu(m.a(x)), (1, 1), value=1.0)), b=(10, 5)),
         "padded by",
