@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from passes.capture import Args, Captured, as_args, tensors
-from passes.errors import CalibrationError, ConfigError
+from passes.errors import CalibrationError, ConfigError, NoGradient
 from passes.lazy import is_lazy
 from passes.restore import TOWARDS
 from passes.score import NEEDS_DATA
@@ -131,6 +131,15 @@ def affordable(
             cuts = [piece for batch in batches for piece in cut(batch, pieces)]
             return cuts, config if name == asked else replace(config, restore=name)
     return batches, config if config.restore else replace(config, restore="affine")
+
+
+def without_gradients(config: Config, error: NoGradient) -> Config:
+    """The options for a model that has none; `error` where one that needs them was asked for."""
+    named = (config.allocation == "sensitivity", config.score == "taylor")
+    if any(named) or config.restore == "outputs":
+        raise error
+    restore = "affine" if config.passes.restore == "outputs" else config.passes.restore
+    return replace(config, allocation="curves", restore=restore)
 
 
 def backward(config: Config) -> bool:

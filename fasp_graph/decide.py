@@ -28,6 +28,7 @@ from passes.allocate import allocate_by_error, leans
 from passes.capture import Args, Captured
 from passes.consumers import views
 from passes.couple import DependencyGraph, Group
+from passes.errors import NoGradient
 from passes.experts import expert_view, independent
 from passes.gates import gated
 from passes.removal import nodes_by_name
@@ -43,6 +44,7 @@ from .calibration import (
     needs_data,
     sensing,
     shared_batches,
+    without_gradients,
 )
 from .config import Config
 from .correction import correction_cost, sensed_on
@@ -78,6 +80,7 @@ def decide(
     batches, config = affordable(captured, shared_batches(every, config) if every else [], config)
     batches = microbatches(captured, batches, config.max_memory)
     alone = [group for group in groups if not found[group.name]]
+    sensed, config, notes = _sense(captured, found, batches, config)
     own = independent(captured.graph_module, alone, deps, captured.inputs, config.seed)
     job = Job(
         captured,
@@ -86,10 +89,10 @@ def decide(
         config,
         found,
         {group.name: expert_view(group, deps, nodes) for group in own},
-        _sense(captured, found, batches, config),
+        sensed,
         torch.Generator().manual_seed(config.seed),
     )
-    decided = Decisions(budget)
+    decided = Decisions(budget, notes=notes)
     if config.passes.allocation not in ("uniform", "influence"):
         decided.curves = curves_of(job, groups, progress)
     spread = _spread(job, deps, groups, decided)
@@ -114,13 +117,26 @@ def _spread(job: Job, deps: DependencyGraph, groups: list[Group], decided: Decis
 
 def _sense(
     captured: Captured, found: dict[str, list[View]], batches: list[Args], config: Config
-) -> dict[str, Sensed]:
-    """Dense statistics on a share of the batches, where they are needed."""
+) -> tuple[dict[str, Sensed], Config, tuple[str, ...]]:
+    """Dense statistics on a share of the batches, where they are needed; the options that go with
+    them, since not every model has gradients, and what to say of that.
+    """
     if not sensing(config):
-        return {}
+        return {}, config, ()
     sites = [view for several in found.values() for view in several]
     chosen = [batches[number] for number in sensed_on(len(batches), config)]
-    return sense(captured.graph_module, chosen, sites, config.seed, backward(config))
+    module = captured.graph_module
+    try:
+        sensed = sense(module, chosen, sites, config.seed, backward(config))
+    except NoGradient as error:
+        again = _sense(captured, found, batches, without_gradients(config, error))
+        return again[0], again[1], (f"{error}; as is done here",)
+    deaf = [view.parameter for view in sites if sensed[view.node.name].metric is None]
+    if not backward(config) or not deaf:
+        return sensed, config, ()
+    several = f" and {len(deaf) - 1} more" if len(deaf) > 1 else ""
+    note = f"no gradient of the outputs reaches {deaf[0]}{several}: errors are relative to each "
+    return sensed, config, (note + "layer's own output",)
 
 
 def _cost(job: Job, batches: int) -> float:

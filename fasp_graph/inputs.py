@@ -55,7 +55,8 @@ def _quantised(model: nn.Module) -> Iterator[tuple[str, str]]:
     state (torch.ao), and what transformers says of a model that it quantised itself.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.dtype.is_floating_point or _encoded(parameter.data):
+        number = parameter.dtype.is_floating_point or parameter.dtype.is_complex
+        if not number or _encoded(parameter.data):
             yield f"parameter {name}", _kind(parameter.data)
     if is_lazy(model):
         return

@@ -237,7 +237,7 @@ def _report(
         error,
         left,
         decisions.forward_passes,
-        few_tokens(decisions.seen, captured.inputs),
+        decisions.notes + few_tokens(decisions.seen, captured.inputs),
         peak_host(),
         peak_cuda(),
         shapes_of(*captured.inputs),

@@ -41,7 +41,8 @@ class Decisions:
     """Filled group by group. `curves[name][k]`: error of removing k units per block;
     `seen`: tokens and channels at each consumer's weight that is solved for; `orders`: groups of
     which each expert keeps its own units, put in front (passes/experts.py); `forward_passes`: the
-    cost, in plain forward passes over the calibration batches.
+    cost, in plain forward passes over the calibration batches; `notes`: what was done otherwise
+    than asked for, and why.
     """
 
     budget: Budget
@@ -52,6 +53,7 @@ class Decisions:
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
     orders: Orders = field(default_factory=dict)
     forward_passes: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 def settle_all(

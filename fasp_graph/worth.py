@@ -50,8 +50,13 @@ class Job:
 
     @property
     def weighed(self) -> bool:
-        """Whether errors are measured in the metric of the model's outputs."""
-        return any(s.metric is not None for s in self.sensed.values())
+        """Whether errors are measured in the metric of the model's outputs: it reaches them all."""
+        return bool(self.sensed) and not self.unreached
+
+    @property
+    def unreached(self) -> list[str]:
+        """Consumers that no gradient of the outputs reaches."""
+        return [name for name, sensed in self.sensed.items() if sensed.metric is None]
 
 
 def cosines_of(job: Job, groups: list[Group]) -> dict[str, float]:
@@ -116,7 +121,8 @@ def problems_of(job: Job, group: Group, moments: dict[str, Moments], state: Walk
         second = found.gram.double() / found.tokens
         if job.weighed:
             metric = job.sensed[view.node.name].metric
-            matrix = matrix * 0 if metric is None else factor(metric) @ matrix
+            assert metric is not None
+            matrix = factor(metric) @ matrix
         else:
             power = torch.einsum("oi,ij,oj->", matrix, second, matrix)
             matrix = matrix / power.clamp_min(1e-300).sqrt()

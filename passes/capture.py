@@ -304,5 +304,6 @@ def _equal(left: Tensor, right: Tensor) -> bool:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """All tensors of a model's output, in order."""
-    return [leaf for leaf in pytree.tree_leaves(plain(output)) if isinstance(leaf, Tensor)]
+    """All tensors of a model's output, in order; complex numbers as their two parts."""
+    found = [leaf for leaf in pytree.tree_leaves(plain(output)) if isinstance(leaf, Tensor)]
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found]

@@ -32,7 +32,7 @@ from torch.fx import GraphModule, Node
 
 from .capture import Args
 from .consumers import Offset
-from .observe import environments
+from .observe import environments, gradients
 from .rewrite import attribute
 from .sensitivity import run
 from .views import View
@@ -178,8 +178,7 @@ def _gradients(
             loss = apart(outputs, sample.target(), words)
         if not loss.requires_grad:
             return {}, 0.0, 0
-        gradients = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
-        for node, gradient in zip(probes, gradients, strict=True):
+        for node, gradient in zip(probes, gradients(loss, list(probes.values())), strict=True):
             out = by_node[node].view.outputs(probes[node] if gradient is None else gradient)
             _add(sums, node, out.detach().float(), rows[node])
         distance += float(loss.detach())

@@ -23,6 +23,10 @@ class CalibrationError(FaspGraphError):
     """Calibration data is missing, of the wrong form, or makes non-finite activations."""
 
 
+class NoGradient(CalibrationError):
+    """An op of the model has no derivative, and a step of the method needs one."""
+
+
 class BudgetError(FaspGraphError):
     """The asked sparsity cannot be reached; the message states the largest that can."""
 

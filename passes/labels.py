@@ -128,6 +128,9 @@ class _Propagation:
         if id(tensor) not in self.seen:
             arrays = self.labels.arrays_for("parameter", str(node.target), tensor.shape)
             self.seen[id(tensor)] = Value(as_fake(self.fakes, tensor), arrays, weight=True)
+            if tensor.is_complex():
+                reason = f"the complex weight {node.target}"
+                self.labels.mark("frozen", arrays.values(), reason, node)
         return self.seen[id(tensor)]
 
     def _output(self, node: Node) -> None:

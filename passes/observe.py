@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Args
-from .errors import CalibrationError, where
+from .errors import CalibrationError, NoGradient, where
 from .lazy import materialized
 from .views import Seen, View
 
@@ -137,10 +138,37 @@ def called(node: Node, args: Any, kwargs: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, IndexError) as error:
+        _refuse_gradient(node, args, kwargs, error)
         raise CalibrationError(
             f"a calibration batch does not run: {' '.join(str(error).split())[:300]} · "
             f"{where(node)} · help: give batches of the same form as `inputs`"
         ) from error
+
+
+def _refuse_gradient(node: Node, args: Any, kwargs: Any, error: Exception) -> None:
+    """NoGradient if the node runs where no gradient is asked for."""
+    if torch.is_grad_enabled():
+        with torch.no_grad(), suppress(RuntimeError, TypeError, IndexError):
+            node.target(*args, **kwargs)  # type: ignore[operator]
+            raise no_gradient(f"{error} · {where(node)}") from error
+
+
+def no_gradient(why: str) -> NoGradient:
+    """The error for an op without a derivative."""
+    return NoGradient(
+        f"an op has no derivative: {' '.join(why.split())[:400]} · help: give it one "
+        "(torch.library.register_autograd), or take restore=affine and allocation=curves"
+    )
+
+
+def gradients(loss: Tensor, probes: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Of `loss`, by each probe; None where none reaches it. NoGradient names what has none."""
+    try:
+        return torch.autograd.grad(loss, probes, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise no_gradient(str(error)) from error
 
 
 def summable(rows: Tensor) -> Tensor:

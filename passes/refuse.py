@@ -60,9 +60,8 @@ def _objection(parameter: Tensor) -> str:
     kind = type(parameter).__name__
     if kind == "DTensor" or type(getattr(parameter, "data", None)).__name__ == "DTensor":
         return "is a DTensor (sharded) · help: gather the full weights before capture"
-    if parameter.is_complex():
-        return "is complex: no rule covers complex weights · help: store real and imaginary parts"
-    if not parameter.is_floating_point() or parameter.element_size() < 2:
+    real_or_complex = parameter.is_floating_point() or parameter.is_complex()
+    if not real_or_complex or parameter.element_size() < 2:
         return (
             f"is {parameter.dtype}, not floating point of 16 bits or more: quantised models "
             "cannot be pruned · help: prune first, then quantise"

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from .capture import Args
 from .drift import rows_of, summand
 from .errors import CalibrationError
-from .observe import Moments, called, check_sums, environments
+from .observe import Moments, called, check_sums, environments, gradients
 from .views import View
 
 Read = Callable[[str], Any]
@@ -185,8 +185,7 @@ def _backward(
             loss = loss.to(output.device) + (output * z).float().sum() / scale
     if not loss.requires_grad:
         return
-    gradients = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
-    for node, gradient in zip(probes, gradients, strict=True):
+    for node, gradient in zip(probes, gradients(loss, list(probes.values())), strict=True):
         if gradient is not None:
             rows = sites[node].outputs(gradient).to(torch.float32)
             sums[node.name].metric.addmm_(rows.T, rows)

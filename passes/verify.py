@@ -172,7 +172,7 @@ def fresh_inputs(inputs: Args, seed: int, precise: bool, own: bool = False) -> A
             noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
             return noise.double() if precise else noise
         order = torch.randperm(value.numel(), generator=generator).to(value.device)
-        value = value.double() if precise and value.is_floating_point() else value
+        value = _doubled(value) if precise else value
         return value.reshape(-1)[order].reshape(value.shape)
 
     return pytree.tree_map(renew, inputs)
@@ -180,15 +180,22 @@ def fresh_inputs(inputs: Args, seed: int, precise: bool, own: bool = False) -> A
 
 def as_float64(module: GraphModule) -> GraphModule:
     """Parameters, buffers, plain tensors and every floating-point dtype burned into the graph
-    become float64 (in place).
+    become float64, complex ones complex128 (in place).
     """
     state_dtypes(module, (torch.float32, *HALF), torch.float64)
+    state_dtypes(module, (torch.complex64, torch.complex32), torch.complex128)
     replace(module, lambda _, held: held.double() if isinstance(held, Lazy) else None)
     for holder in module.modules():
         for name, held in vars(holder).items():
-            if isinstance(held, Tensor) and held.is_floating_point():
-                setattr(holder, name, held.double())
-    return module.double()
+            if isinstance(held, Tensor):
+                setattr(holder, name, _doubled(held))
+    return module._apply(_doubled)
+
+
+def _doubled(held: Tensor) -> Tensor:
+    if held.is_complex():
+        return held.to(torch.complex128)
+    return held.double() if held.is_floating_point() else held
 
 
 class _Recorder(Interpreter):

@@ -231,7 +231,6 @@ REFUSED = {
         "no group can be pruned",
     ),
     "data-dependent branch": (lambda: run(Calls(branches)), "data-dependent"),
-    "complex parameter": (lambda: run(with_parameter(torch.zeros(2, 2) + 1j)), "complex"),
     "integer parameter": (lambda: run(with_parameter(torch.zeros(2).int())), "is int32"),
     "lazy layer": (lambda: run(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 5))), "lazy"),
     "spectral_norm": (lambda: run(normed(parametrizations.spectral_norm)), "no group can be"),

@@ -264,12 +264,6 @@ def quantised():
     return model
 
 
-def complex_valued():
-    model = nn.Sequential(nn.Linear(6, 6))
-    model[0].weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.complex64))
-    return model
-
-
 def buffer_on_meta():
     model = nn.BatchNorm1d(6)
     model.running_mean = model.running_mean.to("meta")
@@ -280,7 +274,6 @@ def buffer_on_meta():
     ("build", "word"),
     [
         (quantised, "quantised"),
-        (complex_valued, "complex"),
         (lambda: nn.LazyLinear(6), "lazy"),
         (buffer_on_meta, "meta device"),
     ],

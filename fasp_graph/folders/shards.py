@@ -35,6 +35,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
