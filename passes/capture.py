@@ -32,7 +32,8 @@ from .normalize import normalize
 from .precision import is_half, widened, widened_inputs
 from .refuse import depends_on_data, explain, refuse
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
-from .tracing import traceable, with_whole_numbers
+from .tracing import assert_held, holdable, traceable, with_held, with_whole_numbers
+from .visit import op_name
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
@@ -109,40 +110,57 @@ def capture(
             "inputs hold no tensor · help: pass a tensor, a tuple or a dict of tensors"
         )
     refuse(model, args)
-    errors: list[Exception] = []
     dynamic = has_numbers(model) if dynamic is None else dynamic
-    attempts = _attempts(model, args) if dynamic else (None,)
-    for asked in attempts if shapes is None else (shapes,):
+    attempts = list(_attempts(model, args) if dynamic else (None,)) if shapes is None else [shapes]
+    errors: list[Exception] = []
+    spare = None
+    for asked, held in [(asked, frozenset[int]()) for asked in attempts] + [
+        (None, held) for held in (holdable(args) if shapes is None else ())
+    ]:
+        branches = spare is not None or any(map(depends_on_data, errors))
+        if branches and asked is not None or held and not branches:
+            continue  # where numbers decide, other sizes do not help; elsewhere held ones do not
         try:
-            return _export(model, args, asked)
+            found = _export(model, args, asked, held)
         except Exception as failure:  # torch.export raises errors of many unrelated types
             errors.append(failure)
-            if depends_on_data(failure):
-                break  # static sizes will not help
-    raise CaptureError(explain(model, errors[-1])) from errors[-1]
+            continue
+        if not _reads_sizes(found.graph_module):
+            return found
+        spare = spare or found
+    if spare is not None:
+        return spare
+    raise CaptureError(explain(model, errors[0])) from errors[0]
 
 
-def _export(model: nn.Module, args: Args, shapes: Any) -> Captured:
+def _reads_sizes(module: GraphModule) -> bool:
+    """Whether sizes in the graph are read from the numbers in a tensor."""
+    return any(op_name(node) in ("item", "_local_scalar_dense") for node in module.graph.nodes)
+
+
+def _export(model: nn.Module, args: Args, shapes: Any, held: frozenset[int]) -> Captured:
+    """`held`: integer inputs to take for constants."""
     compared = has_numbers(model)
     real = compared and not is_lazy(model)
-    twin = _prepared(copy.deepcopy(model) if real else fake_twin(model), args)
+    twin = _prepared(copy.deepcopy(model) if real else fake_twin(model), args, held)
     with torch.no_grad(), traceable():
         program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     free = _free_axes(module, args)
     module = normalize(clean(module))
+    assert_held(module, args, held)
     if not real:
         restore_buffers(module, model)
     if compared and not real:
-        held = dict(model.named_parameters(remove_duplicate=False))
-        replace(module, lambda name, _: held.get(name))
+        own = dict(model.named_parameters(remove_duplicate=False))
+        replace(module, lambda name, _: own.get(name))
     if compared:
         _compare(module, model, args, free)
     return Captured(module, args, shapes if free else None, compared)
 
 
-def _prepared(twin: nn.Module, args: Args) -> nn.Module:
+def _prepared(twin: nn.Module, args: Args, held: frozenset[int]) -> nn.Module:
     """`twin` as it is exported: eval mode, no cache, no fused experts, plain outputs."""
     twin.eval()
     for module in twin.modules():
@@ -157,9 +175,9 @@ def _prepared(twin: nn.Module, args: Args) -> nn.Module:
         twin.set_attn_implementation("sdpa")
     forward = _without_cache(twin.forward, args)
     signature = inspect.signature(forward)
-    forward = functools.wraps(forward)(with_whole_numbers(forward, twin))
+    forward = with_held(with_whole_numbers(forward, twin), args, held)
 
-    @functools.wraps(forward)
+    @functools.wraps(twin.forward)
     def plain_forward(*positional: Any, **keyword: Any) -> Any:
         return plain(forward(*positional, **keyword))
 

@@ -2,6 +2,8 @@
 
 self.router.to(self.dtype)       a cast to what the weights are already changes nothing
 int(self.stride), a buffer       a whole number that sizes are computed from is a constant
+lengths.tolist()                 what is computed from constants is one, and an integer input may be
+                                 held as one (the sizes of images): the graph then refuses others
 log lines, printed graphs        silenced: where torch.export fails, the error says enough
 """
 
@@ -15,6 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental import proxy_tensor
+from torch.utils import _pytree as pytree
+
+from .visit import op_name
+
+aten = torch.ops.aten
+CONSTANTS = 1 << 12  # elements of a tensor of constants whose numbers the trace may use
+HOLDING = 3  # integer inputs that are held as constants at most
 
 
 @contextlib.contextmanager
@@ -22,6 +34,9 @@ def traceable() -> Iterator[None]:
     """The context in which torch.export runs."""
     cast = nn.Module.to
     before = logging.root.manager.disable
+    limits = [(module, module.CONSTANT_NUMEL_LIMIT) for module in (fake_tensor, proxy_tensor)]
+    for module, _ in limits:
+        module.CONSTANT_NUMEL_LIMIT = CONSTANTS  # type: ignore[attr-defined]
     logging.disable(logging.CRITICAL)
     nn.Module.to = _cast_once(cast)  # type: ignore[method-assign]
     try:
@@ -30,6 +45,8 @@ def traceable() -> Iterator[None]:
     finally:
         nn.Module.to = cast  # type: ignore[method-assign]
         logging.disable(before)
+        for module, limit in limits:
+            module.CONSTANT_NUMEL_LIMIT = limit  # type: ignore[attr-defined]
 
 
 def _cast_once(cast: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,3 +91,70 @@ def with_whole_numbers(forward: Callable[..., Any], model: nn.Module) -> Callabl
                 module._buffers[name] = held
 
     return with_constants
+
+
+def holdable(args: Any) -> list[frozenset[int]]:
+    """Sets of integer inputs (by their position among the leaves) to hold as constants, the fewest
+    and smallest first. Something else is left to vary.
+    """
+    leaves = pytree.tree_leaves(args)
+    whole = [k for k, v in enumerate(leaves) if isinstance(v, Tensor) and not _real(v)]
+    whole.sort(key=lambda k: (leaves[k].numel(), k))
+    varied = any(isinstance(leaf, Tensor) and _real(leaf) for leaf in leaves)
+    chosen = [k for k in (whole if varied else whole[:-1]) if leaves[k].numel() <= CONSTANTS]
+    return [frozenset(chosen[: n + 1]) for n in range(min(len(chosen), HOLDING))]
+
+
+def with_held(forward: Callable[..., Any], args: Any, held: frozenset[int]) -> Callable[..., Any]:
+    """`forward` that takes the integer inputs `held` for the constants that they are in `args`."""
+    leaves = pytree.tree_leaves(args)
+    numbers = {k: (leaves[k].tolist(), leaves[k].dtype) for k in held}
+
+    def with_constants(*positional: Any, **keyword: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((positional, keyword))
+        for k, (values, dtype) in numbers.items():
+            leaves[k] = torch.tensor(values, dtype=dtype, device=leaves[k].device)
+        positional, keyword = pytree.tree_unflatten(leaves, spec)
+        return forward(*positional, **keyword)
+
+    return with_constants
+
+
+def assert_held(module: GraphModule, args: Any, held: frozenset[int]) -> None:
+    """Let the graph assert that the inputs `held` are what they are in `args` (in place)."""
+    leaves = pytree.tree_leaves(args)
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for k in sorted(held):
+        name = f"_held_{inputs[k].name}"
+        module.register_buffer(name, leaves[k].clone(), persistent=False)
+        with module.graph.inserting_after(inputs[-1]):
+            constant = module.graph.get_attr(name)
+        with module.graph.inserting_after(constant):
+            same = module.graph.call_function(aten.eq.Tensor, (inputs[k], constant))
+        with module.graph.inserting_after(same):
+            everywhere = module.graph.call_function(aten.all.default, (same,))
+        with module.graph.inserting_after(everywhere):
+            said = (
+                f"{inputs[k].name} is not what it was in the example inputs, which is all that the "
+                "graph was captured for: forward computes sizes from its numbers"
+            )
+            module.graph.call_function(aten._assert_async.msg, (everywhere, said))
+        constant.meta["val"] = leaves[k]
+        same.meta["val"] = leaves[k] == leaves[k]
+        everywhere.meta["val"] = same.meta["val"].all()
+    module.recompile()
+
+
+def held_inputs(module: GraphModule) -> frozenset[int]:
+    """Positions of the inputs that a captured graph asserts to be what they were."""
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+
+    def asserted(node: Node) -> bool:
+        return any(
+            op_name(check) == "_assert_async"
+            for same in node.users
+            for everywhere in same.users
+            for check in everywhere.users
+        )
+
+    return frozenset(k for k, node in enumerate(inputs) if asserted(node))

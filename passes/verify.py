@@ -27,6 +27,7 @@ from .lazy import Lazy, replace
 from .precision import HALF, state_dtypes, widened, widened_inputs
 from .removal import Removal, is_constant, sliced
 from .rewrite import masked
+from .tracing import held_inputs
 
 ROUNDS = 3  # a unit that one input leaves silent (ReLU) shows in another; the last is longer
 FLOAT64_LIMIT = 2**28  # parameters; above, float32 is used, weight by weight (passes/precision.py)
@@ -67,7 +68,8 @@ def _expected(
     outputs (a logarithm), the example's own in another order.
     """
     for own in (False, True):
-        args = widened_inputs(fresh_inputs(inputs, seed, precise, own))
+        held = held_inputs(reference)
+        args = widened_inputs(fresh_inputs(inputs, seed, precise, own, held))
         expected = _run(reference, args, "masked dense")
         if not any(bool(tensor.isnan().any()) for tensor in expected):
             break
@@ -161,8 +163,16 @@ def difference(left: Tensor, right: Tensor) -> float:
     return float((left - right).abs().max() / left.abs().max().clamp_min(1)) if len(left) else 0.0
 
 
-def fresh_inputs(inputs: Args, seed: int, precise: bool, own: bool = False) -> Args:
-    """Inputs of the same form: integers permuted, floating point drawn anew (`own`: permuted)."""
+def fresh_inputs(
+    inputs: Args,
+    seed: int,
+    precise: bool,
+    own: bool = False,
+    held: frozenset[int] = frozenset(),
+) -> Args:
+    """Inputs of the same form: integers permuted (but those at the places `held`), floating point
+    drawn anew (`own`: permuted).
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def renew(value: Any) -> Any:
@@ -175,7 +185,9 @@ def fresh_inputs(inputs: Args, seed: int, precise: bool, own: bool = False) -> A
         value = _doubled(value) if precise else value
         return value.reshape(-1)[order].reshape(value.shape)
 
-    return pytree.tree_map(renew, inputs)
+    leaves, spec = pytree.tree_flatten(inputs)
+    renewed = [leaf if k in held else renew(leaf) for k, leaf in enumerate(leaves)]
+    return pytree.tree_unflatten(renewed, spec)
 
 
 def as_float64(module: GraphModule) -> GraphModule:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from passes.capture import Args, tensors
 from passes.precision import widened, widened_inputs
+from passes.tracing import held_inputs
 from passes.verify import doubled, fresh_inputs
 
 Case = tuple[Args, list[Tensor]]
@@ -26,7 +27,8 @@ def cases(compact: GraphModule, inputs: Args) -> list[Case]:
         lambda v: v[:, :short].contiguous() if _sequence(v) and short > 1 else v, double
     )
     found: list[Case] = []
-    for args in (inputs, fresh_inputs(inputs, 1, False), double, shorter):
+    fresh = fresh_inputs(inputs, 1, False, held=held_inputs(compact))
+    for args in (inputs, fresh, double, shorter):
         with torch.no_grad():
             try:
                 expected = tensors(compact(*args[0], **args[1]))
