@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -40,6 +40,11 @@ def executed(fakes: FakeTensorMode, node: Node, args: Any) -> Any:
     try:
         with fakes, torch.no_grad():
             return node.target(*plain[0], **plain[1])  # type: ignore[operator]
+    except DataDependentOutputException as error:
+        raise UnsupportedOp(
+            f"a size is computed from the numbers in a tensor · {where(node)} · help: prune the "
+            "part of the model whose sizes follow from those of its inputs"
+        ) from error
     except Exception as error:
         raise UnsupportedOp(
             f"cannot infer the shape of {node.target}: {error} · {where(node)} · help: a custom op "

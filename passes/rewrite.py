@@ -161,7 +161,7 @@ def _restricted(cut: Removal) -> dict[str, str]:
 
 
 def _exclude(module: GraphModule, node: Node, cut: Removal, name: str) -> None:
-    """A choice never falls on what is removed: -inf there (1_K of a maximum)."""
+    """A choice never falls on what is removed: -inf there (1_K of a maximum), or infinity."""
     source = node.args[0]
     assert isinstance(source, Node)
     bound = bind(node, node.args, node.kwargs)
@@ -172,7 +172,8 @@ def _exclude(module: GraphModule, node: Node, cut: Removal, name: str) -> None:
         arrays = cut.value(source.name, layer=layer).arrays
         barred = barred | ~cut.mask(arrays[dim % rank], layer)
     held = hold(module, node, name, barred)
-    worst = float("-inf") if bound.get("largest", True) is not False else float("inf")
+    largest = bound.get("largest", bound.get("descending", True)) is not False
+    worst = float("-inf") if largest else float("inf")
     with module.graph.inserting_before(node):
         made = module.graph.call_function(aten.masked_fill.Scalar, (source, held, worst))
     node.args = (made, *node.args[1:])

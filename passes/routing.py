@@ -10,13 +10,17 @@ without a domain (token ids) fixes the axis that it points at.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.fx import Node
 
 from . import moves, places
+from .axes import apply_rule
+from .rules import table
 from .values import Arrays, Mark, Value, along
-from .visit import Visit
+from .visit import Visit, bind, op_name
 
 CHOICES = {"topk": 1, "sort": 1, "argmax": 0, "argsort": 0, "max": 1}
 PASSING = moves.MOVEMENT | moves.SELECTION | {"clamp", "clamp_min", "clamp_max", "gather", "cat"}
@@ -79,12 +83,12 @@ def choose(visit: Visit) -> list[Arrays]:
         visit.freeze(list(value.arrays.values()), f"{visit.name} over all")
         return visit.all_fixed(f"{visit.name} over all")
     dim, labels = visit.dim("dim", rank, -1), visit.labels
-    axis = _axis(visit, value)
+    least = _taken(visit, value, dim)
+    axis = _axis(visit, value) if least else None
     if axis is None:
         visit.freeze([value.arrays[dim]] if dim in value.arrays else [], visit.name)
     else:
         reason = visit.reason(f"chosen by {visit.name}")
-        least = int(visit.given.get("k") or 1)
         labels.marks.append(Mark("routed", axis, reason, visit.node, least))
     results = []
     for out in visit.outs:
@@ -101,6 +105,39 @@ def choose(visit: Visit) -> list[Arrays]:
             arrays[d] = array if keeps else array.squeeze(dim)
         results.append(arrays)
     return results
+
+
+def largest(visit: Visit) -> list[Arrays]:
+    """max whose place is used is a choice of one; without it, a reduction."""
+    placed = len(visit.outs) > 1 and any(
+        user.args[1] == 1 for user in visit.node.users if user.target is operator.getitem
+    )
+    return choose(visit) if placed else apply_rule(visit, table()["max"])
+
+
+def _taken(visit: Visit, value: Value, dim: int) -> int:
+    """How many of the first places of the choice are used; 0: of those that are sorted, all are, or
+    which ones depends on the size.
+    """
+    if "sort" not in visit.name:
+        return int(visit.given.get("k") or 1)
+    ends = [0]
+    for user in [user for item in _results(visit) for user in item.users]:
+        bound = bind(user, user.args, user.kwargs)
+        along_dim = bound.get("dim") is not None and bound["dim"] % len(value.shape) == dim
+        end = bound["index"] + 1 if "index" in bound else bound.get("end")
+        if not along_dim or not isinstance(end, int) or not 0 < end < value.shape[dim]:
+            return 0
+        if op_name(user) not in ("slice", "select"):
+            return 0
+        ends.append(end)
+    return max(ends)
+
+
+def _results(visit: Visit) -> list[Node]:
+    """The nodes that hold a result each."""
+    several = [user for user in visit.node.users if user.target is operator.getitem]
+    return several or [visit.node]
 
 
 def look_up(visit: Visit) -> list[Arrays]:
@@ -170,4 +207,5 @@ HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
     **dict.fromkeys(("gather", "scatter", "scatter_add"), gather),
     "one_hot": one_hot,
     **dict.fromkeys(("topk", "sort", "argmax", "argsort"), choose),
+    "max": largest,
 }

@@ -29,6 +29,7 @@ from ..jsontext import to_json
 from .onnx_reduce import reduce
 from .other_sizes import other_sizes
 from .program import program_of, quiet
+from .sayable import sayable
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -85,11 +86,13 @@ def write_graph(
     metadata: Mapping[str, str] | None = None,
     form: Form = Form(),
 ) -> float:
-    """Write any captured graph as ONNX: the work of `export_onnx`. The largest difference to the
-    graph, relative to each output's largest number.
+    """Write any captured graph as ONNX: the work of `export_onnx`. Inputs that the graph holds for
+    constants are none of the file. The largest difference to the graph, relative to each output's
+    largest number.
     """
     import onnx
 
+    module, inputs = sayable(module, inputs)
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     external = size > form.external_data_bytes
     with draft(path, "ONNX", ".onnx") as made:

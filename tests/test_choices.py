@@ -1,0 +1,93 @@
+"""Routing by max, argmax, sort and argsort: experts go with their router's rows, at least as many
+stay as are chosen; where all of a sorted axis is used, it stays.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import fasp_graph as fg
+
+X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Routed(nn.Module):
+    """Six experts of one matrix each; `forward` routes."""
+
+    def __init__(self, route):
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.router, self.leave = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(8, 5)
+        self.experts, self.read = nn.Parameter(torch.randn(6, 8, 8) * 0.3), nn.Linear(6, 5)
+        self.route = route
+
+    def forward(self, x):
+        return self.route(self, torch.relu(self.enter(x)))
+
+    def at(self, x, places):
+        return torch.bmm(x[:, None], self.experts[places])[:, 0]
+
+
+def largest(m, x):
+    value, place = m.router(x).max(-1)
+    return m.leave(value[:, None] * m.at(x, place))
+
+
+def likeliest(m, x):
+    value, place = m.router(x).softmax(-1).max(-1)
+    return m.leave(value[:, None] * m.at(x, place))
+
+
+def two_of(descending):
+    def route(m, x):
+        values, places = m.router(x).sort(-1, descending=descending)
+        return m.leave(sum(values[:, k : k + 1] * m.at(x, places[:, k]) for k in range(2)))
+
+    return route
+
+
+def first_of_argsort(m, x):
+    scores = m.router(x).softmax(-1)
+    place = scores.argsort(-1, descending=True)[:, 0]
+    return m.leave(scores.gather(1, place[:, None]) * m.at(x, place))
+
+
+def last_of_argsort(m, x):
+    return m.leave(m.at(x, m.router(x).argsort(-1)[:, -1]))
+
+
+def all_sorted(m, x):
+    return m.read(m.router(x).sort(-1)[0])
+
+
+@pytest.mark.parametrize(
+    ("route", "least"),
+    [
+        (largest, 1),
+        (likeliest, 1),
+        (two_of(descending=True), 2),
+        (two_of(descending=False), 2),
+        (first_of_argsort, 1),
+    ],
+)
+def test_experts_go_with_their_routers_rows(route, least):
+    config = fg.Config(sparsity=0.5, method="magnitude", kinds=("head",), check=True)
+
+    pruned = fg.prune(Routed(route).eval(), X, None, config)
+
+    (group,) = [pruned.deps[name] for name in pruned.plan.kept]
+    assert (group.kind, group.size, group.least) == ("head", 6, least)
+    assert {("router.weight", 0), ("experts", 0)} <= {(m.parameter, m.dim) for m in group.members}
+    kept = list(pruned.plan.kept[group.name])
+    assert pruned.model.experts.shape[0] == len(kept) < 6
+    torch.testing.assert_close(pruned.model.router.weight, Routed(route).router.weight[kept])
+
+
+@pytest.mark.parametrize("route", [last_of_argsort, all_sorted])
+def test_places_that_depend_on_the_number_stay(route):
+    deps = fg.analyze(Routed(route).eval(), X, check=True)
+
+    rows = ("router.weight", 0)
+    (group,) = [g for g in deps.groups if rows in [(m.parameter, m.dim) for m in g.members]]
+    assert group.kind == "frozen"
+    assert "sort" in group.reason

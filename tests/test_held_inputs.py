@@ -1,0 +1,110 @@
+"""Integer inputs that sizes are computed from (grids of packed images) are held as constants: the
+graph says so to whoever gives others, the user's own class goes on to take any.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from trial import zeroed
+
+import fasp_graph as fg
+from passes.capture import capture
+from passes.errors import CalibrationError, UnsupportedOp
+from passes.tracing import held_inputs
+
+GRID = torch.tensor([[2, 3], [2, 2]])
+OTHER = torch.tensor([[1, 3], [7, 1]])
+
+
+class Packed(nn.Module):
+    """Attention within each image of a packed row; `grid` holds the images' sizes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.qkv, self.out = nn.Linear(12, 16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x, grid):
+        h = self.embed(x)
+        parts = self.qkv(h).view(len(x), 3, 2, 8).permute(1, 2, 0, 3)
+        lengths = grid.prod(-1).tolist()
+        images = zip(*(part.split(lengths, 1) for part in parts), strict=True)
+        mixed = torch.cat([scaled_dot_product_attention(*image) for image in images], 1)
+        h = h + self.out(mixed.transpose(0, 1).reshape(len(x), -1))
+        return self.down(torch.relu(self.up(h)))
+
+
+def drawn(grid=GRID, count=4):
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(10, 12, generator=generator), "grid": grid} for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    inputs, *calibration = drawn()
+    return fg.prune(Packed().eval(), inputs, calibration, fg.Config(sparsity=0.3, check=True))
+
+
+def test_every_layer_goes_and_the_class_takes_other_grids(pruned):
+    kept = pruned.plan.kept
+    assert {pruned.deps[name].size for name in kept} == {16, 32}
+    assert isinstance(pruned.model, Packed)
+    x = drawn()[0]["x"]
+    magnitude = fg.prune(Packed().eval(), drawn()[0], None, fg.Config(0.3, method="magnitude"))
+    expected = zeroed(Packed().eval(), magnitude.deps, magnitude.plan.kept)
+    for grid in (GRID, OTHER):
+        torch.testing.assert_close(
+            magnitude.model(x, grid), expected(x, grid), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_graph_refuses_other_numbers(pruned):
+    given = drawn(OTHER)
+    with pytest.raises(RuntimeError, match="grid is not what it was in the example inputs"):
+        pruned.graph_module(**given[0])
+    with pytest.raises(CalibrationError, match="grid is not what it was"):
+        fg.prune(Packed().eval(), drawn()[0], given, fg.Config(method="fasp"))
+
+
+def test_onnx_takes_what_may_vary(pruned, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = fg.export_onnx(pruned, tmp_path / "packed.onnx")
+    session = onnxruntime.InferenceSession(str(path))
+    assert [entry.name for entry in session.get_inputs()] == ["x"]
+    (given,) = drawn(count=1)
+    (found,) = session.run(None, {"x": given["x"].numpy()})
+    expected = pruned.graph_module(**given).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class Repeated(nn.Module):
+    """Sizes from the tokens themselves, and no other input."""
+
+    def forward(self, ids):
+        return torch.ones(6, 4).split(ids.tolist())
+
+
+class Padded(nn.Module):
+    """A mask that the model makes itself decides: its numbers are constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(7, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        mask = torch.tensor([True, True, False, True])
+        return self.b(torch.relu(self.a(x[:, : int(mask.sum())])))
+
+
+def test_only_what_sizes_need_is_held():
+    mlp = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    program = capture(mlp, torch.randint(0, 9, (3, 5)))
+    assert not held_inputs(program.graph_module)
+    assert program.dynamic_shapes is not None
+    with pytest.raises(UnsupportedOp, match=r"computed from the numbers in a tensor.*help"):
+        fg.analyze(Repeated(), torch.tensor([2, 1, 3]))
+    deps = fg.analyze(Padded(), torch.randn(5, 4, 7))
+    assert [group.size for group in deps.groups if group.kind == "chain"] == [16]
