@@ -11,6 +11,7 @@ analysed but not run; then nothing can be compared, and all axes are static.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import functools
@@ -112,25 +113,29 @@ def capture(
     refuse(model, args)
     dynamic = has_numbers(model) if dynamic is None else dynamic
     attempts = list(_attempts(model, args) if dynamic else (None,)) if shapes is None else [shapes]
-    errors: list[Exception] = []
-    spare = None
-    for asked, held in [(asked, frozenset[int]()) for asked in attempts] + [
-        (None, held) for held in (holdable(args) if shapes is None else ())
-    ]:
-        branches = spare is not None or any(map(depends_on_data, errors))
-        if branches and asked is not None or held and not branches:
-            continue  # where numbers decide, other sizes do not help; elsewhere held ones do not
+    failure: Exception | None = None
+    spare, branches = None, False
+    for asked in attempts:
+        if branches and asked is not None:
+            continue  # where numbers decide, other sizes do not help
         try:
-            found = _export(model, args, asked, held)
-        except Exception as failure:  # torch.export raises errors of many unrelated types
-            errors.append(failure)
-            continue
-        if not _reads_sizes(found.graph_module):
-            return found
-        spare = spare or found
-    if spare is not None:
-        return spare
-    raise CaptureError(explain(model, errors[0])) from errors[0]
+            found = _export(model, args, asked)
+        except Exception as error:  # torch.export raises errors of many unrelated types
+            failure = error
+            branches = branches or depends_on_data(error)
+        else:
+            if not _reads_sizes(found.graph_module):
+                return found
+            spare, branches = spare or found, True
+    for held in holdable(args) if branches and shapes is None else ():
+        with contextlib.suppress(Exception):
+            found = _export(model, args, None, held)
+            if not _reads_sizes(found.graph_module):
+                return found
+    if spare is None:
+        assert failure is not None
+        raise CaptureError(explain(model, failure)) from failure
+    return spare
 
 
 def _reads_sizes(module: GraphModule) -> bool:
@@ -138,8 +143,10 @@ def _reads_sizes(module: GraphModule) -> bool:
     return any(op_name(node) in ("item", "_local_scalar_dense") for node in module.graph.nodes)
 
 
-def _export(model: nn.Module, args: Args, shapes: Any, held: frozenset[int]) -> Captured:
-    """`held`: integer inputs to take for constants."""
+def _export(
+    model: nn.Module, args: Args, shapes: Any, held: frozenset[int] | None = None
+) -> Captured:
+    """`held`: integer inputs to take for constants, beside all that is made of none."""
     compared = has_numbers(model)
     real = compared and not is_lazy(model)
     twin = _prepared(copy.deepcopy(model) if real else fake_twin(model), args, held)
@@ -149,7 +156,7 @@ def _export(model: nn.Module, args: Args, shapes: Any, held: frozenset[int]) -> 
     assert isinstance(module, GraphModule)
     free = _free_axes(module, args)
     module = normalize(clean(module))
-    assert_held(module, args, held)
+    assert_held(module, args, held or frozenset())
     if not real:
         restore_buffers(module, model)
     if compared and not real:
@@ -160,7 +167,7 @@ def _export(model: nn.Module, args: Args, shapes: Any, held: frozenset[int]) -> 
     return Captured(module, args, shapes if free else None, compared)
 
 
-def _prepared(twin: nn.Module, args: Args, held: frozenset[int]) -> nn.Module:
+def _prepared(twin: nn.Module, args: Args, held: frozenset[int] | None) -> nn.Module:
     """`twin` as it is exported: eval mode, no cache, no fused experts, plain outputs."""
     twin.eval()
     for module in twin.modules():
@@ -175,7 +182,8 @@ def _prepared(twin: nn.Module, args: Args, held: frozenset[int]) -> nn.Module:
         twin.set_attn_implementation("sdpa")
     forward = _without_cache(twin.forward, args)
     signature = inspect.signature(forward)
-    forward = with_held(with_whole_numbers(forward, twin), args, held)
+    forward = with_whole_numbers(forward, twin)
+    forward = forward if held is None else with_held(forward, args, held)
 
     @functools.wraps(twin.forward)
     def plain_forward(*positional: Any, **keyword: Any) -> Any:

@@ -89,6 +89,8 @@ def _simplify(graph: Graph, node: Node) -> None:
         computed = torch.promote_types(node.meta["val"].dtype, torch.float32)
         node.args = (*(bound[name] for name in ("input", "normalized_shape", "weight")),)
         node.kwargs = {"eps": torch.finfo(computed).eps}
+    if op_name(node) == "cat":
+        _without_empty(node)
     pairs = op_name(node) == "view_as_complex"  # refuses odd strides, which a cut may leave
     if pairs or (op_name(node) == "reshape" and _follows_attention(node)):
         with graph.inserting_before(node):
@@ -99,6 +101,20 @@ def _simplify(graph: Graph, node: Node) -> None:
             assert isinstance(source, Node)
             copied.meta = dict(source.meta)
         node.replace_input_with(source, copied)
+
+
+def _without_empty(node: Node) -> None:
+    """Parts of no place are none of what is joined."""
+    bound = bind(node, node.args, node.kwargs)
+    parts = [part.meta["val"] for part in bound["tensors"]]
+    same = len({(part.dtype, part.dim()) for part in parts}) == 1
+    sizes = [part.shape[bound["dim"]] if part.dim() else 1 for part in parts]
+    held = [
+        a for a, n in zip(bound["tensors"], sizes, strict=True) if not (type(n) is int and n == 0)
+    ]
+    if same and held and len(held) < len(parts):
+        node.args = (held, bound["dim"])
+        node.kwargs = {}
 
 
 def _follows_attention(node: Node) -> bool:

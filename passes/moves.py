@@ -126,7 +126,9 @@ def _executor(visit: Visit, value: Value) -> Callable[[Tensor], list[Tensor]]:
 def _reshaped(array: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
     """A reshape; leading dims that stay, and along which the array does not change, stay 1."""
     still = 0
-    while still < min(len(old), len(new)) and old[still] == new[still] and array.shape[still] == 1:
+    for before, after, held in zip(old, new, array.shape, strict=False):
+        if not before == after > 0 or held > 1:
+            break
         still += 1
     whole = array.expand([*array.shape[:still], *old[still:]])
     return whole.reshape([*array.shape[:still], *new[still:]])

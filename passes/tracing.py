@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import proxy_tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .visit import op_name
 
 aten = torch.ops.aten
 CONSTANTS = 1 << 12  # elements of a tensor of constants whose numbers the trace may use
+MAKING = {torch.arange, torch.zeros, torch.ones, torch.full, torch.div}
+PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, torch.layout)
 HOLDING = 3  # integer inputs that are held as constants at most
 
 
@@ -95,18 +99,20 @@ def with_whole_numbers(forward: Callable[..., Any], model: nn.Module) -> Callabl
 
 def holdable(args: Any) -> list[frozenset[int]]:
     """Sets of integer inputs (by their position among the leaves) to hold as constants, the fewest
-    and smallest first. Something else is left to vary.
+    and smallest first, from none on. Something else is left to vary.
     """
     leaves = pytree.tree_leaves(args)
     whole = [k for k, v in enumerate(leaves) if isinstance(v, Tensor) and not _real(v)]
     whole.sort(key=lambda k: (leaves[k].numel(), k))
     varied = any(isinstance(leaf, Tensor) and _real(leaf) for leaf in leaves)
     chosen = [k for k in (whole if varied else whole[:-1]) if leaves[k].numel() <= CONSTANTS]
-    return [frozenset(chosen[: n + 1]) for n in range(min(len(chosen), HOLDING))]
+    return [frozenset(chosen[:n]) for n in range(min(len(chosen), HOLDING) + 1)]
 
 
 def with_held(forward: Callable[..., Any], args: Any, held: frozenset[int]) -> Callable[..., Any]:
-    """`forward` that takes the integer inputs `held` for the constants that they are in `args`."""
+    """`forward` that takes the integer inputs `held` for the constants that they are in `args`, and
+    what it makes of numbers alone for constants as well.
+    """
     leaves = pytree.tree_leaves(args)
     numbers = {k: (leaves[k].tolist(), leaves[k].dtype) for k in held}
 
@@ -115,9 +121,27 @@ def with_held(forward: Callable[..., Any], args: Any, held: frozenset[int]) -> C
         for k, (values, dtype) in numbers.items():
             leaves[k] = torch.tensor(values, dtype=dtype, device=leaves[k].device)
         positional, keyword = pytree.tree_unflatten(leaves, spec)
-        return forward(*positional, **keyword)
+        with _Made():
+            return forward(*positional, **keyword)
 
     return with_constants
+
+
+class _Made(TorchFunctionMode):
+    """Tensors that are made of plain numbers (arange, ones) are constants of the trace."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [a for a in pytree.tree_leaves((args, kwargs)) if a is not None]
+        if func in MAKING and all(isinstance(a, PLAIN) for a in given):
+            with _disable_current_modes():
+                made = func(*args, **kwargs)
+            if made.numel() <= CONSTANTS:
+                constant = torch.tensor(made.tolist(), dtype=made.dtype, device=made.device)
+                return constant.reshape(made.shape)
+        return func(*args, **kwargs)
 
 
 def assert_held(module: GraphModule, args: Any, held: frozenset[int]) -> None:
