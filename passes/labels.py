@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -128,7 +128,7 @@ class _Propagation:
         if id(tensor) not in self.seen:
             arrays = self.labels.arrays_for("parameter", str(node.target), tensor.shape)
             self.seen[id(tensor)] = Value(as_fake(self.fakes, tensor), arrays, weight=True)
-            if tensor.is_complex():
+            if tensor.is_complex() and isinstance(tensor, nn.Parameter):
                 reason = f"the complex weight {node.target}"
                 self.labels.mark("frozen", arrays.values(), reason, node)
         return self.seen[id(tensor)]
