@@ -103,6 +103,8 @@ def test_a_click_on_a_group_tells_all_about_it(show, pruned):
     assert group.name in detail and group.symmetry in detail
     assert f"{len(pruned.plan.kept[group.name])} of {group.size}" in detail
     assert "error after repair" in detail and group.consumers[0].line in detail
+    stopped = (group.size - len(pruned.plan.kept[group.name])) // group.blocks
+    assert f"Stopped at {stopped}: " in detail and find(browser, "#detail .curve circle")
     assert all(member.parameter in detail for member in group.members)
 
 
@@ -114,7 +116,7 @@ def test_what_was_not_measured_is_left_out(show):
     find(browser, "#groups .chip")[0].click()
 
     detail = find(browser, "#detail")[0].text
-    assert "kept" in detail and "error" not in detail
+    assert "kept" in detail and "error" not in detail and not find(browser, ".curve")
 
 
 def test_a_frozen_group_says_why(show, pruned):
