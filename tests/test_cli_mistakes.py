@@ -137,6 +137,23 @@ def test_prune_refuses_before_it_loads_anything(run, mine, monkeypatch, asked, w
     refused(run("prune", "zoo:resnet", *asked), *words)
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("x.txt",), ("x.txt must end in .onnx", "help: x.onnx")),
+        (("x.onnx", "--format", "pt2"), ("x.onnx must end in .pt2", "help: x.pt2")),
+        (("none/x.onnx",), ("none/x.onnx", "create it first")),
+        (("none/x.onnx", "--cache"), ("none/x.onnx", "create it first")),
+        (("x.onnx", "--format", "onnnx"), ("no format 'onnnx'", "one of onnx, pt2, aoti")),
+        (("x.onnx", "--dtype", "fp16"), ("no dtype 'fp16'", "one of float32")),
+    ],
+)
+def test_export_refuses_before_it_loads_anything(run, mine, monkeypatch, asked, words):
+    monkeypatch.setattr("fasp_graph.commands.measuring.load_target", None)  # would be work
+
+    refused(run("export", "zoo:resnet", *asked), *words)
+
+
 def test_a_model_without_data_is_refused_before_capture(run, mine, monkeypatch):
     monkeypatch.setattr("fasp_graph.commands.pruning.prune", None)  # would be work
 

@@ -3,7 +3,7 @@
 field of Config                     flag
 x: float | int | str                --x VALUE
 x: bool                             --x / --no-x
-x: tuple[T, ...]                    --x VALUE, may be repeated
+x: tuple[str, ...]                  --x VALUE,VALUE or repeated
 anything else                       --x TEXT, read as a Python literal, else as text
 
 What a field means is read from the docstring of Config, `name: meaning` under `Attributes:`.
@@ -110,13 +110,21 @@ def given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(hint: Any, value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(value)
+        return _listed(value)
     if not isinstance(value, str) or _plain(hint) is not str or hint in (str, str | None):
         return value
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
+
+
+def _listed(value: Any) -> Any:
+    """A tuple; of texts, the parts between commas."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return tuple(value) if isinstance(value, list) else value
+    return tuple(part.strip() for text in texts for part in text.split(","))
 
 
 def config_from(path: Path | None, flags: Mapping[str, Any]) -> Config:
@@ -141,10 +149,22 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is not TOML: {error} · help: one option a line, say sparsity = 0.3"
         ) from error
-    names = [held.name for held in fields(Config)]
     options = {key.replace("-", "_"): value for key, value in found.items()}
-    for key in options:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, 1) or [", ".join(names)]
-            raise ConfigError(f"{path} sets {key!r}, which no option has · help: try {near[0]}")
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    default = {held.name: held.default for held in fields(Config)}
+    unknown = [key for key in options if key not in default]
+    if unknown:
+        raise ConfigError(f"{path} sets {unknown[0]!r}, {_unknown(unknown[0], options)}")
+    several = [key for key in options if isinstance(default[key], tuple)]
+    return options | {key: _listed(options[key]) for key in several}
+
+
+def _unknown(key: str, options: Mapping[str, Any]) -> str:
+    """What is wrong with a key of a file that no field of Config has."""
+    if isinstance(options[key], dict):
+        return "a table · help: options stand alone, say sparsity = 0.3, under no [heading]"
+    names = [held.name for held in fields(Config)]
+    near = difflib.get_close_matches(key, names, 1, cutoff=0.75)
+    if near:
+        return f"which no option has · help: try {near[0]}"
+    known = ", ".join(name.replace("_", "-") for name in names)
+    return f"which no option has · help: try {known}; all others are flags only"
