@@ -105,8 +105,11 @@ def test_windows_longer_than_the_models_positions(run, mine):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--explain", "a", "--format", "dot"), ("--explain", "--format", "one of them")),
-        (("--explain", "a", "--output", "a.dot"), ("--explain", "--output", "one of them")),
+        (("--explain", "a", "--format", "dot"), ("--explain", "--format", "contradict each other")),
+        (
+            ("--explain", "a", "--output", "a.dot"),
+            ("--explain", "--output", "contradict each other"),
+        ),
         (("--json", "--format", "dot"), ("--json", "--format", "one of them")),
         (("--html", "none/graph.html"), ("none/graph.html", "create it first")),
         (("--output", "none/graph.dot"), ("none/graph.dot", "create it first")),
@@ -167,9 +170,12 @@ def test_recover_without_data(run, mine):
     asked = ("prune", "zoo:llama-random", "--method", "magnitude", "--output", folder)
     assert run(*asked)[0] == 0
 
-    refused(run("recover", folder, "--output", "better"), "help: --data DATA, or --distill MODEL")
+    idle = ("there is nothing to train on", "help: --data DATA, or --distill MODEL")
+    refused(run("recover", folder, "--output", "better"), *idle)
     own = ("--distill", "my_mistakes:build")  # comes without calibration data
-    refused(run("recover", folder, "--output", "better", *own), "help: --data DATA")
+    refused(run("recover", folder, "--output", "better", *own), *idle)
+    told = run("recover", "zoo:llama-random", "--output", "better", "--data", "text.txt")
+    refused(told, "zoo:llama-random is no folder that prune wrote")
 
 
 def test_an_unknown_name_is_told_the_close_ones(run):

@@ -130,11 +130,7 @@ def _listed(value: Any) -> Any:
 def config_from(path: Path | None, flags: Mapping[str, Any]) -> Config:
     """Config of a TOML file's keys, overruled by the flags that were given."""
     found = read_toml(path) if path is not None else {}
-    found |= given_flags(flags)
-    try:
-        return Config(**found)
-    except TypeError as error:
-        raise ConfigError(f"an option has the wrong type: {error} · help: see --help") from error
+    return Config(**found | given_flags(flags))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -153,18 +149,19 @@ def read_toml(path: Path) -> dict[str, Any]:
     default = {held.name: held.default for held in fields(Config)}
     unknown = [key for key in options if key not in default]
     if unknown:
-        raise ConfigError(f"{path} sets {unknown[0]!r}, {_unknown(unknown[0], options)}")
+        what, way_out = _unknown(unknown[0], options)
+        raise ConfigError(f"{path} sets {unknown[0]!r}, {what} · help: {way_out}")
     several = [key for key in options if isinstance(default[key], tuple)]
     return options | {key: _listed(options[key]) for key in several}
 
 
-def _unknown(key: str, options: Mapping[str, Any]) -> str:
-    """What is wrong with a key of a file that no field of Config has."""
+def _unknown(key: str, options: Mapping[str, Any]) -> tuple[str, str]:
+    """What is wrong with a key of a file that no field of Config has, and the way out."""
     if isinstance(options[key], dict):
-        return "a table · help: options stand alone, say sparsity = 0.3, under no [heading]"
+        return "a table", "options stand alone, say sparsity = 0.3, under no [heading]"
     names = [held.name for held in fields(Config)]
     near = difflib.get_close_matches(key, names, 1, cutoff=0.75)
     if near:
-        return f"which no option has · help: try {near[0]}"
+        return "which no option has", f"try {near[0]}"
     known = ", ".join(name.replace("_", "-") for name in names)
-    return f"which no option has · help: try {known}; all others are flags only"
+    return "which no option has", f"try {known}; all others are flags only"
