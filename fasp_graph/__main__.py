@@ -1,5 +1,5 @@
 """`python -m fasp_graph` and `torchrun -m fasp_graph` are the command line."""
 
-from .cli import main
+from fasp_graph_entry import main
 
 main()

@@ -105,8 +105,11 @@ def test_windows_longer_than_the_models_positions(run, mine):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--explain", "a", "--format", "dot"), ("--explain", "--format", "one of them")),
-        (("--explain", "a", "--output", "a.dot"), ("--explain", "--output", "one of them")),
+        (("--explain", "a", "--format", "dot"), ("--explain", "--format", "contradict each other")),
+        (
+            ("--explain", "a", "--output", "a.dot"),
+            ("--explain", "--output", "contradict each other"),
+        ),
         (("--json", "--format", "dot"), ("--json", "--format", "one of them")),
         (("--html", "none/graph.html"), ("none/graph.html", "create it first")),
         (("--output", "none/graph.dot"), ("none/graph.dot", "create it first")),
@@ -137,6 +140,23 @@ def test_prune_refuses_before_it_loads_anything(run, mine, monkeypatch, asked, w
     refused(run("prune", "zoo:resnet", *asked), *words)
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("x.txt",), ("x.txt must end in .onnx", "help: x.onnx")),
+        (("x.onnx", "--format", "pt2"), ("x.onnx must end in .pt2", "help: x.pt2")),
+        (("none/x.onnx",), ("none/x.onnx", "create it first")),
+        (("none/x.onnx", "--cache"), ("none/x.onnx", "create it first")),
+        (("x.onnx", "--format", "onnnx"), ("no format 'onnnx'", "one of onnx, pt2, aoti")),
+        (("x.onnx", "--dtype", "fp16"), ("no dtype 'fp16'", "one of float32")),
+    ],
+)
+def test_export_refuses_before_it_loads_anything(run, mine, monkeypatch, asked, words):
+    monkeypatch.setattr("fasp_graph.commands.measuring.load_target", None)  # would be work
+
+    refused(run("export", "zoo:resnet", *asked), *words)
+
+
 def test_a_model_without_data_is_refused_before_capture(run, mine, monkeypatch):
     monkeypatch.setattr("fasp_graph.commands.pruning.prune", None)  # would be work
 
@@ -150,9 +170,12 @@ def test_recover_without_data(run, mine):
     asked = ("prune", "zoo:llama-random", "--method", "magnitude", "--output", folder)
     assert run(*asked)[0] == 0
 
-    refused(run("recover", folder, "--output", "better"), "help: --data DATA, or --distill MODEL")
+    idle = ("there is nothing to train on", "help: --data DATA, or --distill MODEL")
+    refused(run("recover", folder, "--output", "better"), *idle)
     own = ("--distill", "my_mistakes:build")  # comes without calibration data
-    refused(run("recover", folder, "--output", "better", *own), "help: --data DATA")
+    refused(run("recover", folder, "--output", "better", *own), *idle)
+    told = run("recover", "zoo:llama-random", "--output", "better", "--data", "text.txt")
+    refused(told, "zoo:llama-random is no folder that prune wrote")
 
 
 def test_an_unknown_name_is_told_the_close_ones(run):

@@ -96,6 +96,14 @@ def test_inspect_zoo_and_a_dry_run_in_words(run):
     assert f"{plan['params_before']:,} -> {plan['params_after']:,}" in out
 
 
+def test_a_dry_run_tells_layers_that_repeat_in_one_row(run):
+    rows = cells(run("prune", "zoo:llama-random", "--dry-run", "--method", "magnitude")[1])
+
+    heads, *told = rows
+    assert heads == ["group", "units per block", "keeps"] and len(told) == 2
+    assert told[0][0] == "model.layers.0-1.self_attn.v_proj.0 (x2)" and told[1][1] == "80"
+
+
 def test_an_export_measures_on_windows_of_the_length_asked_for(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "session_perplexity", lambda _, tokens: float(tokens.shape[1]))
 

@@ -65,6 +65,8 @@ def test_a_flag_may_not_hide_an_argument():
         (dict[str, float], "{'a': 1}", {"a": 1}),
         (dict[str, float], "not python", "not python"),
         (tuple[str, ...], ["a", "b"], ("a", "b")),
+        (tuple[str, ...], ["a,b", " c"], ("a", "b", "c")),
+        (tuple[int, ...], [1, 2], (1, 2)),
         (int, 3, 3),
     ],
 )
@@ -89,10 +91,20 @@ def test_a_file_and_flags_make_a_config(tmp_path):
     assert found == fg.Config(sparsity=0.1, min_keep=2, kinds=("chain", "bilinear"))
 
 
+@pytest.mark.parametrize("text", ['"chain, head"', '["chain,head"]', '["chain", "head"]'])
+def test_kinds_in_a_file(tmp_path, text):
+    (tmp_path / "a.toml").write_text(f"kinds = {text}")
+
+    assert flags.config_from(tmp_path / "a.toml", {}).kinds == ("chain", "head")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("sparsty = 0.4", "sets 'sparsty'.*try sparsity"),
+        ("calibration = 'a.txt'", "no option has.*try sparsity, .*min-keep.*others are flags only"),
+        ("[prune]\nsparsity = 0.4", r"sets 'prune', a table · help: .* under no \[heading\]"),
+        ("kinds = 3", "wrong type"),
         ("sparsity = ", "is not TOML"),
         ('sparsity = "much"', "wrong type"),
     ],

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-START = "from fasp_graph_entry import main; main()"
+CONSOLE = ("-c", "from fasp_graph_entry import main; main()")
+MODULE = ("-m", "fasp_graph")
 
 
-def start(folder, *words, path=()):
+def start(folder, *words, path=(), by=CONSOLE):
     variables = {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", START, *words],
+        [sys.executable, *by, *words],
         cwd=folder,
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
@@ -39,10 +40,12 @@ def interrupted(process, ready=lambda: True):
     return error.strip()
 
 
-def test_while_libraries_load(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+@pytest.mark.parametrize(("by", "library"), [(CONSOLE, "torch"), (MODULE, "typer")])
+def test_while_libraries_load(tmp_path, by, library):
+    stop = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / f"{library}.py").write_text(stop)
 
-    process = start(tmp_path, "zoo", path=[tmp_path])
+    process = start(tmp_path, "zoo", path=[tmp_path], by=by)
 
     assert process.communicate(timeout=120) == ("", "interrupted\n")
     assert process.returncode == 130

@@ -8,6 +8,7 @@ import pytest
 
 import fasp_graph as fg
 import models_zoo
+from fasp_graph.pages.curves import stop_of
 from fasp_graph.pages.report_page import report_page
 from fasp_graph.units import in_bytes
 
@@ -145,6 +146,21 @@ def test_what_was_asked_for_is_told(run):
         "versions": "python 3, torch 2",
     }
     assert "native, the class's own code" in html.unescape(page) and "logarithmic scale" in page
+
+
+@pytest.mark.parametrize(
+    ("method", "min_keep"), [("best", 1), ("best", 30), ("flap", 1), ("flap", 30)]
+)
+def test_the_dot_is_where_the_plan_stopped_whatever_a_block_keeps(method, min_keep):
+    entry = models_zoo.load("llama-random")
+    config = fg.Config(sparsity=0.2, method=method, min_keep=min_keep)
+    pruned = fg.prune(entry.model, entry.inputs, entry.calibration[:1], config)
+    blocks = {group.name: group.blocks for group in pruned.deps.groups}
+
+    for held in pruned.report.to_dict()["groups"]:
+        if len(held["curve"]) > 1:
+            gone = (held["units"] - held["kept"]) // blocks[held["name"]]
+            assert stop_of(held, min_keep) == gone
 
 
 def test_without_curves_the_page_says_so_and_names_stay_data(run):

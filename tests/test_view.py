@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fasp_graph as fg
-from fasp_graph.pages.view import page_data, to_html
+from fasp_graph.pages.view import curve_points, page_data, to_html
 
 NAME = "</script><img src=x onerror=alert(1)>&"
 
@@ -54,3 +54,18 @@ def test_a_plan_adds_what_is_kept(hostile):
     assert chains[0]["kept"] == len(result.plan.kept[chains[0]["name"]]) < 8
     frozen = [group for group in data["groups"] if group["kind"] == "frozen"]
     assert frozen and all(group["reason"] for group in frozen)
+
+
+def test_a_curve_is_thinned_and_says_where_the_plan_stopped():
+    curve = [0.0, *(1.5**k for k in range(200))]
+
+    (stop, *points) = curve_points(curve, 60)
+
+    assert stop == [60, pytest.approx(1.5**59, rel=1e-3)]
+    assert [k for k, _ in points] == sorted({k for k, _ in points}) and len(points) == 48
+    assert (points[0], points[-1][0]) == ([0, 0.0], 200)
+
+
+@pytest.mark.parametrize("curve", [(), (0.0,), (0.0, 0.0), (0.0, float("inf"))])
+def test_without_errors_there_is_no_curve(curve):
+    assert curve_points(curve, 0) == []

@@ -1,6 +1,7 @@
 """The page in a real headless Chromium: it loads, answers clicks and keys, and stays fast."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import browser as chromium
@@ -15,6 +16,7 @@ from fasp_graph.pages import view
 from passes.groups import Consumer, DependencyGraph, Group, Layer, Member
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+PICTURE = Path(__file__).parents[1] / "docs" / "viewer.png"
 HOSTILE = "</script><img src=x onerror=alert(1)>&"
 
 
@@ -103,7 +105,25 @@ def test_a_click_on_a_group_tells_all_about_it(show, pruned):
     assert group.name in detail and group.symmetry in detail
     assert f"{len(pruned.plan.kept[group.name])} of {group.size}" in detail
     assert "error after repair" in detail and group.consumers[0].line in detail
+    stopped = (group.size - len(pruned.plan.kept[group.name])) // group.blocks
+    assert f"Stopped at {stopped}: " in detail and find(browser, "#detail .curve circle")
     assert all(member.parameter in detail for member in group.members)
+
+
+def test_the_picture_of_the_documentation(show, request):
+    """`--update-golden` takes it anew."""
+    entry = models_zoo.load("llama")
+    pruned = fg.prune(entry.model, entry.inputs, entry.calibration[:2], fg.Config(sparsity=0.3))
+    browser = show(pruned.deps, pruned.plan, pruned.report, "zoo:llama")
+
+    click_at(browser, "m:model.layers.0.mlp.gate_proj")
+    find(browser, "#detail .chip")[0].click()
+
+    mlp = "model.layers.0.mlp."
+    assert lit(browser, "member") == {mlp + "gate_proj", mlp + "up_proj"}
+    assert find(browser, "#detail .curve")
+    if request.config.getoption("--update-golden"):
+        browser.save_screenshot(str(PICTURE))
 
 
 def test_what_was_not_measured_is_left_out(show):
@@ -114,7 +134,7 @@ def test_what_was_not_measured_is_left_out(show):
     find(browser, "#groups .chip")[0].click()
 
     detail = find(browser, "#detail")[0].text
-    assert "kept" in detail and "error" not in detail
+    assert "kept" in detail and "error" not in detail and not find(browser, ".curve")
 
 
 def test_a_frozen_group_says_why(show, pruned):

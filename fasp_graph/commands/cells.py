@@ -1,4 +1,4 @@
-"""Cells of a table that hold dotted names."""
+"""Tables: figures at the right, and cells that hold dotted names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
+
+
+def figures_table(*heads: str, words: int = 1, title: str | None = None) -> Table:
+    """A table whose columns behind the first `words` hold numbers."""
+    result = Table(title=title)
+    for number, heading in enumerate(heads):
+        result.add_column(heading, justify="left" if number < words else "right")
+    return result
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from rich.markup import escape
-from rich.table import Table
 
 from passes.capture import as_args
 from passes.consumers import views
 from passes.groups import DependencyGraph, Group
+from passes.names import folded, pattern
 from passes.removal import nodes_by_name
 from passes.select import Plan, allocate
 
@@ -38,6 +38,7 @@ from ..prune import Program, read
 from ..targets import Target
 from ..units import counted
 from ..worth import Job
+from .cells import figures_table
 from .terminal import wide_console
 
 
@@ -148,9 +149,13 @@ def show_dry_run(target: Target, options: Config, json: bool) -> None:
     if json:
         print(to_json(found.to_dict(), indent=1))
         return
-    result = Table("group", "units per block", "keeps", title="Plan, nothing pruned")
+    heads = ("group", "units per block", "keeps")
+    result = figures_table(*heads, title="Plan, nothing pruned")
+    alike: dict[tuple[str, int, int], list[str]] = {}
     for name, count in found.keep.items():
-        result.add_row(escape(name), str(found.sizes[name]), str(count))
+        alike.setdefault((pattern(name), found.sizes[name], count), []).append(name)
+    for (_, size, count), names in alike.items():
+        result.add_row(escape("".join(folded(names))), str(size), str(count))
     wide_console().print(result)
     frozen = counted(len(found.frozen), "group")
     wide_console().print(

@@ -3,7 +3,7 @@
 field of Config                     flag
 x: float | int | str                --x VALUE
 x: bool                             --x / --no-x
-x: tuple[T, ...]                    --x VALUE, may be repeated
+x: tuple[str, ...]                  --x VALUE,VALUE or repeated
 anything else                       --x TEXT, read as a Python literal, else as text
 
 What a field means is read from the docstring of Config, `name: meaning` under `Attributes:`.
@@ -110,7 +110,7 @@ def given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(hint: Any, value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(value)
+        return _listed(value)
     if not isinstance(value, str) or _plain(hint) is not str or hint in (str, str | None):
         return value
     try:
@@ -119,14 +119,18 @@ def _value(hint: Any, value: Any) -> Any:
         return value
 
 
+def _listed(value: Any) -> Any:
+    """A tuple; of texts, the parts between commas."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return tuple(value) if isinstance(value, list) else value
+    return tuple(part.strip() for text in texts for part in text.split(","))
+
+
 def config_from(path: Path | None, flags: Mapping[str, Any]) -> Config:
     """Config of a TOML file's keys, overruled by the flags that were given."""
     found = read_toml(path) if path is not None else {}
-    found |= given_flags(flags)
-    try:
-        return Config(**found)
-    except TypeError as error:
-        raise ConfigError(f"an option has the wrong type: {error} · help: see --help") from error
+    return Config(**found | given_flags(flags))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -141,10 +145,23 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is not TOML: {error} · help: one option a line, say sparsity = 0.3"
         ) from error
-    names = [held.name for held in fields(Config)]
     options = {key.replace("-", "_"): value for key, value in found.items()}
-    for key in options:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, 1) or [", ".join(names)]
-            raise ConfigError(f"{path} sets {key!r}, which no option has · help: try {near[0]}")
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    default = {held.name: held.default for held in fields(Config)}
+    unknown = [key for key in options if key not in default]
+    if unknown:
+        what, way_out = _unknown(unknown[0], options)
+        raise ConfigError(f"{path} sets {unknown[0]!r}, {what} · help: {way_out}")
+    several = [key for key in options if isinstance(default[key], tuple)]
+    return options | {key: _listed(options[key]) for key in several}
+
+
+def _unknown(key: str, options: Mapping[str, Any]) -> tuple[str, str]:
+    """What is wrong with a key of a file that no field of Config has, and the way out."""
+    if isinstance(options[key], dict):
+        return "a table", "options stand alone, say sparsity = 0.3, under no [heading]"
+    names = [held.name for held in fields(Config)]
+    near = difflib.get_close_matches(key, names, 1, cutoff=0.75)
+    if near:
+        return "which no option has", f"try {near[0]}"
+    known = ", ".join(name.replace("_", "-") for name in names)
+    return "which no option has", f"try {known}; all others are flags only"

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable
 from rich.markup import escape
 from rich.table import Table
 
-from passes.groups import Consumer, DependencyGraph, Group
+from passes.groups import KINDS, Consumer, DependencyGraph, Group
 from passes.names import folded, pattern
 
 from .cells import Names
@@ -21,9 +21,9 @@ def groups_table(title: str, deps: DependencyGraph, frozen: bool, width: int = W
     """The prunable groups, and the frozen ones if asked; names as in passes/names.py. On a narrow
     terminal what a row holds stands below each other.
     """
-    result = Table(title=escape(title), title_justify="left")
+    result = Table(title=escape(title), title_justify="left", show_lines=True)
     alike: dict[Hashable, list[Group]] = {}
-    for group in deps.groups:
+    for group in sorted(deps.groups, key=lambda group: KINDS.index(group.kind)):
         if group.kind != "frozen" or frozen:
             alike.setdefault(_form(group), []).append(group)
     rows = [_cells(held) for held in alike.values()]
@@ -39,7 +39,7 @@ def groups_table(title: str, deps: DependencyGraph, frozen: bool, width: int = W
 
 def _turned(result: Table, rows: list[tuple[str, ...]]) -> Table:
     """Each row as a section of lines `heading | cell`."""
-    result.show_header = False
+    result.show_header = result.show_lines = False
     result.add_column(no_wrap=True)
     result.add_column()
     for row in rows:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 import models_zoo
 from passes.capture import as_args
+from passes.errors import ConfigError
 
 from ..bench import bench
 from ..data import load_target
@@ -25,6 +26,7 @@ from ..measures import tasks
 from ..quality import Quality
 from ..targets import Target
 from ..units import in_bytes, in_flops
+from .cells import figures_table
 from .terminal import (
     DATA_HELP,
     Debug,
@@ -36,6 +38,7 @@ from .terminal import (
     show,
     stages,
     wide_console,
+    writable,
 )
 
 
@@ -128,7 +131,7 @@ def bench_command(
         print(to_json([vars(result) for result in found], indent=1))
         return
     heads = ("model", "runtime", "parameters", "weights", "one call", "ms", "± IQR", "tokens/s")
-    result = Table(*heads, "peak memory", "perplexity")
+    result = figures_table(*heads, "peak memory", "perplexity", words=2)
     for row in found:
         result.add_row(
             escape(row.model),
@@ -173,14 +176,28 @@ def export_command(
     debug: Debug = False,
 ) -> None:
     """Write a model, pruned or not, as ONNX or .pt2; run and compared before it appears."""
+    form = format or ("pt2" if output.suffix == ".pt2" else "onnx")
+    options = Options(cache, dtype, None, external_data_bytes)
+    _exportable(output, form, cache)
     with stages("load model and data") as progress:
         target = load_target(model, length=length, count=windows, evaluation=data)
         tokens = None if data is None or target.heldout is None else target.heldout[:windows]
-        options = Options(cache, dtype, tokens, external_data_bytes)
         progress("capture, write, compare")
-        form = format or ("pt2" if output.suffix == ".pt2" else "onnx")
-        found = export_source(source_of(target, cache), output, form, options)
+        source = source_of(target, cache)
+        found = export_source(source, output, form, replace(options, tokens=tokens))
     show(found.to_dict(), json)
+
+
+def _exportable(output: Path, form: str, cache: bool) -> None:
+    """Refuse what cannot be written, before the model is loaded; parts make a folder."""
+    if form not in EXPORTS:
+        raise ConfigError(f"no format {form!r} · help: one of {', '.join(EXPORTS)}")
+    if cache and output.suffix != ".onnx":
+        return
+    writable(output)
+    ending = ".onnx" if form == "onnx" else ".pt2"
+    if output.suffix != ending:
+        raise ConfigError(f"{output.name} must end in {ending} · help: {output.stem}{ending}")
 
 
 def zoo_command(json: Json = False, debug: Debug = False) -> None:
@@ -192,7 +209,7 @@ def zoo_command(json: Json = False, debug: Debug = False) -> None:
     if json:
         print(to_json(rows, indent=1))
         return
-    result = Table("model", "class", "parameters")
+    result = figures_table("model", "class", "parameters", words=2)
     for row in rows:
         result.add_row(str(row["name"]), str(row["class"]), f"{row['parameters']:,}")
     wide_console().print(result)

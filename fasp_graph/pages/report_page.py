@@ -76,7 +76,6 @@ def report_page(
         f"in scope; the compact model equals the dense one with the same units zeroed to "
         f"{report['verify_max_error']:.1e}.</p>",
         *(f"<p>{_text(note)}</p>" for note in report.get("notes", ())),
-        *_asked(asked or {}),
         "<h2>Before and after</h2>",
         _before_after({**report, **figures}),
         f"<p>FLOPs and latency are those of one call at {_text(report['inputs'])}.</p>",
@@ -86,7 +85,8 @@ def report_page(
         f"<p>{_WAYS}</p>",
         _groups(report["groups"]),
         "<h2>Error curves</h2>",
-        curves(report["groups"]),
+        curves(report["groups"], (asked or {}).get("min_keep", 1)),
+        *_asked(asked or {}),
         "<h2>What it took</h2>",
         _table(("", ""), _cost(report)),
         "<h2>Seconds</h2>",

@@ -11,10 +11,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +156,20 @@ def _group(
                 for key, value in vars(held).items()
                 if isinstance(value, (int, float)) and key not in ("units", "kept")
             }
+            entry["curve"] = curve_points(held.curve, (group.size - held.kept) // group.blocks)
     return entry
+
+
+def curve_points(curve: Sequence[float], stop: int, most: int = 48) -> list[list[float]]:
+    """[k, predicted error of removing k units from each block] where the plan stopped, then at up
+    to `most` even steps; empty for curves without errors.
+    """
+    errors = list(takewhile(math.isfinite, curve))
+    last = len(errors) - 1
+    if not any(error > 0 for error in errors):
+        return []
+    steps = [min(stop, last), *np.linspace(0, last, min(most, last + 1)).round().astype(int)]
+    return [[int(k), float(f"{errors[k]:.4g}")] for k in steps]
 
 
 def indices_text(member: Member, most: int = 6) -> str:

@@ -4,6 +4,7 @@ const graphPanel = (() => {
   const { sizes, isBox, every } = graphModel;
   const at = id => document.getElementById(id);
   const full = value => value.toLocaleString("en-US");
+  const short = value => value === 0 ? "0" : value.toPrecision(3);
   const NAMES = { error_before: "error before repair", error_after: "error after repair" };
 
   function make(tag, name, text, parent) {
@@ -33,6 +34,25 @@ const graphPanel = (() => {
     outer.setAttribute("aria-label", `${Math.round(100 * share)}% of the ${what} kept`);
     make("i", "", undefined, outer).style.width = `${100 * share}%`;
   }
+  // What removing more and more units costs, the sum of their scores; the dot: where the plan stopped.
+  function curve(parent, [stop, ...points]) {
+    const errors = points.map(([, error]) => error).filter(error => error > 0), most = points.at(-1)[0];
+    const [low, high] = [Math.log(Math.min(...errors)), Math.log(Math.max(...errors))];
+    const x = k => 320 * k / most, y = error => error > 0 ? 56 - 50 * (Math.log(error) - low) / ((high - low) || 1) : 56;
+    const draw = (tag, values, inside) => {
+      const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+      for (const [name, value] of Object.entries(values)) element.setAttribute(name, value);
+      inside.append(element);
+      return element;
+    };
+    make("h3", "", "Predicted error of removal", parent);
+    const picture = draw("svg", { viewBox: "-4 0 328 60", class: "curve", role: "img" }, parent);
+    picture.setAttribute("aria-label", `rises to ${short(points.at(-1)[1])} at ${full(most)} units removed from each block`);
+    draw("polyline", { points: points.map(([k, error]) => `${x(k)},${y(error)}`).join(" ") }, picture);
+    draw("circle", { cx: x(stop[0]), cy: y(stop[1]), r: 4 }, picture);
+    make("p", "dim", `Across: 0 to ${full(most)} units removed from each block. Up: log scale, to ${short(points.at(-1)[1])}. `
+      + `Stopped at ${full(stop[0])}: ${short(stop[1])}.`, parent);
+  }
   const axis = (dim, rank) => rank < 2 ? "entries" : dim === 0 ? "rows" : dim === 1 && rank === 2 ? "columns" : `dim ${dim}`;
 
   function group(model, g, act) {
@@ -46,6 +66,7 @@ const graphPanel = (() => {
       ...figures(found.figures || {}),
       ["reason", found.reason]]);
     if (planned) bar(panel, found.kept, found.size, "units");
+    if (found.curve?.length) curve(panel, found.curve);
     weights(model, panel, "Weights that hold it", found.members, act);
     users(model, panel, found, act);
   }
@@ -53,7 +74,7 @@ const graphPanel = (() => {
   // What was not measured is null.
   function figures(held) {
     return Object.entries(held).filter(([, value]) => value !== null)
-      .map(([name, value]) => [NAMES[name] || name.replaceAll("_", " "), value.toPrecision(3)]);
+      .map(([name, value]) => [NAMES[name] || name.replaceAll("_", " "), short(value)]);
   }
 
   function weights(model, panel, title, members, act) {
