@@ -11,6 +11,7 @@ owner/name                a model of the Hugging Face hub
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,16 @@ def folder_of(text: str) -> tuple[Path, str]:
     return (Path(folder), build) if own else (Path(text), "")
 
 
+def _function_in(path: Path) -> str:
+    """The way to name a model that a file of Python builds."""
+    return f", or {path.stem}:FUNCTION that returns (model, inputs)" if path.suffix == ".py" else ""
+
+
 def _zoo(name: str) -> Target:
-    if name not in models_zoo.names():
+    if name not in (known := models_zoo.names()):
+        near = difflib.get_close_matches(name, known, 5, 0.4) or known[:5]
         raise FaspGraphError(
-            f"no zoo model {name!r} · help: one of {', '.join(models_zoo.names())}"
+            f"no zoo model {name!r} · help: {', '.join(near)}; `fasp-graph zoo` lists all"
         )
     entry = models_zoo.load(name)
     calibration = list(entry.calibration) or [
@@ -169,7 +176,7 @@ def _auto_model(text: str, local: bool) -> nn.Module:
     if Path(text).is_file():
         raise FaspGraphError(
             f"{text} is a file, not the folder of a model · help: name the folder that holds its "
-            "config.json"
+            f"config.json{_function_in(Path(text))}"
         )
     if not local:
         offline_without_network()

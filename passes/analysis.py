@@ -18,4 +18,4 @@ def analysis(
     """The groups of a captured program at example inputs; weights are not read."""
     labels = propagate(module, inputs, check, False, open_axes)
     blocks = propagate(module, inputs, check, True, open_axes) if has_blocks(labels) else None
-    return couple(labels, dict(module.named_parameters()), blocks)
+    return couple(labels, dict(module.named_parameters(remove_duplicate=False)), blocks)

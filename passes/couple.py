@@ -29,14 +29,28 @@ __all__ = ["Consumer", "DependencyGraph", "Group", "Layer", "Member", "couple"]
 def couple(
     labels: Labels, parameters: dict[str, Tensor], blocks: Labels | None = None
 ) -> DependencyGraph:
-    """Groups of the first run, and of `blocks` (the run on blocks) those that are whole blocks."""
+    """Groups of the first run, and of `blocks` (the run on blocks) those that are whole blocks.
+    `parameters`: under all their names.
+    """
     layers = [Layer(labels, _components(labels))]
     groups = _groups(layers[0], 0)
     if blocks is not None:
         layers.append(Layer(blocks, _components(blocks)))
         groups += _groups(layers[1], 1)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    return DependencyGraph(tuple(_named(groups)), shapes, tuple(layers))
+    names = _names(labels, parameters)
+    shapes = {name: tuple(held.shape) for name, held in parameters.items() if names[name] == name}
+    tied = {name: told for name, told in names.items() if told != name}
+    return DependencyGraph(tuple(_named(groups)), shapes, tuple(layers), tied)
+
+
+def _names(labels: Labels, parameters: dict[str, Tensor]) -> dict[str, str]:
+    """For each name the one that is told: of a tied weight, that of its labels."""
+    labelled = {source.name for source in labels.sources if source.kind == "parameter"}
+    told: dict[int, str] = {}
+    for name, held in parameters.items():
+        if name in labelled or id(held) not in told:
+            told[id(held)] = name
+    return {name: told[id(held)] for name, held in parameters.items()}
 
 
 def _components(labels: Labels) -> np.ndarray:

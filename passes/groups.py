@@ -108,11 +108,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class DependencyGraph:
-    """All groups of a model, with the labels that they were read off."""
+    """All groups of a model, with the labels that they were read off. A tied weight is told by one
+    of its names; `tied`: the others -> that one.
+    """
 
     groups: tuple[Group, ...]
     parameters: dict[str, tuple[int, ...]]
     layers: tuple[Layer, ...] = field(repr=False, compare=False)
+    tied: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def labels(self) -> Labels:
@@ -153,6 +156,7 @@ class DependencyGraph:
         """For a weight: the groups of its dims, what goes with each index, why it is or is
         not prunable. Layers that repeat are told as one (passes/names.py).
         """
+        parameter = self.tied.get(parameter, parameter)
         if parameter not in self.parameters:
             near = [name for name in self.parameters if parameter in name]
             near += difflib.get_close_matches(parameter, self.parameters, 5)
@@ -180,7 +184,7 @@ class DependencyGraph:
 def _explained(group: Group, member: Member) -> list[str]:
     lines = [
         f"  dim {member.dim}: group {group.name} ({group.kind}, {group.size} units in "
-        f"{group.blocks} blocks)"
+        f"{group.blocks} block{'s' * (group.blocks != 1)})"
     ]
     others = folded(
         f"{m.parameter}[{m.dim}] {_positions(m.indices[0])}"

@@ -176,6 +176,7 @@ def _exclude(module: GraphModule, node: Node, cut: Removal, name: str) -> None:
     worst = float("-inf") if largest else float("inf")
     with module.graph.inserting_before(node):
         made = module.graph.call_function(aten.masked_fill.Scalar, (source, held, worst))
+        made.meta = dict(source.meta)
     node.args = (made, *node.args[1:])
 
 

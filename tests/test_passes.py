@@ -79,6 +79,18 @@ class Unknown(nn.Module):
         return self.b(torch.renorm(self.a(x), 2, 0, 1.0))
 
 
+def test_a_tied_weight_is_told_under_each_of_its_names():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    model.append(nn.Linear(8, 9, bias=False))
+    model[4].weight = model[0].weight
+
+    deps = analyze(model.eval(), torch.randint(0, 9, (3, 5)))
+
+    assert deps.explain("0.weight") == deps.explain("4.weight")
+    assert "summed away" in deps.explain("0.weight")
+    assert set(deps.to_networkx()) == set(deps.parameters)
+
+
 def test_an_unknown_op_freezes_with_its_name_and_line():
     deps = analyze(Unknown(), torch.randn(3, 6))
 
