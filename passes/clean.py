@@ -106,15 +106,14 @@ def _simplify(graph: Graph, node: Node) -> None:
 def _without_empty(node: Node) -> None:
     """Parts of no place are none of what is joined."""
     bound = bind(node, node.args, node.kwargs)
-    parts = [part.meta["val"] for part in bound["tensors"]]
-    same = len({(part.dtype, part.dim()) for part in parts}) == 1
-    sizes = [part.shape[bound["dim"]] if part.dim() else 1 for part in parts]
-    held = [
-        a for a, n in zip(bound["tensors"], sizes, strict=True) if not (type(n) is int and n == 0)
-    ]
-    if same and held and len(held) < len(parts):
-        node.args = (held, bound["dim"])
-        node.kwargs = {}
+    values = [part.meta["val"] for part in bound["tensors"]]
+    if len({(value.dtype, value.dim()) for value in values}) > 1:
+        return
+    sizes = [value.shape[bound["dim"]] for value in values]
+    empty = [isinstance(size, int) and size == 0 for size in sizes]
+    held = [part for part, none in zip(bound["tensors"], empty, strict=True) if not none]
+    if held and any(empty):
+        node.args, node.kwargs = (held, bound["dim"]), {}
 
 
 def _follows_attention(node: Node) -> bool:

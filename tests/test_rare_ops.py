@@ -71,6 +71,10 @@ CHAINS = {
         Calls(lambda m, x: m.b(torch.relu(m.a(x)).repeat_interleave(2, 0).roll(1, 0).flip([0]))),
         8,
     ),
+    "joined with no place": (
+        Calls(lambda m, x: m.b(torch.cat([m.a(x)[:, :0], torch.relu(m.a(x))], 1))),
+        8,
+    ),
     "repeat": (Calls(lambda m, x: m.b(torch.relu(m.a(x)).repeat(1, 2)), b=(16, 5)), 8),
     "pixel_shuffle": (
         Calls(lambda m, x: m.b(F.pixel_shuffle(m.a(x).view(6, 8, 1, 1), 2).flatten(1)), b=(8, 5)),
