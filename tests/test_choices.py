@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fasp_graph as fg
+from passes.errors import VerificationError
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 
@@ -91,3 +92,27 @@ def test_places_that_depend_on_the_number_stay(route):
     (group,) = [g for g in deps.groups if rows in [(m.parameter, m.dim) for m in g.members]]
     assert group.kind == "frozen"
     assert "sort" in group.reason
+
+
+class NearlyTied(nn.Module):
+    """A choice between two sums of the same numbers, in another order."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.b(torch.relu(self.a(x)))
+        place = torch.stack([h.sum(-1), h.flip(-1).sum(-1)], -1).argmax(-1, keepdim=True)
+        return torch.stack([h.mean(-1), h.mean(-1) + 1], -1).gather(-1, place)
+
+
+def test_ties_that_rounding_breaks_are_no_difference(monkeypatch):
+    config = fg.Config(sparsity=0.4, method="magnitude")
+
+    assert fg.prune(NearlyTied().eval(), X, None, config).plan.kept.keys() == {"a.0"}
+
+    monkeypatch.setattr("passes.verify.DECIMALS", 17)  # as many as float64 has
+    with pytest.raises(VerificationError, match="gather"):
+        fg.prune(NearlyTied().eval(), X, None, config)
