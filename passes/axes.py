@@ -64,6 +64,7 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
         if kind in ("mean", "mixed"):
             reason = visit.reason(f"mixed by {visit.name}")
             labels.mark(kind, [merged[axis]], reason, visit.node)
+            _note_parts(visit, merged[axis])
         elif kind == "fixed":
             reason = visit.reason(f"fixed by {visit.name}")
             labels.mark("frozen", [merged[axis]], reason, visit.node)
@@ -73,6 +74,13 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
         _result(visit, merged, order, names, out)
         for names, out in zip(outputs, visit.outs, strict=False)
     ]
+
+
+def _note_parts(visit: Visit, array: Tensor) -> None:
+    """Channels are normalised in groups; each must keep as many."""
+    groups = visit.given.get("num_groups") or 1
+    if 1 < groups < array.numel() and array.numel() == visit.shape[1]:
+        visit.labels.parts.append(array.reshape(groups, -1))
 
 
 def _repeat_grouped(visit: Visit, values: list[Any]) -> list[Any]:

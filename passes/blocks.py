@@ -1,5 +1,6 @@
 """blocks: which units stand in different blocks, read off the label arrays that vary along other
-dims than their home (after a view to [heads, channels], say, the labels of channels do).
+dims than their home (after a view to [heads, channels], say, the labels of channels do), and off
+the parts that an op takes an axis in (the groups of a group norm).
 """
 
 from __future__ import annotations
@@ -7,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from torch import Tensor
 
 from .groups import Layer
 from .values import Labels, Value, varying
@@ -29,14 +29,12 @@ def block_tags(layer: Layer, wanted: np.ndarray) -> np.ndarray:
     array, or in different multiplicities.
     """
     tag = np.zeros(len(wanted), np.uint64)
-    seen: set[bytes] = set()
     keys: dict[bytes, np.uint64] = {}
     random = np.random.default_rng(2)
-    for array, dim in _blocked_arrays(layer.labels.values.values()):
-        units = layer.component[array.movedim(dim, -1).reshape(-1, array.shape[dim]).numpy()]
-        if not wanted[units].any() or units.tobytes() in seen:
+    parts = [layer.component[array.numpy()] for array in layer.labels.parts]
+    for units in (*_blocked_units(layer), *parts):
+        if not wanted[units].any():
             continue
-        seen.add(units.tobytes())
         for row in units:
             held, times = np.unique(row, return_counts=True)
             key = held.tobytes() + times.tobytes()
@@ -46,10 +44,17 @@ def block_tags(layer: Layer, wanted: np.ndarray) -> np.ndarray:
     return tag
 
 
-def _blocked_arrays(values: Iterable[object]) -> Iterable[tuple[Tensor, int]]:
-    for value in values:
+def _blocked_units(layer: Layer) -> Iterable[np.ndarray]:
+    """Components [blocks, units] of every array that varies along more than its home, once each."""
+    seen: set[bytes] = set()
+    for value in layer.labels.values.values():
         for leaf in value if isinstance(value, list) else [value]:
-            if isinstance(leaf, Value):
-                for dim, array in leaf.arrays.items():
-                    if array.numel() != array.shape[dim]:
-                        yield array, dim
+            for dim, array in leaf.arrays.items() if isinstance(leaf, Value) else ():
+                if array.numel() == array.shape[dim]:
+                    continue
+                units = layer.component[
+                    array.movedim(dim, -1).reshape(-1, array.shape[dim]).numpy()
+                ]
+                if units.tobytes() not in seen:
+                    seen.add(units.tobytes())
+                    yield units

@@ -105,7 +105,9 @@ class Value:
 
 @dataclass
 class Labels:
-    """The result of propagation: values by node, sources of labels, unions, sites and marks."""
+    """The result of propagation: values by node, sources of labels, unions, sites and marks;
+    `parts`: labels that an op looks at in equal parts [parts, labels of each].
+    """
 
     values: dict[Node, Any] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
@@ -114,6 +116,7 @@ class Labels:
     sites: list[Site] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     fixed_labels: dict[str, int] = field(default_factory=dict)
+    parts: list[Tensor] = field(default_factory=list)
     held: dict[tuple[torch.Size, int], Tensor] = field(default_factory=dict)
 
     def once(self, array: Tensor) -> Tensor:

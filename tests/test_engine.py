@@ -363,3 +363,27 @@ def test_writes_that_a_view_sees_stay_and_freeze():
 
     assert kind_of(deps, "up.weight", 0) == {"frozen"}
     assert "writes through a view" in deps.explain("up.weight")
+
+
+class Normed(nn.Module):
+    """Two group norms of other numbers of groups on one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 24, 1)
+        self.c = nn.Conv2d(24, 5, 1)
+        self.four, self.eight, self.three = (nn.GroupNorm(g, c) for g, c in GROUPS)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.c(self.three(self.b(torch.relu(self.four(h)) + self.eight(h))))
+
+
+GROUPS = ((4, 16), (8, 16), (3, 24))
+
+
+def test_every_group_of_a_norm_keeps_as_many_channels():
+    deps = halved(Normed(), torch.randn(2, 3, 4, 4), "width")
+
+    blocks = {g.members[0].parameter: g.blocks for g in deps.groups if g.kind == "width"}
+    assert blocks == {"a.weight": 8, "b.weight": 3}
