@@ -16,27 +16,27 @@ import copy
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .clean import clean
 from .errors import CaptureError
+from .free_axes import Args, attempts, enlarged, free_axes
+from .held import assert_held, holdable, with_held
 from .lazy import is_lazy, replace
 from .normalize import normalize
 from .precision import is_half, widened, widened_inputs
 from .refuse import depends_on_data, explain, refuse
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
-from .tracing import assert_held, holdable, traceable, with_held, with_whole_numbers
+from .tracing import traceable, with_whole_numbers
 from .visit import op_name
 
-Args = tuple[tuple[Any, ...], dict[str, Any]]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
 HALF = 2e-2
 # All leaves of torch's tree specs are one object, of a class that is deprecated to build anew. A
@@ -112,10 +112,10 @@ def capture(
         )
     refuse(model, args)
     dynamic = has_numbers(model) if dynamic is None else dynamic
-    attempts = list(_attempts(model, args) if dynamic else (None,)) if shapes is None else [shapes]
+    asking = list(attempts(model, args) if dynamic else (None,)) if shapes is None else [shapes]
     failure: Exception | None = None
     spare, branches = None, False
-    for asked in attempts:
+    for asked in asking:
         if branches and asked is not None:
             continue  # where numbers decide, other sizes do not help
         try:
@@ -154,7 +154,7 @@ def _export(
         program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
-    free = _free_axes(module, args)
+    free = free_axes(module, args)
     module = normalize(clean(module))
     assert_held(module, args, held or frozenset())
     if not real:
@@ -220,59 +220,11 @@ def plain(output: Any) -> Any:
     return output if isinstance(output, (int, float, bool, str)) else None
 
 
-# ---------------------------------------------------------------- dynamic axes
-def _attempts(model: nn.Module, args: Args) -> Iterator[Any]:
-    """Dynamic axes to ask for: all that may be, then the batch only, then none."""
-    for batch_only in (False, True):
-        shapes = _dynamic_shapes(model, args, batch_only)
-        if shapes is not None:
-            yield shapes
-    yield None
-
-
-def _dynamic_shapes(model: nn.Module, args: Args, batch_only: bool) -> Any:
-    def axes(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return None
-        every = not (value.is_floating_point() or batch_only)
-        free = range(value.dim()) if every else range(min(1, value.dim()))
-        return {axis: Dim.AUTO for axis in free if value.shape[axis] > 1}
-
-    positional, keyword = pytree.tree_map(axes, args)
-    if not keyword:
-        return tuple(positional)
-    names = list(inspect.signature(model.forward).parameters)[: len(positional)]
-    return {**dict(zip(names, positional, strict=True)), **keyword}
-
-
-def _free_axes(module: GraphModule, args: Args) -> dict[int, list[int]]:
-    """Axes that stayed dynamic, by the position of the input among the inputs' leaves."""
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    found = {}
-    for position, node in enumerate(inputs[: len(pytree.tree_leaves(args))]):
-        value = node.meta.get("val")
-        shape = value.shape if isinstance(value, Tensor) else ()
-        axes = [axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)]
-        if axes:
-            found[position] = axes
-    return found
-
-
-def _enlarged(args: Args, factor: int, free: dict[int, list[int]]) -> Args:
-    """The inputs, `factor` times as long along their free axes (repeated)."""
-    leaves, spec = pytree.tree_flatten(args)
-    for position, axes in free.items():
-        for axis in axes:
-            leaves[position] = torch.cat([leaves[position]] * factor, axis)
-    return pytree.tree_unflatten(leaves, spec)
-
-
-# ---------------------------------------------------------------- comparison
 def _compare(module: GraphModule, model: nn.Module, args: Args, free: dict[int, list[int]]) -> None:
     """Equal numbers at the sample size and, where axes stayed dynamic, at twice that size."""
     reference = shared_copy(model).eval()
     for factor in (1, 2) if free else (1,):
-        sizes = _enlarged(args, factor, free)
+        sizes = enlarged(args, factor, free)
         given = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, sizes)
         try:
             expected = _run(_without_cache(reference, sizes), sizes)

@@ -23,12 +23,12 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args, tensors
 from .errors import REPORT, VerificationError, where
+from .held import held_inputs
 from .lazy import Lazy, replace
 from .precision import HALF, state_dtypes, widened, widened_inputs
 from .removal import Removal, is_constant, sliced
 from .rewrite import masked
 from .routing import CHOICES
-from .tracing import held_inputs
 from .visit import op_name
 
 ROUNDS = 3  # a unit that one input leaves silent (ReLU) shows in another; the last is longer

@@ -12,7 +12,7 @@ from trial import zeroed
 import fasp_graph as fg
 from passes.capture import capture
 from passes.errors import CalibrationError, UnsupportedOp
-from passes.tracing import held_inputs
+from passes.held import held_inputs
 
 GRID = torch.tensor([[2, 3], [2, 2]])
 OTHER = torch.tensor([[1, 3], [7, 1]])

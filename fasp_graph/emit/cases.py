@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from passes.capture import Args, tensors
+from passes.held import held_inputs
 from passes.precision import widened, widened_inputs
-from passes.tracing import held_inputs
 from passes.verify import doubled, fresh_inputs
 
 Case = tuple[Args, list[Tensor]]

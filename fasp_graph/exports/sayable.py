@@ -15,7 +15,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from passes.capture import Args
-from passes.tracing import held_inputs
+from passes.held import held_inputs
 from passes.visit import op_name
 
 aten = torch.ops.aten
