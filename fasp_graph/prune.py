@@ -213,6 +213,7 @@ def _report(
             *decisions.errors.get(g.name, unknown),
             emission.ways[g.name],
             decisions.curves.get(g.name, ()),
+            *decisions.scores.get(g.name, unknown),
         )
         for g in deps.groups
         if g.name in plan.kept

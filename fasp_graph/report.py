@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,9 @@ from .units import counted, in_bytes
 class GroupReport:
     """One pruned group: units before and kept, relative squared output error of its
     consumers, and how it was emitted. `curve[k]`: predicted error of removing k units per block,
-    in the unit of the allocation (passes/allocate.py); empty for uniform allocation.
+    in the unit of the allocation (passes/allocate.py); empty for uniform allocation. `score_kept`,
+    `score_removed`: medians of the units that stayed and that went; NaN where units went one after
+    the other (obs).
     """
 
     name: str
@@ -24,6 +27,8 @@ class GroupReport:
     error_after: float
     emitted: str
     curve: tuple[float, ...] = ()
+    score_kept: float = math.nan
+    score_removed: float = math.nan
 
 
 @dataclass(frozen=True)

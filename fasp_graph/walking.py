@@ -6,9 +6,11 @@ of the model as pruned so far, and the walk goes on with the new weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -39,7 +41,8 @@ from .worth import Job, Progress, problems_of, utility_of, weight_utility
 @dataclass
 class Decisions:
     """Filled group by group. `curves[name][k]`: error of removing k units per block;
-    `seen`: tokens and channels at each consumer's weight that is solved for; `orders`: groups of
+    `seen`: tokens and channels at each consumer's weight that is solved for; `scores`: medians
+    of the units that stay and of those that go; `orders`: groups of
     which each expert keeps its own units, put in front (passes/experts.py); `forward_passes`: the
     cost, in plain forward passes over the calibration batches; `notes`: what was done otherwise
     than asked for, and why.
@@ -50,6 +53,7 @@ class Decisions:
     weights: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
     orders: Orders = field(default_factory=dict)
     forward_passes: float = 0.0
@@ -122,7 +126,7 @@ class _Stops:
             decided.orders[group.name] = weight_orders(job, group, keep)
         else:
             utility = weight_utility(module, group, job.config.passes.score, job.generator)
-            decided.kept[group.name] = select(group, utility, keep)
+            _select(group, utility, decided)
             self.shut |= _shut(job, group, decided, self.shut)
 
     def visit(self, state: Walk, node: Node) -> None:
@@ -172,7 +176,7 @@ def _choose(
     """The units that stay. Of several consumers those behind the first have not been run: they
     are judged on the dense model where it was sensed, else by running ahead.
     """
-    keep, several = decided.budget.keep[group.name], job.views[group.name]
+    several = job.views[group.name]
     if len(several) == 1:
         moments = {several[0].node.name: here}
     elif job.sensed:
@@ -180,15 +184,25 @@ def _choose(
     else:
         moments = probe(state, first.node, several)
     if job.config.passes.score != "obs":
-        kept = select(group, utility_of(job, group, moments, state), keep)
+        _select(group, utility_of(job, group, moments, state), decided)
     else:
-        removals = group.size // group.blocks - keep
+        removals = group.size // group.blocks - decided.budget.keep[group.name]
         problems = problems_of(job, group, moments, state)
         gone = eliminate(problems, group.block_of.tolist(), removals).order
         worth = dict.fromkeys(range(group.size), len(gone)) | {u: k for k, u in enumerate(gone)}
         stay = [unit for unit in range(group.size) if worth[unit] == len(gone)]
-        kept = with_every_piece(group, stay, [float(worth[u]) for u in range(group.size)])
-    decided.kept[group.name] = kept
+        ranks = [float(worth[u]) for u in range(group.size)]
+        decided.kept[group.name] = with_every_piece(group, stay, ranks)
+
+
+def _select(group: Group, utility: Tensor, decided: Decisions) -> None:
+    """The units of greatest utility stay."""
+    kept = select(group, utility, decided.budget.keep[group.name])
+    stays = torch.zeros(group.size, dtype=torch.bool)
+    stays[list(kept)] = True
+    parts = (utility.cpu()[stays], utility.cpu()[~stays])
+    medians = [float(part.median()) if len(part) else math.nan for part in parts]
+    decided.kept[group.name], decided.scores[group.name] = kept, (medians[0], medians[1])
 
 
 def _repair(

@@ -2,9 +2,11 @@
 
 import dataclasses
 import html
+import math
 import re
 
 import pytest
+import torch
 
 import fasp_graph as fg
 import models_zoo
@@ -48,6 +50,21 @@ def test_a_curve_for_each_group_ends_where_the_plan_stopped(run):
         assert float(x) == pytest.approx(200 * (1 - group["kept"] / group["units"]), abs=4)
         heights = [float(point.split(",")[1]) for point in points]
         assert heights == sorted(heights, reverse=True)  # more removed, more error: upwards
+
+
+@pytest.mark.parametrize("method", ["fasp", "magnitude", "best"])
+def test_scores_of_what_stayed_and_went(method):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5))
+    x = torch.randn(60, 7)
+
+    pruned = fg.prune(model, x, [x, x + 1], fg.Config(sparsity=0.3, method=method))
+
+    (group,) = pruned.report.groups
+    if method == "best":
+        assert math.isnan(group.score_kept) and math.isnan(group.score_removed)
+    else:
+        assert group.score_kept > group.score_removed > 0
 
 
 def test_memory_is_told(run):

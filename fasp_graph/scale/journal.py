@@ -49,6 +49,7 @@ HELD = (
     "kept",
     "errors",
     "seen",
+    "scores",
     "orders",
 )  # tables of Decisions that a stop adds to: name -> tuple
 

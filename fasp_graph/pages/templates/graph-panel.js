@@ -5,7 +5,8 @@ const graphPanel = (() => {
   const at = id => document.getElementById(id);
   const full = value => value.toLocaleString("en-US");
   const short = value => value === 0 ? "0" : value.toPrecision(3);
-  const NAMES = { error_before: "error before repair", error_after: "error after repair" };
+  const NAMES = { error_before: "error before repair", error_after: "error after repair",
+    score_kept: "median score of what stays", score_removed: "median score of what goes" };
 
   function make(tag, name, text, parent) {
     const element = document.createElement(tag);
