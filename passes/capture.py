@@ -36,6 +36,7 @@ from .refuse import depends_on_data, explain, refuse
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
 from .tracing import traceable, with_whole_numbers
 from .visit import op_name
+from .vmapped import unbatch
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
 HALF = 2e-2
@@ -155,7 +156,7 @@ def _export(
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     free = free_axes(module, args)
-    module = normalize(clean(module))
+    module = normalize(clean(unbatch(module)))
     assert_held(module, args, held or frozenset())
     if not real:
         restore_buffers(module, model)
@@ -227,7 +228,7 @@ def _compare(module: GraphModule, model: nn.Module, args: Args, free: dict[int, 
         sizes = enlarged(args, factor, free)
         given = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, sizes)
         try:
-            expected = _run(_without_cache(reference, sizes), sizes)
+            expected = outputs(_without_cache(reference, sizes), sizes)
         except Exception:
             if factor == 1:
                 raise
@@ -237,7 +238,7 @@ def _compare(module: GraphModule, model: nn.Module, args: Args, free: dict[int, 
                 "the model writes into its inputs, which a graph does not repeat · help: clone "
                 "them at the start of forward"
             )
-        if not _all_equal(expected, _run(module, sizes)) and not _equal_when_wide(
+        if not _all_equal(expected, outputs(module, sizes)) and not _equal_when_wide(
             module, reference, sizes
         ):
             raise CaptureError(
@@ -253,17 +254,18 @@ def _equal_when_wide(module: GraphModule, model: nn.Module, args: Args) -> bool:
         return False
     wide, given = widened(model), widened_inputs(args)
     try:
-        expected = _run(_without_cache(wide, given), given)
+        expected = outputs(_without_cache(wide, given), given)
     except Exception:  # code that insists on a precision
         return False
-    return _all_equal(expected, _run(widened(module), given))
+    return _all_equal(expected, outputs(widened(module), given))
 
 
 def _all_equal(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def _run(call: Callable[..., Any], args: Args) -> list[Tensor]:
+def outputs(call: Callable[..., Any], args: Args) -> list[Tensor]:
+    """All tensors that a call gives, without gradients; what it draws at random is always alike."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return tensors(call(*args[0], **args[1]))

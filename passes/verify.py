@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from .capture import Args, tensors
+from .capture import Args, outputs
 from .errors import REPORT, VerificationError, where
 from .held import held_inputs
 from .lazy import Lazy, replace
@@ -155,7 +155,7 @@ def _first_nan(module: GraphModule, args: Args) -> str:
 
 def _run(module: GraphModule, args: Args, name: str) -> list[Tensor]:
     try:
-        return tensors(module(*args[0], **args[1]))
+        return outputs(module, args)
     except Exception as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _FULL in str(error)
         kind = _Unable if full or name == DENSE else VerificationError
@@ -272,7 +272,9 @@ def first_divergence(
     for module in (reference, compact):
         recorder = _Recorder(module)
         try:
-            recorder.run(*pytree.tree_leaves(args))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                recorder.run(*pytree.tree_leaves(args))
         except Exception as error:
             return f"running node by node failed: {error}"
         runs.append(recorder.record)

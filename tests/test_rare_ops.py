@@ -310,3 +310,17 @@ def test_a_product_is_taken_apart_where_windows_are_merged(kind):
     assert result.report.verify_max_error < 1e-9
     assert any(group.kept < group.units for group in result.report.groups)
     assert torch.allclose(result.graph_module(x), result.model(x), atol=1e-5)
+
+
+def shuffled(m, x):
+    order = torch.rand(len(x), 8, device=x.device).argsort(0)
+    return m.b(torch.relu(m.a(x)).gather(0, order) + 0.1 * torch.randn(len(x), 8))
+
+
+def test_what_a_forward_draws_at_random_is_alike_on_both_sides():
+    """The noise of the compact graph is that of the dense one: as many numbers, then gathered."""
+    config = fg.Config(sparsity=0.4, method="magnitude", check=True)
+
+    pruned = fg.prune(Calls(shuffled).eval(), X, None, config)
+
+    assert pruned.report.verify_max_error < 1e-9

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from passes.capture import Args, tensors
+from passes.capture import Args, outputs
 from passes.held import held_inputs
 from passes.precision import widened, widened_inputs
 from passes.verify import doubled, fresh_inputs
@@ -31,7 +31,7 @@ def cases(compact: GraphModule, inputs: Args) -> list[Case]:
     for args in (inputs, fresh, double, shorter):
         with torch.no_grad():
             try:
-                expected = tensors(compact(*args[0], **args[1]))
+                expected = outputs(compact, args)
                 undefined = any(t.numel() and bool(t.isnan().all()) for t in expected)
                 if not found or not undefined:
                     found.append((args, expected))
@@ -54,14 +54,14 @@ def same_when_wide(module: nn.Module, compact: GraphModule, args: Args) -> bool:
     """Whether, in float32, the module's outputs are the compact graph's."""
     given, wide = widened_inputs(args), widened(compact)
     with torch.no_grad():
-        expected = tensors(wide(*given[0], **given[1]))
+        expected = outputs(wide, given)
     return same(widened(module), given, expected)
 
 
 def apart(module: nn.Module, args: Args, expected: list[Tensor]) -> float:
     """The largest difference from the expected outputs, in units of what rounding explains."""
     with torch.no_grad():
-        actual = tensors(module(*args[0], **args[1]))[: len(expected)]
+        actual = outputs(module, args)[: len(expected)]
     if [a.shape for a in actual] != [e.shape for e in expected]:
         return math.inf
     return max((_apart(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)

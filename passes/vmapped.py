@@ -1,0 +1,89 @@
+"""vmapped: what was traced inside torch.vmap, traced again below it.
+
+    increment; x = add_batch_dim(h); y = x * x.sum(); remove_batch_dim(y); decrement
+    ->  y = h * h.sum(-1, keepdim)...
+
+torch.export records the calls that open and close vmap; what stands between them has a dim less
+than its values. The section is run once more under make_fx, which sees the ops with all dims.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+OPEN, CLOSE = "_vmap_increment_nesting", "_vmap_decrement_nesting"
+LOADING = "lazy_load_decompositions"
+
+
+def unbatch(module: GraphModule) -> GraphModule:
+    """`module` without calls of vmap (in place)."""
+    depth, section = 0, list[Node]()
+    for node in list(module.graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        if name == LOADING:
+            module.graph.erase_node(node)
+            continue
+        depth += name == OPEN
+        if depth:
+            section.append(node)
+        depth -= name == CLOSE
+        if section and not depth:
+            _trace_again(module, section)
+            section = []
+    return module
+
+
+def _trace_again(module: GraphModule, section: list[Node]) -> None:
+    inside = set(section)
+    given = list(dict.fromkeys(a for n in section for a in n.all_input_nodes if a not in inside))
+    results = [n for n in section if any(user not in inside for user in n.users)]
+
+    def run(*values: Any) -> list[Any]:
+        known = dict(zip(given, values, strict=True))
+        for node in section:
+            args, kwargs = pytree.tree_map(
+                lambda a: known[a] if isinstance(a, Node) else a,
+                (node.args, dict(node.kwargs)),
+                is_leaf=lambda a: isinstance(a, Node),
+            )
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return [known[node] for node in results]
+
+    with torch.no_grad():
+        traced = make_fx(run)(*(node.meta["val"] for node in given))
+    _put_in(module, traced, section, given, results)
+
+
+def _put_in(
+    module: GraphModule,
+    traced: GraphModule,
+    section: list[Node],
+    given: list[Node],
+    results: list[Node],
+) -> None:
+    """The nodes of `traced` in place of `section`."""
+    known: dict[Node, Any] = dict(
+        zip(traced.graph.find_nodes(op="placeholder"), given, strict=True)
+    )
+    origin = {key: section[0].meta.get(key) for key in ("stack_trace", "nn_module_stack")}
+    with module.graph.inserting_before(section[0]):
+        for node in traced.graph.nodes:
+            if node.op == "get_attr":
+                name = f"_vmapped_{section[0].name}_{node.target}"
+                module.register_buffer(name, getattr(traced, str(node.target)), persistent=False)
+                known[node] = module.graph.get_attr(name)
+            elif node.op == "call_function":
+                known[node] = module.graph.node_copy(node, known.__getitem__)
+            else:
+                continue
+            known[node].meta = {**node.meta, **origin}
+    (returned,) = next(n for n in traced.graph.nodes if n.op == "output").args
+    for old, new in zip(results, returned, strict=True):
+        old.replace_all_uses_with(known[new], delete_user_cb=lambda user: user not in section)
+    for node in reversed(section):
+        module.graph.erase_node(node)
