@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import fasp_graph as fg
+import models_zoo
 from fasp_graph import cli
 
 DATA = """
@@ -253,3 +255,15 @@ def test_a_file_is_no_model(run, mine):
     (mine / "model.bin").write_text("mine")
 
     refused(run("inspect", "model.bin"), "model.bin is a file, not the folder of a model")
+
+
+def test_a_folder_that_was_pruned_before_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    entry = models_zoo.load("llama-random")
+    config = fg.Config(sparsity=0.2, method="magnitude")
+    once = fg.prune(entry.model, entry.inputs, None, config).save(tmp_path / "once")
+    monkeypatch.setattr("fasp_graph.commands.pruning.prune", lambda *_: pytest.fail("worked"))
+
+    told = run("prune", str(once), "--method", "magnitude", "--output", str(tmp_path / "twice"))
+
+    refused(told, "before it was pruned here", "prune the original model once")
+    assert not (tmp_path / "twice").exists()

@@ -18,7 +18,7 @@ from ..calibration import refuse_dataless
 from ..config import Config
 from ..data import load_target
 from ..evaluate import latency, perplexity
-from ..folders.huggingface import refuse_foreign, save
+from ..folders.huggingface import refuse_foreign, refuse_undersized, save
 from ..folders.manifest import versions
 from ..inputs import refuse_unstreamable
 from ..jsontext import to_json
@@ -94,6 +94,9 @@ def prune_command(
         refuse_foreign(output)
     with stages("load model and data"):
         target = load_target(model, calibration, length, windows, evaluation, stream, device)
+    if output is not None:
+        shapes = {name: tuple(held.shape) for name, held in target.model.named_parameters()}
+        refuse_undersized(target.model, shapes)
     if dry_run:
         show_dry_run(target, options, json)
         return

@@ -73,7 +73,7 @@ def save(
             "this model could only be made smaller as a graph, which a "
             "folder cannot hold · help: use export_onnx, or torch.export.save of graph_module"
         )
-    _refuse_undersized(pruned)
+    refuse_undersized(pruned.model, pruned.deps.parameters)
     with _draft(folder) as draft:
         _write(pruned, draft, tokenizer, max_shard_size, facts or {}, extra)
     return Path(os.path.abspath(folder))
@@ -256,16 +256,15 @@ def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, aliases
 
 
-def _refuse_undersized(pruned: Pruned) -> None:
-    """A folder says how to make the class that its configuration builds smaller. A model that was
-    smaller than that before this pruning cannot be said.
+def refuse_undersized(model: Any, parameters: Mapping[str, tuple[int, ...]]) -> None:
+    """FaspGraphError if the model, of these shapes before it is pruned, is not what its
+    configuration builds: a folder says how to make that smaller.
     """
-    model: Any = pruned.model
     if not _is_transformers(model):
         return
     built = skeleton(lambda: type(model)(copy.deepcopy(model.config)))
     shapes = {name: tuple(p.shape) for name, p in built.named_parameters(remove_duplicate=False)}
-    for name, shape in pruned.deps.parameters.items():
+    for name, shape in parameters.items():
         if shapes.get(name) != tuple(shape):
             raise FaspGraphError(
                 f"{name} {list(shape)} was not what the configuration of {type(model).__name__} "
