@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from passes.analysis import analysis
 from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
+from passes.held import held_inputs
 from passes.kernels import widen
 from passes.lazy import is_lazy, replace
 from passes.removal import removal
@@ -147,7 +148,8 @@ def prune(
     with _stage("emit", seconds, progress):
         numbers = functools.partial(stand_in, model, captured, cut) if is_lazy(model) else None
         small, emission = emit_model(model, compact, deps, plan, captured.inputs, numbers)
-    report = _report(captured, compact, deps, plan, decisions, emission, seconds, error)
+    asked = config.sparsity
+    report = _report(captured, compact, deps, plan, decisions, emission, seconds, error, asked)
     return Pruned(
         compact,
         small,
@@ -193,6 +195,28 @@ def _with_weights(module: GraphModule, weights: dict[str, Tensor]) -> GraphModul
     return dense
 
 
+def _graph_notes(captured: Captured) -> tuple[str, ...]:
+    """What the captured graph holds for alone."""
+    inputs = captured.graph_module.graph.find_nodes(op="placeholder")
+    names = [inputs[k].name for k in sorted(held_inputs(captured.graph_module))]
+    if not names:
+        return ()
+    return (
+        f"the graph, and an ONNX file made of it, hold for {', '.join(names)} of the example "
+        "inputs alone, since forward computes sizes from them; the model takes any",
+    )
+
+
+def _budget_notes(plan: Plan, asked: float) -> tuple[str, ...]:
+    """A word where units are too large for the budget: less than half of it was removed."""
+    if plan.sparsity >= asked / 2:
+        return ()
+    return (
+        f"sparsity {plan.sparsity:.3f} was reached of {asked:.3f}: one unit of a group more would "
+        "have removed too much · help: ask for more, or leave out a kind of groups",
+    )
+
+
 def _report(
     captured: Captured,
     compact: GraphModule,
@@ -202,6 +226,7 @@ def _report(
     emission: Emission,
     seconds: dict[str, float],
     error: float,
+    asked: float,
 ) -> Report:
     unknown = (float("nan"), float("nan"))
     pruned = tuple(
@@ -238,7 +263,12 @@ def _report(
         error,
         left,
         decisions.forward_passes,
-        decisions.notes + few_tokens(decisions.seen, captured.inputs),
+        (
+            *_graph_notes(captured),
+            *_budget_notes(plan, asked),
+            *decisions.notes,
+            *few_tokens(decisions.seen, captured.inputs),
+        ),
         peak_host(),
         peak_cuda(),
         shapes_of(*captured.inputs),

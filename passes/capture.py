@@ -16,6 +16,7 @@ import copy
 import copyreg
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from torch.utils import _pytree as pytree
 from .clean import clean
 from .errors import CaptureError
 from .free_axes import Args, attempts, enlarged, free_axes
-from .held import assert_held, holdable, with_held
+from .held import assert_constants, assert_held, holdable, with_held
 from .lazy import is_lazy, replace
 from .normalize import normalize
 from .precision import is_half, widened, widened_inputs
@@ -73,10 +74,11 @@ def as_args(inputs: Any) -> Args:
     else:
         args = ((inputs,), {})
 
-    def fresh(value: Any) -> Any:
-        return value.detach().clone().contiguous() if isinstance(value, Tensor) else value
+    return pytree.tree_map(_fresh, args)
 
-    return pytree.tree_map(fresh, args)
+
+def _fresh(value: Any) -> Any:
+    return value.detach().clone().contiguous() if isinstance(value, Tensor) else value
 
 
 def placed(held: Any, device: torch.device) -> Any:
@@ -148,6 +150,7 @@ def _export(
     model: nn.Module, args: Args, shapes: Any, held: frozenset[int] | None = None
 ) -> Captured:
     """`held`: integer inputs to take for constants, beside all that is made of none."""
+    args = pytree.tree_map(_fresh, args)  # torch.export writes what it asked for onto tensors
     compared = has_numbers(model)
     real = compared and not is_lazy(model)
     twin = _prepared(copy.deepcopy(model) if real else fake_twin(model), args, held)
@@ -156,8 +159,10 @@ def _export(
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     free = free_axes(module, args)
+    _mark_literals(module)
     module = normalize(clean(unbatch(module)))
     assert_held(module, args, held or frozenset())
+    assert_constants(module, args)
     if not real:
         restore_buffers(module, model)
     if compared and not real:
@@ -166,6 +171,20 @@ def _export(
     if compared:
         _compare(module, model, args, free)
     return Captured(module, args, shapes if free else None, compared)
+
+
+def _mark_literals(module: GraphModule) -> None:
+    """Tensors of numbers that stand in the code of forward are constants, and no weights. Refuses
+    generators: their state would run on from call to call.
+    """
+    for node in module.graph.find_nodes(op="get_attr"):
+        held = operator.attrgetter(str(node.target))(module)
+        if isinstance(held, torch.Generator):
+            raise CaptureError(
+                "forward draws from a generator of its own, whose state a graph would carry from "
+                "call to call · help: draw the numbers once, and keep them as a buffer"
+            )
+        node.meta["literal"] = any(op_name(user) == "lift_fresh_copy" for user in node.users)
 
 
 def _prepared(twin: nn.Module, args: Args, held: frozenset[int] | None) -> nn.Module:

@@ -220,9 +220,11 @@ def _normalized(edit: Edit) -> None:
 
 
 def _group_norm(edit: Edit) -> None:
-    """As many groups as before, of fewer channels."""
+    """As many groups as before, of fewer channels; a group for every channel that stays."""
     mask, groups = edit.ins[edit.source].get(1), edit.bound["num_groups"]
-    if mask is not None and count(mask, 1) % groups:
+    if mask is not None and groups == edit.shape(edit.source)[1]:
+        edit.change(num_groups=count(mask, 1))
+    elif mask is not None and count(mask, 1) % groups:
         raise UnsupportedOp(f"{count(mask, 1)} channels would stay, no multiple of {groups} groups")
 
 

@@ -7,6 +7,7 @@ The graph is for those numbers alone: it asserts them, and refuses others.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from .tracing import CONSTANTS
 from .visit import op_name
 
 aten = torch.ops.aten
+_SAME = {False: operator.eq, True: operator.is_}
 MAKING = {torch.arange, torch.zeros, torch.ones, torch.full, torch.div}
 PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, torch.layout)
 HOLDING = 3  # integer inputs that are held as constants at most
@@ -47,12 +49,13 @@ def with_held(forward: Callable[..., Any], args: Any, held: frozenset[int]) -> C
     what it makes of numbers alone for constants as well.
     """
     leaves = pytree.tree_leaves(args)
-    numbers = {k: (leaves[k].tolist(), leaves[k].dtype) for k in held}
+    numbers = {k: (leaves[k].tolist(), leaves[k].dtype, leaves[k].shape) for k in held}
 
     def with_constants(*positional: Any, **keyword: Any) -> Any:
         leaves, spec = pytree.tree_flatten((positional, keyword))
-        for k, (values, dtype) in numbers.items():
-            leaves[k] = torch.tensor(values, dtype=dtype, device=leaves[k].device)
+        for k, (values, dtype, shape) in numbers.items():
+            constant = torch.tensor(values, dtype=dtype, device=leaves[k].device)
+            leaves[k] = constant.reshape(shape)
         positional, keyword = pytree.tree_unflatten(leaves, spec)
         with _Made():
             return forward(*positional, **keyword)
@@ -86,8 +89,11 @@ def assert_held(module: GraphModule, args: Any, held: frozenset[int]) -> None:
         module.register_buffer(name, leaves[k].clone(), persistent=False)
         with module.graph.inserting_after(inputs[-1]):
             constant = module.graph.get_attr(name)
+        shape = list(leaves[k].shape)
         with module.graph.inserting_after(constant):
-            same = module.graph.call_function(aten.eq.Tensor, (inputs[k], constant))
+            whole = module.graph.call_function(aten.reshape.default, (inputs[k], shape))
+        with module.graph.inserting_after(whole):
+            same = module.graph.call_function(aten.eq.Tensor, (whole, constant))
         with module.graph.inserting_after(same):
             everywhere = module.graph.call_function(aten.all.default, (same,))
         with module.graph.inserting_after(everywhere):
@@ -96,9 +102,26 @@ def assert_held(module: GraphModule, args: Any, held: frozenset[int]) -> None:
                 "graph was captured for: forward computes sizes from its numbers"
             )
             module.graph.call_function(aten._assert_async.msg, (everywhere, said))
-        constant.meta["val"] = leaves[k]
+        constant.meta["val"] = whole.meta["val"] = leaves[k]
         same.meta["val"] = leaves[k] == leaves[k]
         everywhere.meta["val"] = same.meta["val"].all()
+    module.recompile()
+
+
+def assert_constants(module: GraphModule, args: Any) -> None:
+    """Let the graph assert that inputs which are no tensors are what they are in `args`: torch
+    traced for those alone (in place).
+    """
+    leaves = pytree.tree_leaves(args)
+    inputs = module.graph.find_nodes(op="placeholder")
+    for node, leaf in zip(inputs, leaves, strict=False):
+        if not isinstance(leaf, (bool, int, float, str, type(None))):
+            continue
+        said = f"{node.name} is not {leaf!r}, for which alone the graph was captured"
+        with module.graph.inserting_after(inputs[-1]):
+            same = module.graph.call_function(_SAME[leaf is None], (node, leaf))
+        with module.graph.inserting_after(same):
+            module.graph.call_function(torch._assert, (same, said))
     module.recompile()
 
 
@@ -109,7 +132,8 @@ def held_inputs(module: GraphModule) -> frozenset[int]:
     def asserted(node: Node) -> bool:
         return any(
             op_name(check) == "_assert_async"
-            for same in node.users
+            for whole in node.users
+            for same in whole.users
             for everywhere in same.users
             for check in everywhere.users
         )

@@ -119,6 +119,8 @@ class _Propagation:
         tensor: Any = operator.attrgetter(str(node.target))(self.module)
         if not isinstance(tensor, Tensor):
             return tensor
+        if node.meta.get("literal"):
+            return Value(as_fake(self.fakes, tensor), {}, tensor.cpu())
         if not tensor.is_floating_point() and not tensor.is_complex():
             if isinstance(tensor, FakeTensor):
                 reason = f"an index table without numbers: {node.target}"
@@ -139,6 +141,7 @@ class _Propagation:
             if isinstance(value, Value):
                 free = self.open_axes.outputs.get(position, ())
                 arrays = [array for dim, array in value.arrays.items() if dim not in free]
+                arrays += [value.domain] if value.domain is not None else []
                 self.labels.mark("frozen", arrays, "reaches the model's output", node)
 
     # ---------------------------------------------------------------- calls
@@ -187,6 +190,7 @@ class _Propagation:
 
     def _visit(self, visit: Visit, values: list[Value]) -> list[Arrays]:
         name = visit.name.rstrip("_") if not visit.name.startswith("_") else visit.name
+        routing.settle(visit)
         if _writes_a_view(visit.node):
             return self._frozen_write(visit)
         if name in moves.MOVEMENT and _movable(visit, values):
@@ -196,7 +200,6 @@ class _Propagation:
                 return handlers[name](visit)
         if "conv" in name and (visit.given.get("groups") or 1) > 1:
             return places.grouped_convolution(visit)
-        routing.settle(visit)
         if name in self.rules:
             return apply_rule(visit, self.rules[name])
         if is_pointwise(visit.node):
@@ -254,7 +257,7 @@ class _Propagation:
 
 
 def _movable(visit: Visit, values: list[Value]) -> bool:
-    if visit.given.get("dtype") is not None and visit.shape != values[0].shape:
+    if visit.given.get("dtype") is not None:
         return False  # a view of the bits
     return visit.name in moves.LIKE or all(v.const is not None for v in values[1:])
 

@@ -68,6 +68,8 @@ def _bends(visit: Visit, operands: int) -> bool:
 def is_pointwise(node: Node) -> bool:
     """Whether torch tags the op (or its form that does not write) so, or CARRY names it."""
     name = op_name(node)
+    if node.target is torch.ops.aten.where.default:
+        return False  # of one argument: nonzero
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or name in CARRY:
         return True
     if not name.endswith("_"):

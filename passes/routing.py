@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -35,27 +36,58 @@ def domains(visit: Visit) -> list[Tensor | None]:
     if slot is not None and len(visit.outs) > slot:
         value = next(visit.values())
         axis = _axis(visit, value)
-        chosen = axis is not None and not visit.outs[slot].is_floating_point()
+        chosen = axis is not None and _whole(visit.outs[slot])
         return [axis if chosen and k == slot else None for k in range(len(visit.outs))]
-    held = [value.domain for value in visit.values() if value.domain is not None]
-    if not held or not (name in PASSING or name in ("index", "index_select")):
+    values = list(visit.values())
+    if name not in PASSING and name not in ("index", "index_select"):
+        return nothing
+    values = values if name == "cat" else values[:1]  # of a lookup, what is looked up
+    held = [value.domain for value in values if value.domain is not None]
+    if not held or not _whole(visit.outs[0]):
         return nothing
     for other in held[1:]:
         if len(other) == len(held[0]):
             visit.labels.unite(held[0], other)
-    points = not visit.outs[0].is_floating_point()
-    return [held[0] if points else None] * len(visit.outs)
+    return [held[0]] * len(visit.outs)
 
 
 def settle(visit: Visit) -> None:
-    """Arithmetic on an index gives its numbers a meaning: its domain is fixed."""
+    """What is done to an index but looking it up or moving it gives its numbers a meaning of their
+    own: its domain is fixed.
+    """
     name = visit.name.rstrip("_")
-    if name in PASSING or name in CHOICES or name in LOOKUPS:
-        return
-    for value in visit.values():
-        if value.domain is None or (name in COMPARED and _beyond(visit, len(value.domain))):
+    values = list(visit.values())
+    for value in values:
+        if value.domain is None or _keeps(visit, name, value, values):
             continue
         visit.freeze([value.domain], f"an index into the axis is used as a number by {name}")
+
+
+def _keeps(visit: Visit, name: str, value: Value, values: list[Value]) -> bool:
+    """Whether an index stays one: looked up, compared with no position, moved as it is."""
+    picks = (visit.given.get("index"), *(visit.given.get("indices") or ()))
+    if name in LOOKUPS and (any(value is pick for pick in picks) or name == "one_hot"):
+        return True  # the handlers fix what does not meet its axis
+    if name in COMPARED:
+        return _beyond(visit, len(value.domain))  # type: ignore[arg-type]
+    if name not in PASSING and name not in ("index", "index_select"):
+        return False
+    if name == "cat":
+        return all(other.domain is not None for other in values)
+    low, high = visit.given.get("min"), visit.given.get("max")
+    inside = (low is None or _at_most(low, 0)) and (
+        high is None or _at_most(len(value.domain) - 1, high)  # type: ignore[arg-type]
+    )
+    return inside and all(_whole(out) for out in visit.outs)
+
+
+def _at_most(left: object, right: object) -> bool:
+    return isinstance(left, (int, float)) and isinstance(right, (int, float)) and left <= right
+
+
+def _whole(out: Tensor) -> bool:
+    """Whether numbers of this type can point at places."""
+    return not (out.is_floating_point() or out.is_complex() or out.dtype == torch.bool)
 
 
 def _beyond(visit: Visit, size: int) -> bool:
@@ -151,11 +183,15 @@ def look_up(visit: Visit) -> list[Arrays]:
 
 
 def _meets(visit: Visit, value: Value, dim: int, pick: Value) -> bool:
-    """Unite an index's domain with the labels of the dim that it points at."""
+    """Unite an index's domain with the labels of the dim that it points at; fix it where these do
+    not fit.
+    """
     array = value.arrays.get(dim)
-    if pick.domain is None or array is None or array.numel() != value.shape[dim]:
+    if pick.domain is None:
         return False
-    if len(pick.domain) != value.shape[dim]:
+    fits = array is not None and array.numel() == value.shape[dim] == len(pick.domain)
+    if array is None or not fits:
+        visit.freeze([pick.domain], f"an index into the axis picks from another by {visit.name}")
         return False
     visit.labels.unite(pick.domain, array.reshape(-1))
     return True
@@ -197,8 +233,27 @@ def one_hot(visit: Visit) -> list[Arrays]:
     if value.domain is not None and len(value.domain) == visit.shape[-1]:
         arrays[rank - 1] = along(value.domain, rank - 1, rank)
     else:
+        visit.freeze([value.domain] if value.domain is not None else [], "one of more classes")
         arrays[rank - 1] = visit.fixed("a class of one_hot")
     return [arrays]
+
+
+def index_select(visit: Visit) -> list[Arrays]:
+    """A pick with a domain is united with the dim that it points at; others fix it."""
+    value, pick = visit.given["self"], visit.given["index"]
+    dim = visit.dim("dim", len(value.shape))
+    if not _meets(visit, value, dim, pick) and dim in value.arrays:
+        visit.freeze([value.arrays[dim]], "indexed by data")
+    result = {d: visit.labels.collapse(a, dim) for d, a in value.arrays.items() if d != dim}
+    if visit.shape[dim] > 1:
+        own = pick.arrays.get(0)
+        plain = own is not None and own.numel() == visit.shape[dim]
+        result[dim] = (
+            along(own.reshape(-1), dim, len(visit.shape))  # type: ignore[union-attr]
+            if plain
+            else visit.fixed("a place of an index")
+        )
+    return [result]
 
 
 LOOKUPS = {"index", "index_select", "gather", "scatter", "scatter_add", "one_hot"}
@@ -206,6 +261,7 @@ HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
     "index": look_up,
     **dict.fromkeys(("gather", "scatter", "scatter_add"), gather),
     "one_hot": one_hot,
+    "index_select": index_select,
     **dict.fromkeys(("topk", "sort", "argmax", "argsort"), choose),
     "max": largest,
 }

@@ -56,12 +56,14 @@ class View:
 
     def outputs(self, value: Tensor) -> Tensor:
         """The output, or anything of its layout, as [tokens, out]."""
-        return (value.movedim(1, -1) if self.convolution else value).flatten(0, -2)
+        moved = value.movedim(1, -1) if self.convolution else value
+        return moved.reshape(-1, moved.shape[-1])
 
     def rows(self, value: Tensor, weight: Tensor) -> Tensor:
         """The input as [tokens, in * kernel]."""
         if not self.convolution:
-            return value.movedim(self.source_dim, -1).flatten(0, -2)
+            moved = value.movedim(self.source_dim, -1)
+            return moved.reshape(-1, moved.shape[-1])
         bound = bind(self.node, self.node.args, self.node.kwargs)
         n = weight.dim() - 2
         strides, gaps = (_each(bound.get(name, 1), n) for name in ("stride", "dilation"))

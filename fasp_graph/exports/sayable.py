@@ -24,7 +24,7 @@ aten = torch.ops.aten
 def sayable(module: GraphModule, inputs: Args) -> tuple[GraphModule, Args]:
     """A copy that ONNX has words for, and its inputs; the graph itself if it needs no change."""
     held = held_inputs(module)
-    attention = [n.name for n in module.graph.nodes if _of_three_dims(n)]
+    attention = [node.name for node in module.graph.nodes if _missing(node)]
     if not held and not attention:
         return module, inputs
     plain = copy.deepcopy(module)
@@ -37,24 +37,27 @@ def sayable(module: GraphModule, inputs: Args) -> tuple[GraphModule, Args]:
     return plain, inputs
 
 
-def _of_three_dims(node: Node) -> bool:
-    return op_name(node) == "scaled_dot_product_attention" and _rank(node.args[0]) == 3
-
-
-def _rank(node: object) -> int:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return value.dim() if isinstance(value, Tensor) else 0
+def _missing(node: Node) -> int:
+    """How many of the four dims an attention lacks."""
+    query = node.args[0] if op_name(node) == "scaled_dot_product_attention" else None
+    value = query.meta.get("val") if isinstance(query, Node) else None
+    return max(0, 4 - value.dim()) if isinstance(value, Tensor) else 0
 
 
 def _widen(node: Node) -> None:
-    """A batch of one around attention; masks broadcast to it."""
-    graph = node.graph
-    with graph.inserting_before(node):
-        wide = [graph.call_function(aten.unsqueeze.default, (arg, 0)) for arg in node.args[:3]]
-    node.args = (*wide, *node.args[3:])
-    with graph.inserting_after(node):
-        narrow = graph.call_function(aten.squeeze.dim, (node, 0))
-    node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
+    """Dims of one around attention; masks broadcast to them."""
+    graph, missing, narrow = node.graph, _missing(node), node
+    args = list(node.args)
+    for _ in range(missing):
+        with graph.inserting_before(node):
+            args[:3] = [graph.call_function(aten.unsqueeze.default, (a, 0)) for a in args[:3]]
+    node.args = tuple(args)
+    made = set()
+    for _ in range(missing):
+        with graph.inserting_after(narrow):
+            narrow = graph.call_function(aten.squeeze.dim, (narrow, 0))
+        made.add(narrow)
+    node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user not in made)
 
 
 def _release(module: GraphModule, inputs: Args, held: frozenset[int]) -> Args:

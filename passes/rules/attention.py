@@ -10,10 +10,9 @@ from . import Call, Rule
 
 def _sdpa(call: Call) -> str:
     mask = call.get("attn_mask")
-    axes = (
-        "" if mask is None else ", " + " ".join(("... h t s" if len(mask) > 2 else "t s").split())
-    )
-    return f"... h t d, ... h s d, ... h s v{axes} -> ... h t v; mixed s"
+    heads = "... h " if len(call["query"]) > 2 else ""
+    axes = "" if mask is None else ", " + (f"{heads}t s" if len(mask) > 2 else "t s")
+    return f"{heads}t d, {heads}s d, {heads}s v{axes} -> {heads}t v; mixed s"
 
 
 RULES: dict[str, Rule] = {"scaled_dot_product_attention": _sdpa}

@@ -24,8 +24,10 @@ def _batch(call: Call) -> str:
 
 
 def _group(call: Call) -> str:
+    """With a group for every channel the channels do not mix."""
     space = " ".join(f"x{k}" for k in range(len(call["input"]) - 2))
-    return f"n c {space}, c?, c? -> n c {space}; mixed c {space}"
+    mixed = space if call["num_groups"] == call["input"][1] else f"c {space}"
+    return f"n c {space}, c?, c? -> n c {space}" + (f"; mixed {mixed}" if mixed else "")
 
 
 def _instance(call: Call) -> str:
