@@ -94,6 +94,81 @@ def test_places_that_depend_on_the_number_stay(route):
     assert "sort" in group.reason
 
 
+def clamped(m, x):
+    return m.leave(m.at(x, m.router(x).argmax(-1).clamp(max=4)))
+
+
+def beside_a_shared_one(m, x):
+    chosen = m.router(x).topk(2, -1)[1]
+    both = torch.cat([torch.zeros(len(x), 1, dtype=torch.long), chosen], 1)
+    return m.leave(sum(m.at(x, both[:, k]) for k in range(3)))
+
+
+def also_a_number(m, x):
+    place = m.router(x).argmax(-1)
+    return m.leave(m.at(x, place)) * place.float()[:, None]
+
+
+def also_an_output(m, x):
+    place = m.router(x).argmax(-1)
+    return m.leave(m.at(x, place)), place
+
+
+def also_one_of_more(m, x):
+    place = m.router(x).argmax(-1)
+    return m.leave(m.at(x, place)), nn.functional.one_hot(place, 9).float()
+
+
+def also_of_another_table(m, x):
+    place = m.router(x).argmax(-1)
+    return m.leave(m.at(x, place)) + torch.arange(9.0)[place][:, None]
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        clamped,
+        beside_a_shared_one,
+        also_a_number,
+        also_an_output,
+        also_one_of_more,
+        also_of_another_table,
+    ],
+)
+def test_an_index_whose_number_matters_keeps_its_axis(route):
+    deps = fg.analyze(Routed(route).eval(), X, check=True)
+
+    rows = ("router.weight", 0)
+    (group,) = [g for g in deps.groups if rows in [(m.parameter, m.dim) for m in g.members]]
+    assert group.kind == "frozen", group
+
+
+def selected(m, x):
+    scores = m.router(x)
+    return m.leave(torch.bmm(x[:, None], m.experts.index_select(0, scores.argmax(-1)))[:, 0])
+
+
+def clamped_beyond(m, x):
+    return m.leave(m.at(x, m.router(x).argmax(-1).clamp(0, 5)))
+
+
+def of_two_routers(m, x):
+    both = torch.cat([m.router(x).argmax(-1, True), (m.router(x) * -1).argmax(-1, True)], 1)
+    return m.leave(sum(m.at(x, both[:, k]) for k in range(2)))
+
+
+@pytest.mark.parametrize("route", [selected, clamped_beyond, of_two_routers])
+def test_an_index_that_is_only_moved_and_looked_up_frees_its_axis(route):
+    config = fg.Config(sparsity=0.4, method="magnitude", kinds=("head",), check=True)
+
+    pruned = fg.prune(Routed(route).eval(), X, None, config)
+
+    (group,) = pruned.plan.kept
+    assert {("router.weight", 0), ("experts", 0)} <= {
+        (m.parameter, m.dim) for m in pruned.deps[group].members
+    }
+
+
 class NearlyTied(nn.Module):
     """A choice between two sums of the same numbers, in another order."""
 

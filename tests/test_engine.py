@@ -387,3 +387,43 @@ def test_every_group_of_a_norm_keeps_as_many_channels():
 
     blocks = {g.members[0].parameter: g.blocks for g in deps.groups if g.kind == "width"}
     assert blocks == {"a.weight": 8, "b.weight": 3}
+
+
+def test_channels_with_a_group_each_do_not_mix():
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(16, 16), nn.Conv2d(16, 3, 1))
+
+    deps = halved(model, torch.randn(2, 3, 4, 4), "chain")
+
+    assert kind_of(deps, "1.weight", 0) == {"chain"}
+
+
+class Flat(nn.Module):
+    """Attention of one head on [tokens, channels]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v, self.o = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        q = self.q(x)
+        return self.o(nn.functional.scaled_dot_product_attention(q, q, self.v(x)))
+
+
+def test_attention_on_two_dims():
+    halved(Flat(), torch.randn(5, 6), "bilinear", "chain")
+
+
+class Categories(nn.Module):
+    """Columns of numbers that each mean something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.many, self.few = nn.Embedding(50, 4), nn.Embedding(3, 4)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 2)
+
+    def forward(self, c):
+        return self.down(self.up(torch.cat([self.many(c[:, 0]), self.few(c[:, 1])], -1)).relu())
+
+
+def test_the_proof_takes_rows_as_they_are_where_columns_cannot_be_mixed():
+    halved(Categories(), torch.tensor([[40, 1], [3, 2], [7, 0]]), "chain")

@@ -11,7 +11,7 @@ from trial import zeroed
 
 import fasp_graph as fg
 from passes.capture import capture
-from passes.errors import CalibrationError, UnsupportedOp
+from passes.errors import CalibrationError, CaptureError, UnsupportedOp
 from passes.held import held_inputs
 
 GRID = torch.tensor([[2, 3], [2, 2]])
@@ -78,6 +78,77 @@ def test_onnx_takes_what_may_vary(pruned, tmp_path):
     (found,) = session.run(None, {"x": given["x"].numpy()})
     expected = pruned.graph_module(**given).detach().numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class Calls(nn.Module):
+    """Two layers, and a forward that is a function of them and the inputs."""
+
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.call = nn.Linear(6, 8), nn.Linear(8, 3), forward
+
+    def forward(self, *inputs):
+        return self.call(self, *inputs)
+
+
+def in_parts(m, x, lengths, scale=1.0):
+    parts = torch.relu(m.a(x)).split(lengths)
+    return m.b(torch.cat([part * k for k, part in enumerate(parts)])) * scale
+
+
+def of_lengths(m, x, lengths):
+    parts = m.b(torch.relu(m.a(x))).split(lengths.tolist())
+    return torch.stack([part.sum(0) for part in parts])
+
+
+def up_to_the_longest(m, x, lengths):
+    h = torch.relu(m.a(x))[:, : int(lengths.max())]
+    there = torch.arange(h.shape[1]) < lengths[:, None]
+    return m.b((h * there[..., None]).sum(1))
+
+
+def small(forward, *inputs):
+    config = fg.Config(sparsity=0.3, method="magnitude", check=True)
+    return fg.prune(Calls(forward).eval(), inputs, None, config)
+
+
+def test_the_graph_refuses_other_constants_and_other_shapes():
+    x = torch.randn(9, 6)
+    pruned = small(in_parts, x, [2, 3, 4], 2.0)
+    assert pruned.model.a.weight.shape[0] < 8
+    for others in ([5, 3, 1], 2.0), ([2, 3, 4], 1.0):
+        with pytest.raises(AssertionError, match="for which alone the graph was captured"):
+            pruned.graph_module(x, *others)
+    held = small(of_lengths, x, torch.tensor([3, 3, 3]))
+    assert "the model takes any" in held.report.notes[0]
+    for lengths in ([3], [3, 3], [2, 3, 4]):
+        with pytest.raises(RuntimeError):
+            held.graph_module(x, torch.tensor(lengths))
+
+
+def test_lengths_may_share_the_batch():
+    x, lengths = torch.randn(4, 7, 6), torch.tensor([7, 5, 3, 2])
+    pruned = small(up_to_the_longest, x, lengths)
+    torch.testing.assert_close(pruned.graph_module(x, lengths), pruned.model(x, lengths))
+
+
+def test_a_generator_of_the_models_own_is_refused():
+    def drawn_anew(m, x):
+        order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+        return m.b(torch.relu(m.a(x[:, order])))
+
+    with pytest.raises(CaptureError, match="generator.*help.*buffer"):
+        small(drawn_anew, torch.randn(5, 6))
+
+
+def test_the_fewest_inputs_are_held():
+    def two(m, x, lengths, rows):
+        return torch.cat([part[:1] for part in m.b(m.a(x))[rows].split(lengths.tolist())])
+
+    inputs = (torch.randn(9, 6), torch.tensor([4, 5]), torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8]))
+    program = capture(Calls(two).eval(), inputs)
+    assert held_inputs(program.graph_module) == {1}
 
 
 class Repeated(nn.Module):

@@ -62,6 +62,12 @@ def a_number(m, x):
     return m.b(h * h.argmax(-1, keepdim=True))
 
 
+def at_places(m, x):
+    h = torch.relu(m.a(x))
+    i, _ = torch.where(x > 0)
+    return m.b(h).index_add(0, i, m.b(h)[i])
+
+
 CHAINS = {
     "glu": (Calls(lambda m, x: m.b(F.glu(m.a(x))), a=(7, 16)), 8),
     "turned by a table": (Calls(lambda m, x: m.b(torch.relu(m.a(x))[:, TURNED])), 8),
@@ -75,6 +81,11 @@ CHAINS = {
         Calls(lambda m, x: m.b(torch.cat([m.a(x)[:, :0], torch.relu(m.a(x))], 1))),
         8,
     ),
+    "numbers in the code": (
+        Calls(lambda m, x: m.b(torch.relu(m.a(x) + torch.tensor([0.1, 0.2, 0.3, 0.4] * 2)))),
+        8,
+    ),
+    "places where a mask holds": (Calls(at_places), 8),
     "repeat": (Calls(lambda m, x: m.b(torch.relu(m.a(x)).repeat(1, 2)), b=(16, 5)), 8),
     "pixel_shuffle": (
         Calls(lambda m, x: m.b(F.pixel_shuffle(m.a(x).view(6, 8, 1, 1), 2).flatten(1)), b=(8, 5)),
@@ -91,6 +102,10 @@ CHAINS = {
     ),
 }
 FROZEN = {
+    "seen as other bits": (
+        Calls(lambda m, x: m.b(m.a(x)) * (m.a(x).view(torch.int32).sum(-1, True) < 0)),
+        "view.dtype",
+    ),
     "seen as half its bits": (
         Calls(lambda m, x: m.b(m.a(x).view(torch.int16).view(torch.float32))),
         "view.dtype",

@@ -204,3 +204,22 @@ def test_sizes_are_those_of_the_graphs():
     assert report.bytes_after == sum(p.nbytes for p in parameters) == 4 * report.params_after
     assert report.bytes_before == 4 * report.params_before
     assert report.flops_after < report.flops_before
+
+
+def test_a_budget_that_one_unit_exceeds_is_told():
+    model = torch.nn.Sequential(torch.nn.Linear(400, 2), torch.nn.ReLU(), torch.nn.Linear(2, 400))
+    config = fg.Config(sparsity=0.1, method="magnitude")
+
+    pruned = fg.prune(model, torch.randn(5, 400), None, config)
+
+    assert pruned.plan.sparsity == 0
+    assert "sparsity 0.000 was reached of 0.100" in pruned.report.notes[0]
+
+
+def test_a_model_of_single_samples_is_pruned_by_the_default_method():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3))
+    samples = [torch.randn(6) for _ in range(12)]
+
+    pruned = fg.prune(model, samples[0], samples, fg.Config(sparsity=0.3))
+
+    assert pruned.model[0].out_features < 20
