@@ -37,8 +37,10 @@ class ConfigError(FaspGraphError):
 
 class VerificationError(FaspGraphError):
     """The compact graph differs from the masked dense model: an internal error, nothing is
-    written.
+    written. `unable`: the dense graph does not take the inputs, or they need more memory.
     """
+
+    unable = False
 
 
 def where(node: Node) -> str:

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedOp, where
 from .lazy import Lazy
 from .values import Value
 
-ANY = sympy.Integer(5)  # places of which numbers decide how many there are
+ANY = 5  # places of which numbers decide how many there are
 
 
 def as_fake(fakes: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -84,5 +82,8 @@ def _hint(size: Any) -> int | None:
     """A size at the example; one that numbers decide (nonzero) is any size."""
     if isinstance(size, int) or size.node.hint is not None:
         return size if isinstance(size, int) else size.node.hint
-    at = size.node.expr.xreplace(dict.fromkeys(free_unbacked_symbols(size), ANY))
+    from sympy import Integer
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    at = size.node.expr.xreplace(dict.fromkeys(free_unbacked_symbols(size), Integer(ANY)))
     return int(at) if at.is_number else None

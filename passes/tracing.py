@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor
-from torch.fx.experimental import proxy_tensor
 
 CONSTANTS = 1 << 16  # elements of a tensor of constants whose numbers the trace may use
 
@@ -25,6 +23,9 @@ CONSTANTS = 1 << 16  # elements of a tensor of constants whose numbers the trace
 @contextlib.contextmanager
 def traceable() -> Iterator[None]:
     """The context in which torch.export runs."""
+    from torch._subclasses import fake_tensor
+    from torch.fx.experimental import proxy_tensor
+
     cast = nn.Module.to
     before = logging.root.manager.disable
     limits = [(module, module.CONSTANT_NUMEL_LIMIT) for module in (fake_tensor, proxy_tensor)]

@@ -61,9 +61,9 @@ def verify(
             try:
                 given = doubled(inputs) if longer else inputs
                 found = _round(reference, compact, cut, given, seed + number, precise)
-            except _Unable as error:
-                if not longer:
-                    raise VerificationError(str(error)) from error
+            except VerificationError as error:
+                if not longer or not error.unable:
+                    raise
                 found = _round(reference, compact, cut, inputs, seed + number, precise)
             worst = max(worst, found)
     return worst
@@ -72,10 +72,6 @@ def verify(
 def _sees_bits(node: Node) -> bool:
     """Whether the op reads numbers as another type of the same bits."""
     return node.target is torch.ops.aten.view.dtype
-
-
-class _Unable(VerificationError):
-    """The dense graph does not take the inputs, or the memory does not hold what they need."""
 
 
 def _round(
@@ -102,8 +98,8 @@ def _expected(
         args = widened_inputs(fresh_inputs(inputs, seed, precise, way, held))
         try:
             expected = _run(reference, args, DENSE)
-        except _Unable:
-            if way == WAYS[-1]:
+        except VerificationError as error:
+            if way == WAYS[-1] or not error.unable:
                 raise
             continue
         numbers = any(tensor.numel() for tensor in expected)
@@ -171,11 +167,12 @@ def _run(module: GraphModule, args: Args, name: str) -> list[Tensor]:
         return outputs(module, args)
     except Exception as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _FULL in str(error)
-        kind = _Unable if full or name == DENSE else VerificationError
         way_out = "help: example inputs of fewer rows" if full else REPORT
-        raise kind(
+        refusal = VerificationError(
             f"the {name} graph does not run: {error} · nothing was written · {way_out}"
-        ) from error
+        )
+        refusal.unable = full or name == DENSE
+        raise refusal from error
 
 
 @contextmanager

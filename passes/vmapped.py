@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 OPEN, CLOSE = "_vmap_increment_nesting", "_vmap_decrement_nesting"
@@ -39,6 +38,8 @@ def unbatch(module: GraphModule) -> GraphModule:
 
 
 def _trace_again(module: GraphModule, section: list[Node]) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     inside = set(section)
     given = list(dict.fromkeys(a for n in section for a in n.all_input_nodes if a not in inside))
     results = [n for n in section if any(user not in inside for user in n.users)]

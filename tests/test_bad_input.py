@@ -74,10 +74,6 @@ def writes_into_its_input(m, x):
     return whole(m, x)
 
 
-def noisy(m, x):
-    return whole(m, x) + torch.randn(7)
-
-
 class Scaled(nn.Module):
     """A module that also takes a number."""
 
@@ -218,7 +214,6 @@ REFUSED = {
         lambda: run(normed(torch.nn.utils.spectral_norm)),
         "no group can be pruned",
     ),
-    "random numbers in forward": (lambda: run(Calls(noisy)), "."),
     "no inputs": (lambda: run(mlp(), inputs=()), "no tensor"),
     "inputs of another width": (lambda: run(mlp(), inputs=X[:, :2]), "cannot capture"),
     "sparsity 0": (lambda: run(mlp(), sparsity=0.0), "sparsity"),

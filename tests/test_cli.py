@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.fx import symbolic_trace
 from transformers import AutoConfig
 
 import fasp_graph as fg
@@ -333,7 +334,7 @@ def test_a_card_names_no_path_of_this_machine(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("inspect", "zoo:nothing"), "opt-random"),
+        (("inspect", "zoo:opt-randm"), "help: opt-random"),
         (("inspect", "no_such_package:build"), "cannot import"),
         (("inspect", "./no/such/folder"), "no folder ./no/such/folder"),
         (("prune", "zoo:resnet", "--sparsity", "7"), "sparsity=7.0"),
@@ -408,7 +409,7 @@ def test_an_export_that_fails_in_its_process_is_told(tmp_path):
 
     with pytest.raises(fg.FaspGraphError, match="none does not exist"), demo.exporter() as process:
         process.submit(
-            write_graph, nn.Linear(3, 4), inputs, None, tmp_path / "none/x.onnx"
+            write_graph, symbolic_trace(nn.Linear(3, 4)), inputs, None, tmp_path / "none/x.onnx"
         ).result()
 
     assert torch.get_num_threads() == threads
