@@ -106,7 +106,9 @@ def _simplify(graph: Graph, node: Node) -> None:
 def _without_empty(node: Node) -> None:
     """Parts of no place are none of what is joined."""
     bound = bind(node, node.args, node.kwargs)
-    values = [part.meta["val"] for part in bound["tensors"]]
+    values = [part.meta.get("val") for part in bound["tensors"]]
+    if not all(isinstance(value, Tensor) for value in values):
+        return
     if len({(value.dtype, value.dim()) for value in values}) > 1:
         return
     sizes = [value.shape[bound["dim"]] for value in values]

@@ -9,6 +9,7 @@ than its values. The section is run once more under make_fx, which sees the ops 
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -56,8 +57,14 @@ def _trace_again(module: GraphModule, section: list[Node]) -> None:
         return [known[node] for node in results]
 
     with torch.no_grad():
-        traced = make_fx(run)(*(node.meta["val"] for node in given))
+        traced = make_fx(run)(*(_value(module, node) for node in given))
     _put_in(module, traced, section, given, results)
+
+
+def _value(module: GraphModule, node: Node) -> Any:
+    if "val" in node.meta or node.op != "get_attr":
+        return node.meta["val"]
+    return operator.attrgetter(str(node.target))(module)
 
 
 def _put_in(
