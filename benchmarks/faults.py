@@ -102,6 +102,7 @@ def forked(work: Callable[[], Any], log: Path) -> int:
     if pid:
         return pid
     code = 1
+    torch.set_num_threads(1)  # threads do not survive a fork: to wait for one is to hang
     try:
         with log.open("w", encoding="utf-8", buffering=1) as stream:
             os.dup2(stream.fileno(), 1)
