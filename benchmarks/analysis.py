@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.plots import lines
+
 DEPTH = {"llama-70b": 80, "deepseek-v3": 61}
 STAGES = ("build", "capture", "couple")
 
@@ -112,6 +114,15 @@ def main() -> None:
     Console().print(f"exponents: {fits}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"rows": rows, "exponents": fits}, indent=2) + "\n")
+    draw(options.output.with_suffix(".svg"), rows)
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A line per model."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        series.setdefault(row["model"], []).append((row["layers"], total(row)))
+    lines(path, "Analysis from a configuration", "layers", "CPU seconds", series)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -92,7 +92,7 @@ def decide(
         sensed,
         torch.Generator().manual_seed(config.seed),
     )
-    decided = Decisions(budget, notes=notes)
+    decided = Decisions(budget, notes=notes + _deaf(job))
     if config.passes.allocation not in ("uniform", "influence"):
         decided.curves = curves_of(job, groups, progress)
     spread = _spread(job, deps, groups, decided)
@@ -131,12 +131,17 @@ def _sense(
     except NoGradient as error:
         again = _sense(captured, found, batches, without_gradients(config, error))
         return again[0], again[1], (f"{error}; as is done here",)
-    deaf = [view.parameter for view in sites if sensed[view.node.name].metric is None]
-    if not backward(config) or not deaf:
-        return sensed, config, ()
-    several = f" and {len(deaf) - 1} more" if len(deaf) > 1 else ""
-    note = f"no gradient of the outputs reaches {deaf[0]}{several}: errors are relative to each "
-    return sensed, config, (note + "layer's own output",)
+    return sensed, config, ()
+
+
+def _deaf(job: Job) -> tuple[str, ...]:
+    """A note where the metric of the outputs was asked for, and does not reach all consumers."""
+    names = job.unreached if backward(job.config) else []
+    if not names:
+        return ()
+    several = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    note = f"no gradient of the outputs reaches {names[0]}{several}: errors are relative to each "
+    return (note + "layer's own output",)
 
 
 def _cost(job: Job, batches: int) -> float:

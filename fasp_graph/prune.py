@@ -148,8 +148,8 @@ def prune(
     with _stage("emit", seconds, progress):
         numbers = functools.partial(stand_in, model, captured, cut) if is_lazy(model) else None
         small, emission = emit_model(model, compact, deps, plan, captured.inputs, numbers)
-    asked = config.sparsity
-    report = _report(captured, compact, deps, plan, decisions, emission, seconds, error, asked)
+    decisions.notes = _notes(captured, plan, decisions, config)
+    report = _report(captured, compact, deps, plan, decisions, emission, seconds, error)
     return Pruned(
         compact,
         small,
@@ -195,25 +195,45 @@ def _with_weights(module: GraphModule, weights: dict[str, Tensor]) -> GraphModul
     return dense
 
 
-def _graph_notes(captured: Captured) -> tuple[str, ...]:
-    """What the captured graph holds for alone."""
+def _notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) -> tuple[str, ...]:
+    """What the user should know of: what the graph holds for alone, a budget that units are too
+    large for, what was done otherwise than asked for, data that are few.
+    """
+    found = []
     inputs = captured.graph_module.graph.find_nodes(op="placeholder")
     names = [inputs[k].name for k in sorted(held_inputs(captured.graph_module))]
-    if not names:
-        return ()
-    return (
-        f"the graph, and an ONNX file made of it, hold for {', '.join(names)} of the example "
-        "inputs alone, since forward computes sizes from them; the model takes any",
-    )
+    if names:
+        found.append(
+            f"the graph, and an ONNX file made of it, hold for {', '.join(names)} of the example "
+            "inputs alone, since forward computes sizes from them; the model takes any"
+        )
+    if plan.sparsity < config.sparsity / 2:
+        found.append(
+            f"sparsity {plan.sparsity:.3f} was reached of {config.sparsity:.3f}: one unit of a "
+            "group more would have removed too much · help: ask for more, or leave out a kind of "
+            "groups"
+        )
+    return (*found, *decisions.notes, *few_tokens(decisions.seen, captured.inputs))
 
 
-def _budget_notes(plan: Plan, asked: float) -> tuple[str, ...]:
-    """A word where units are too large for the budget: less than half of it was removed."""
-    if plan.sparsity >= asked / 2:
-        return ()
-    return (
-        f"sparsity {plan.sparsity:.3f} was reached of {asked:.3f}: one unit of a group more would "
-        "have removed too much · help: ask for more, or leave out a kind of groups",
+def _group_reports(
+    deps: DependencyGraph, plan: Plan, decisions: Decisions, emission: Emission
+) -> tuple[GroupReport, ...]:
+    unknown = (float("nan"), float("nan"))
+    return tuple(
+        GroupReport(
+            g.name,
+            g.kind,
+            g.size,
+            len(plan.kept[g.name]),
+            *decisions.errors.get(g.name, unknown),
+            emission.ways[g.name],
+            decisions.curves.get(g.name, ()),
+            *decisions.scores.get(g.name, unknown),
+            g.blocks,
+        )
+        for g in deps.groups
+        if g.name in plan.kept
     )
 
 
@@ -226,23 +246,8 @@ def _report(
     emission: Emission,
     seconds: dict[str, float],
     error: float,
-    asked: float,
 ) -> Report:
-    unknown = (float("nan"), float("nan"))
-    pruned = tuple(
-        GroupReport(
-            g.name,
-            g.kind,
-            g.size,
-            len(plan.kept[g.name]),
-            *decisions.errors.get(g.name, unknown),
-            emission.ways[g.name],
-            decisions.curves.get(g.name, ()),
-            *decisions.scores.get(g.name, unknown),
-        )
-        for g in deps.groups
-        if g.name in plan.kept
-    )
+    pruned = _group_reports(deps, plan, decisions, emission)
     left = tuple(
         Frozen(g.name, g.kind, g.reason or "not asked for")
         for g in deps.groups
@@ -263,12 +268,7 @@ def _report(
         error,
         left,
         decisions.forward_passes,
-        (
-            *_graph_notes(captured),
-            *_budget_notes(plan, asked),
-            *decisions.notes,
-            *few_tokens(decisions.seen, captured.inputs),
-        ),
+        decisions.notes,
         peak_host(),
         peak_cuda(),
         shapes_of(*captured.inputs),

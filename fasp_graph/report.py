@@ -12,11 +12,11 @@ from .units import counted, in_bytes
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One pruned group: units before and kept, relative squared output error of its
-    consumers, and how it was emitted. `curve[k]`: predicted error of removing k units per block,
-    in the unit of the allocation (passes/allocate.py); empty for uniform allocation. `score_kept`,
-    `score_removed`: medians of the units that stayed and that went; NaN where units went one after
-    the other (obs).
+    """One pruned group: units before and kept (equally many of each of its `blocks`), relative
+    squared output error of its consumers, and how it was emitted. `curve[k]`: predicted error of
+    removing k units per block, in the unit of the allocation (passes/allocate.py); empty for
+    uniform allocation. `score_kept`, `score_removed`: medians of the units that stayed and that
+    went; NaN where units went one after the other (obs).
     """
 
     name: str
@@ -29,6 +29,7 @@ class GroupReport:
     curve: tuple[float, ...] = ()
     score_kept: float = math.nan
     score_removed: float = math.nan
+    blocks: int = 1
 
 
 @dataclass(frozen=True)

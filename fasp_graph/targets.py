@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import models_zoo
 from passes.errors import FaspGraphError
-from passes.verify import fresh_inputs
+from passes.fresh import fresh_inputs
 
 from .corpora import factory, is_factory
 from .folders.huggingface import MANIFEST, load

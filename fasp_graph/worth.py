@@ -55,8 +55,10 @@ class Job:
 
     @property
     def unreached(self) -> list[str]:
-        """Consumers that no gradient of the outputs reaches."""
-        return [name for name, sensed in self.sensed.items() if sensed.metric is None]
+        """Weights of consumers that no gradient of the outputs reaches."""
+        held = [view for several in self.views.values() for view in several]
+        known = [view for view in held if view.node.name in self.sensed]
+        return [v.parameter for v in known if self.sensed[v.node.name].metric is None]
 
 
 def cosines_of(job: Job, groups: list[Group]) -> dict[str, float]:

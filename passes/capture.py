@@ -16,7 +16,6 @@ import copy
 import copyreg
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .clean import clean
+from .constants import mark_literals
 from .errors import CaptureError
 from .free_axes import Args, attempts, enlarged, free_axes
 from .held import assert_constants, assert_held, holdable, with_held
@@ -159,7 +159,7 @@ def _export(
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     free = free_axes(module, args)
-    _mark_literals(module)
+    mark_literals(module)
     module = normalize(clean(unbatch(module)))
     assert_held(module, args, held or frozenset())
     assert_constants(module, args)
@@ -171,20 +171,6 @@ def _export(
     if compared:
         _compare(module, model, args, free)
     return Captured(module, args, shapes if free else None, compared)
-
-
-def _mark_literals(module: GraphModule) -> None:
-    """Tensors of numbers that stand in the code of forward are constants, and no weights. Refuses
-    generators: their state would run on from call to call.
-    """
-    for node in module.graph.find_nodes(op="get_attr"):
-        held = operator.attrgetter(str(node.target))(module)
-        if isinstance(held, torch.Generator):
-            raise CaptureError(
-                "forward draws from a generator of its own, whose state a graph would carry from "
-                "call to call · help: draw the numbers once, and keep them as a buffer"
-            )
-        node.meta["literal"] = any(op_name(user) == "lift_fresh_copy" for user in node.users)
 
 
 def _prepared(twin: nn.Module, args: Args, held: frozenset[int] | None) -> nn.Module:

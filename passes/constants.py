@@ -15,10 +15,25 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .errors import CaptureError
 from .visit import op_name
 
 aten = torch.ops.aten
 CREATION = {"new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"}
+
+
+def mark_literals(module: GraphModule) -> None:
+    """Tensors of numbers that stand in the code of forward are constants, and no weights. Refuses
+    generators: their state would run on from call to call.
+    """
+    for node in module.graph.find_nodes(op="get_attr"):
+        held = operator.attrgetter(str(node.target))(module)
+        if isinstance(held, torch.Generator):
+            raise CaptureError(
+                "forward draws from a generator of its own, whose state a graph would carry from "
+                "call to call · help: draw the numbers once, and keep them as a buffer"
+            )
+        node.meta["literal"] = any(op_name(user) == "lift_fresh_copy" for user in node.users)
 
 
 def separate(module: GraphModule) -> None:

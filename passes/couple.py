@@ -29,9 +29,7 @@ __all__ = ["Consumer", "DependencyGraph", "Group", "Layer", "Member", "couple"]
 def couple(
     labels: Labels, parameters: dict[str, Tensor], blocks: Labels | None = None
 ) -> DependencyGraph:
-    """Groups of the first run, and of `blocks` (the run on blocks) those that are whole blocks.
-    `parameters`: under all their names.
-    """
+    """Groups of a run, and the whole blocks of that on blocks. `parameters`: under all names."""
     layers = [Layer(labels, _components(labels))]
     groups = _groups(layers[0], 0)
     if blocks is not None:
@@ -39,7 +37,8 @@ def couple(
         groups += _groups(layers[1], 1)
     names = _names(labels, parameters)
     shapes = {name: tuple(held.shape) for name, held in parameters.items() if names[name] == name}
-    tied = {name: told for name, told in names.items() if told != name}
+    several = {told for name, told in names.items() if told != name}
+    tied = {name: told for name, told in names.items() if told in several}
     return DependencyGraph(tuple(_named(groups)), shapes, tuple(layers), tied)
 
 

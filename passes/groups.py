@@ -109,7 +109,7 @@ class Layer:
 @dataclass(frozen=True)
 class DependencyGraph:
     """All groups of a model, with the labels that they were read off. A tied weight is told by one
-    of its names; `tied`: the others -> that one.
+    of its names; `tied`: each of them -> that one.
     """
 
     groups: tuple[Group, ...]

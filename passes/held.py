@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .tracing import CONSTANTS
+from .tracing import CONSTANTS, real_or_complex
 from .visit import op_name
 
 aten = torch.ops.aten
@@ -33,15 +33,11 @@ def holdable(args: Any) -> list[frozenset[int]]:
     and smallest first, from none on. Something else is left to vary.
     """
     leaves = pytree.tree_leaves(args)
-    whole = [k for k, v in enumerate(leaves) if isinstance(v, Tensor) and not _varies(v)]
+    whole = [k for k, v in enumerate(leaves) if isinstance(v, Tensor) and not real_or_complex(v)]
     whole.sort(key=lambda k: (leaves[k].numel(), k))
-    varied = any(isinstance(leaf, Tensor) and _varies(leaf) for leaf in leaves)
+    varied = any(isinstance(leaf, Tensor) and real_or_complex(leaf) for leaf in leaves)
     chosen = [k for k in (whole if varied else whole[:-1]) if leaves[k].numel() <= CONSTANTS]
     return [frozenset(chosen[:n]) for n in range(min(len(chosen), HOLDING) + 1)]
-
-
-def _varies(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def with_held(forward: Callable[..., Any], args: Any, held: frozenset[int]) -> Callable[..., Any]:
@@ -83,7 +79,7 @@ class _Made(TorchFunctionMode):
 def assert_held(module: GraphModule, args: Any, held: frozenset[int]) -> None:
     """Let the graph assert that the inputs `held` are what they are in `args` (in place)."""
     leaves = pytree.tree_leaves(args)
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = module.graph.find_nodes(op="placeholder")
     for k in sorted(held):
         name = f"_held_{inputs[k].name}"
         module.register_buffer(name, leaves[k].clone(), persistent=False)
@@ -127,15 +123,8 @@ def assert_constants(module: GraphModule, args: Any) -> None:
 
 def held_inputs(module: GraphModule) -> frozenset[int]:
     """Positions of the inputs that a captured graph asserts to be what they were."""
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-
-    def asserted(node: Node) -> bool:
-        return any(
-            op_name(check) == "_assert_async"
-            for whole in node.users
-            for same in whole.users
-            for everywhere in same.users
-            for check in everywhere.users
-        )
-
-    return frozenset(k for k, node in enumerate(inputs) if asserted(node))
+    asserted = [n for n in module.graph.nodes if op_name(n) == "_assert_async"]
+    for _ in range(4):  # all, equal, reshaped, input
+        asserted = [node.all_input_nodes[0] for node in asserted]
+    inputs = module.graph.find_nodes(op="placeholder")
+    return frozenset(inputs.index(node) for node in asserted)

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
+from .tracing import real_or_complex
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -60,8 +61,7 @@ def _objection(parameter: Tensor) -> str:
     kind = type(parameter).__name__
     if kind == "DTensor" or type(getattr(parameter, "data", None)).__name__ == "DTensor":
         return "is a DTensor (sharded) · help: gather the full weights before capture"
-    real_or_complex = parameter.is_floating_point() or parameter.is_complex()
-    if not real_or_complex or parameter.element_size() < 2:
+    if not real_or_complex(parameter) or parameter.element_size() < 2:
         return (
             f"is {parameter.dtype}, not floating point of 16 bits or more: quantised models "
             "cannot be pruned · help: prune first, then quantise"

@@ -52,14 +52,15 @@ def _cast_once(cast: Callable[..., Any]) -> Callable[..., Any]:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         held = [*self.parameters(), *self.buffers()]
         same = all(device is None or t.device == device for t in held)
-        if same and all(dtype is None or t.dtype == dtype or not _real(t) for t in held):
+        if same and all(dtype is None or t.dtype == dtype or not real_or_complex(t) for t in held):
             return self
         return cast(self, *args, **kwargs)
 
     return to
 
 
-def _real(tensor: Tensor) -> bool:
+def real_or_complex(tensor: Tensor) -> bool:
+    """Whether the numbers are no integers."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -71,7 +72,7 @@ def with_whole_numbers(forward: Callable[..., Any], model: nn.Module) -> Callabl
         (module, name, held.item(), held.dtype)
         for module in model.modules()
         for name, held in module._buffers.items()
-        if held is not None and held.dim() == 0 and not _real(held) and not held.is_meta
+        if held is not None and held.dim() == 0 and not real_or_complex(held) and not held.is_meta
     ]
 
     def with_constants(*args: Any, **kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args, outputs
 from .errors import REPORT, VerificationError, where
+from .fresh import WAYS, doubled, fresh_inputs, in_float64
 from .held import held_inputs
 from .lazy import Lazy, replace
 from .precision import HALF, state_dtypes, widened, widened_inputs
@@ -32,7 +33,6 @@ from .routing import CHOICES
 from .visit import op_name
 
 ROUNDS = 3  # a unit that one input leaves silent (ReLU) shows in another; the last is longer
-WAYS = ("drawn", "shuffled", "rows", "same")
 DENSE = "masked dense"
 _FULL = "can't allocate memory"  # of torch's allocator for the CPU
 DECIMALS = 10  # of scores: below the tolerance, above the errors of float64
@@ -106,14 +106,6 @@ def _expected(
         if numbers and not any(bool(tensor.isnan().any()) for tensor in expected):
             break
     return args, expected
-
-
-def doubled(inputs: Args) -> Args:
-    """Every tensor twice as long along its first dim, if it has more than one place there."""
-    return pytree.tree_map(
-        lambda v: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() and len(v) > 1 else v,
-        inputs,
-    )
 
 
 def _compare(
@@ -199,43 +191,6 @@ def difference(left: Tensor, right: Tensor) -> float:
     return float((left - right).abs().max() / left.abs().max().clamp_min(1)) if len(left) else 0.0
 
 
-def fresh_inputs(
-    inputs: Args,
-    seed: int,
-    precise: bool,
-    way: str = "drawn",
-    held: frozenset[int] = frozenset(),
-) -> Args:
-    """Inputs of the same form: floating point drawn anew, integers permuted (`shuffled`: both
-    permuted; `rows`: along the first dim, all alike; `same`: as they are). Those at the places
-    `held` stay.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows: dict[int, Tensor] = {}
-
-    def order(count: int, device: torch.device) -> Tensor:
-        return torch.randperm(count, generator=generator).to(device)
-
-    def renew(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if value.is_floating_point() and way == "drawn":
-            noise = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-            return noise.double() if precise else noise
-        value = _doubled(value) if precise else value
-        if way == "same" or not value.dim():
-            return value
-        if way == "rows":
-            if len(value) not in rows:
-                rows[len(value)] = order(len(value), value.device)
-            return value[rows[len(value)]]
-        return value.reshape(-1)[order(value.numel(), value.device)].reshape(value.shape)
-
-    leaves, spec = pytree.tree_flatten(inputs)
-    renewed = [leaf if k in held else renew(leaf) for k, leaf in enumerate(leaves)]
-    return pytree.tree_unflatten(renewed, spec)
-
-
 def as_float64(module: GraphModule) -> GraphModule:
     """Parameters, buffers, plain tensors and every floating-point dtype burned into the graph
     become float64, complex ones complex128 (in place).
@@ -246,14 +201,8 @@ def as_float64(module: GraphModule) -> GraphModule:
     for holder in module.modules():
         for name, held in vars(holder).items():
             if isinstance(held, Tensor):
-                setattr(holder, name, _doubled(held))
-    return module._apply(_doubled)
-
-
-def _doubled(held: Tensor) -> Tensor:
-    if held.is_complex():
-        return held.to(torch.complex128)
-    return held.double() if held.is_floating_point() else held
+                setattr(holder, name, in_float64(held))
+    return module._apply(in_float64)
 
 
 def _round_scores(module: GraphModule) -> None:

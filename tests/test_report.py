@@ -177,7 +177,7 @@ def test_the_dot_is_where_the_plan_stopped_whatever_a_block_keeps(method, min_ke
     for held in pruned.report.to_dict()["groups"]:
         if len(held["curve"]) > 1:
             gone = (held["units"] - held["kept"]) // blocks[held["name"]]
-            assert stop_of(held, min_keep) == gone
+            assert stop_of(held) == gone
 
 
 def test_without_curves_the_page_says_so_and_names_stay_data(run):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fasp_graph as fg
+import models_zoo
 from fasp_graph.pages.view import curve_points, page_data, to_html
 
 NAME = "</script><img src=x onerror=alert(1)>&"
@@ -69,3 +70,16 @@ def test_a_curve_is_thinned_and_says_where_the_plan_stopped():
 @pytest.mark.parametrize("curve", [(), (0.0,), (0.0, 0.0), (0.0, float("inf"))])
 def test_without_errors_there_is_no_curve(curve):
     assert curve_points(curve, 0) == []
+
+
+def test_a_tied_weight_stands_in_the_page_under_each_of_its_names():
+    entry = models_zoo.load("llama")
+    deps = fg.analyze(entry.model, entry.inputs)
+
+    page = page_data(deps)
+
+    shown = [held for module in page["modules"] for held in module["parameters"]]
+    named = {member["parameter"] for group in page["groups"] for member in group["members"]}
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= named
+    assert named <= {held["name"] for held in shown}
+    assert page["before"] == sum(p.numel() for p in entry.model.parameters())

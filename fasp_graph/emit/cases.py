@@ -11,9 +11,9 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from passes.capture import Args, outputs
+from passes.fresh import doubled, fresh_inputs
 from passes.held import held_inputs
 from passes.precision import widened, widened_inputs
-from passes.verify import doubled, fresh_inputs
 
 Case = tuple[Args, list[Tensor]]
 
@@ -29,15 +29,14 @@ def cases(compact: GraphModule, inputs: Args) -> list[Case]:
     found: list[Case] = []
     fresh = fresh_inputs(inputs, 1, False, held=held_inputs(compact))
     for args in (inputs, fresh, double, shorter):
-        with torch.no_grad():
-            try:
-                expected = outputs(compact, args)
-                undefined = any(t.numel() and bool(t.isnan().all()) for t in expected)
-                if not found or not undefined:
-                    found.append((args, expected))
-            except (RuntimeError, IndexError, ValueError):
-                if not found:
-                    raise
+        try:
+            expected = outputs(compact, args)
+            undefined = any(t.numel() and bool(t.isnan().all()) for t in expected)
+            if not found or not undefined:
+                found.append((args, expected))
+        except (RuntimeError, IndexError, ValueError):
+            if not found:
+                raise
     return found
 
 
@@ -53,15 +52,13 @@ def same(module: nn.Module, args: Args, expected: list[Tensor]) -> bool:
 def same_when_wide(module: nn.Module, compact: GraphModule, args: Args) -> bool:
     """Whether, in float32, the module's outputs are the compact graph's."""
     given, wide = widened_inputs(args), widened(compact)
-    with torch.no_grad():
-        expected = outputs(wide, given)
+    expected = outputs(wide, given)
     return same(widened(module), given, expected)
 
 
 def apart(module: nn.Module, args: Args, expected: list[Tensor]) -> float:
     """The largest difference from the expected outputs, in units of what rounding explains."""
-    with torch.no_grad():
-        actual = outputs(module, args)[: len(expected)]
+    actual = outputs(module, args)[: len(expected)]
     if [a.shape for a in actual] != [e.shape for e in expected]:
         return math.inf
     return max((_apart(a, e) for a, e in zip(actual, expected, strict=True)), default=0.0)

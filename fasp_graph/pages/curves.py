@@ -17,8 +17,8 @@ _CAPTION = (
 )
 
 
-def curves(groups: Iterable[Mapping[str, Any]], min_keep: int = 1) -> str:
-    """A table with the curve of each group that has one; `min_keep` as the run was asked."""
+def curves(groups: Iterable[Mapping[str, Any]]) -> str:
+    """A table with the curve of each group that has one."""
     held = [group for group in groups if len(group.get("curve") or ()) > 1]
     if not held:
         return _NONE
@@ -33,28 +33,23 @@ def curves(groups: Iterable[Mapping[str, Any]], min_keep: int = 1) -> str:
     marks = f"<text x='-4' y='9'>{most:.1e}</text><text x='-4' y='{HEIGHT}'>{least:.1e}</text>"
     lines = [
         f"<tr><th scope='row'>{html.escape(str(group['name']))}</th>"
-        f"<td>{_curve(group, height, marks, min_keep)}</td></tr>"
+        f"<td>{_curve(group, height, marks)}</td></tr>"
         for group in held
     ]
     return f"{_CAPTION}<div class='scroll'><table>{''.join(lines)}</table></div>"
 
 
-def stop_of(group: Mapping[str, Any], min_keep: int) -> int:
-    """How many units the plan removed from each block. A curve ends where a block keeps `min_keep`
-    of its units, or one (allocation standardised).
+def stop_of(group: Mapping[str, Any]) -> int:
+    """How many units the plan removed from each block; the curve may end before (allocation
+    standardised).
     """
-    last, units = len(group["curve"]) - 1, group["units"]
-    sizes = [size for size in (last + min_keep, last + 1) if units % size == 0]
-    size = sizes[0] if sizes else last
-    return min(last, round((1 - group["kept"] / units) * size))
+    return int(min(len(group["curve"]) - 1, (group["units"] - group["kept"]) // group["blocks"]))
 
 
-def _curve(
-    group: Mapping[str, Any], height: Callable[[float], float], marks: str, min_keep: int
-) -> str:
+def _curve(group: Mapping[str, Any], height: Callable[[float], float], marks: str) -> str:
     curve, last = group["curve"], len(group["curve"]) - 1
     points = [(round(WIDTH * step / last, 1), height(value)) for step, value in enumerate(curve)]
-    stop = points[stop_of(group, min_keep)]
+    stop = points[stop_of(group)]
     line = " ".join(f"{x},{y}" for x, y in points)
     title = f"predicted error of {html.escape(str(group['name']), quote=True)} over removed units"
     return (

@@ -85,7 +85,7 @@ def report_page(
         f"<p>{_WAYS}</p>",
         _groups(report["groups"]),
         "<h2>Error curves</h2>",
-        curves(report["groups"], (asked or {}).get("min_keep", 1)),
+        curves(report["groups"]),
         *_asked(asked or {}),
         "<h2>What it took</h2>",
         _table(("", ""), _cost(report)),

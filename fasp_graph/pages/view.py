@@ -26,6 +26,7 @@ import numpy as np
 from passes.groups import DependencyGraph, Group, Member
 
 from ..jsontext import to_json
+from .curves import stop_of
 
 _ESCAPES = {
     "<": "\\u003c",
@@ -112,7 +113,7 @@ def page_data(deps: DependencyGraph, plan: Any = None, report: Any = None) -> di
     tied, uses = _tied(deps), _uses(deps)
     after, buffers = shapes_after(deps, plan), _buffers(deps)
     names = dict.fromkeys(
-        [*deps.parameters, *(m.parameter for g in deps.groups for m in g.members)]
+        [*deps.parameters, *deps.tied, *(m.parameter for g in deps.groups for m in g.members)]
     )
     place = {name: _place(name, tied, uses) for name in names}
     modules: dict[str, list[dict[str, Any]]] = {}
@@ -156,7 +157,7 @@ def _group(
                 for key, value in vars(held).items()
                 if isinstance(value, (int, float)) and key not in ("units", "kept")
             }
-            entry["curve"] = curve_points(held.curve, (group.size - held.kept) // group.blocks)
+            entry["curve"] = curve_points(held.curve, stop_of(vars(held)))
     return entry
 
 
@@ -193,16 +194,13 @@ def _unit_text(member: Member, most: int = 8) -> str:
 def shapes_after(deps: DependencyGraph, plan: Any) -> dict[str, list[int]]:
     """Shapes of the parameters that a plan makes smaller."""
     shapes: dict[str, list[int]] = {}
-    tied = _tied(deps)
     for group in deps.groups if plan is not None else ():
         kept = plan.kept.get(group.name)
         gone = group.size - len(kept or ())
         for member in group.members if kept is not None else ():
-            names = tied.get(member.parameter, [member.parameter])
-            name = next((n for n in names if n in deps.parameters), "")
-            if not name:
+            if member.parameter not in deps.parameters:
                 continue  # a buffer
-            shape = shapes.setdefault(name, list(deps.parameters[name]))
+            shape = shapes.setdefault(member.parameter, list(deps.parameters[member.parameter]))
             shape[member.dim] -= gone * len(member.indices[0])
     return shapes
 
@@ -233,11 +231,10 @@ def _buffers(deps: DependencyGraph) -> dict[str, list[int]]:
 
 def _tied(deps: DependencyGraph) -> dict[str, list[str]]:
     """Name -> all names of the same parameter, where there are several."""
-    module = _module(deps)
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False) if module else ():
-        names.setdefault(id(parameter), []).append(name)
-    return {name: held for held in names.values() if len(held) > 1 for name in held}
+    names: dict[str, list[str]] = {}
+    for name, told in deps.tied.items():
+        names.setdefault(told, []).append(name)
+    return {name: names[told] for name, told in deps.tied.items()}
 
 
 def _place(name: str, tied: dict[str, list[str]], uses: dict[str, list[int]]) -> int:
