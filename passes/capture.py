@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from .branches import Assumed, alike, watched
 from .clean import clean
 from .constants import mark_literals
 from .errors import CaptureError
@@ -135,10 +136,25 @@ def capture(
             found = _export(model, args, None, held)
             if not _reads_sizes(found.graph_module):
                 return found
+    if spare is None and has_numbers(model) and not is_lazy(model):
+        spare = _with_assumed(model, args, asking)
     if spare is None:
         assert failure is not None
         raise CaptureError(explain(model, failure)) from failure
     return spare
+
+
+def _with_assumed(model: nn.Module, args: Args, asking: list[Any]) -> Captured | None:
+    """Captured with one way at every branch on numbers, if one serves."""
+    reference = shared_copy(model).eval()
+    watch, runs = watched(
+        lambda run: outputs(_without_cache(reference, run), run), [args, *alike(args)]
+    )
+    for asked in asking:
+        for doing in (True, False) if watch.undecided else (True,):
+            with contextlib.suppress(Exception):
+                return _export(model, args, asked, assumed=Assumed(watch, doing, runs))
+    return None
 
 
 def _reads_sizes(module: GraphModule) -> bool:
@@ -147,13 +163,19 @@ def _reads_sizes(module: GraphModule) -> bool:
 
 
 def _export(
-    model: nn.Module, args: Args, shapes: Any, held: frozenset[int] | None = None
+    model: nn.Module,
+    args: Args,
+    shapes: Any,
+    held: frozenset[int] | None = None,
+    assumed: Assumed | None = None,
 ) -> Captured:
-    """`held`: integer inputs to take for constants, beside all that is made of none."""
+    """`held`: integer inputs to take for constants, beside all that is made of none. `assumed`:
+    which way to take where numbers decide.
+    """
     args = pytree.tree_map(_fresh, args)  # torch.export writes what it asked for onto tensors
     compared = has_numbers(model)
     real = compared and not is_lazy(model)
-    twin = _prepared(copy.deepcopy(model) if real else fake_twin(model), args, held)
+    twin = _prepared(copy.deepcopy(model) if real else fake_twin(model), args, held, assumed)
     with torch.no_grad(), traceable():
         program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
@@ -169,11 +191,13 @@ def _export(
         own = dict(model.named_parameters(remove_duplicate=False))
         replace(module, lambda name, _: own.get(name))
     if compared:
-        _compare(module, model, args, free)
+        _compare(module, model, args, free, assumed.runs if assumed else [])
     return Captured(module, args, shapes if free else None, compared)
 
 
-def _prepared(twin: nn.Module, args: Args, held: frozenset[int] | None) -> nn.Module:
+def _prepared(
+    twin: nn.Module, args: Args, held: frozenset[int] | None, assumed: Assumed | None
+) -> nn.Module:
     """`twin` as it is exported: eval mode, no cache, no fused experts, plain outputs."""
     twin.eval()
     for module in twin.modules():
@@ -190,6 +214,7 @@ def _prepared(twin: nn.Module, args: Args, held: frozenset[int] | None) -> nn.Mo
     signature = inspect.signature(forward)
     forward = with_whole_numbers(forward, twin)
     forward = forward if held is None else with_held(forward, args, held)
+    forward = forward if assumed is None else assumed(forward)
 
     @functools.wraps(twin.forward)
     def plain_forward(*positional: Any, **keyword: Any) -> Any:
@@ -226,11 +251,19 @@ def plain(output: Any) -> Any:
     return output if isinstance(output, (int, float, bool, str)) else None
 
 
-def _compare(module: GraphModule, model: nn.Module, args: Args, free: dict[int, list[int]]) -> None:
-    """Equal numbers at the sample size and, where axes stayed dynamic, at twice that size."""
+def _compare(
+    module: GraphModule,
+    model: nn.Module,
+    args: Args,
+    free: dict[int, list[int]],
+    runs: list[Args],
+) -> None:
+    """Equal numbers at the sample size and, where axes stayed dynamic, at twice that size; and in
+    other `runs`.
+    """
     reference = shared_copy(model).eval()
-    for factor in (1, 2) if free else (1,):
-        sizes = enlarged(args, factor, free)
+    sizes = [(factor, enlarged(args, factor, free)) for factor in ((1, 2) if free else (1,))]
+    for factor, sizes in (*sizes, *((1, run) for run in runs)):
         given = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, sizes)
         try:
             expected = outputs(_without_cache(reference, sizes), sizes)

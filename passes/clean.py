@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .branches import is_own
 from .functional import functionalise, is_inplace
 from .visit import bind, op_name
 
@@ -57,7 +58,7 @@ def clean(module: GraphModule) -> GraphModule:
     _inline_wrappers(module)
     for node in list(module.graph.nodes):
         guards = node.op == "call_module" and not node.users and "guards" in str(node.target)
-        if guards or op_name(node) in _ASSERTIONS:
+        if guards or (op_name(node) in _ASSERTIONS and not is_own(node)):
             module.graph.erase_node(node)
     for node in list(module.graph.nodes):
         _simplify(module.graph, node)

@@ -19,12 +19,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .tracing import CONSTANTS, real_or_complex
-from .visit import op_name
 
 aten = torch.ops.aten
 _SAME = {False: operator.eq, True: operator.is_}
 MAKING = {torch.arange, torch.zeros, torch.ones, torch.full, torch.div}
 PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, torch.layout)
+HELD = "_held_"  # the names of such constants begin so
 HOLDING = 3  # integer inputs that are held as constants at most
 
 
@@ -81,7 +81,7 @@ def assert_held(module: GraphModule, args: Any, held: frozenset[int]) -> None:
     leaves = pytree.tree_leaves(args)
     inputs = module.graph.find_nodes(op="placeholder")
     for k in sorted(held):
-        name = f"_held_{inputs[k].name}"
+        name = f"{HELD}{inputs[k].name}"
         module.register_buffer(name, leaves[k].clone(), persistent=False)
         with module.graph.inserting_after(inputs[-1]):
             constant = module.graph.get_attr(name)
@@ -123,8 +123,6 @@ def assert_constants(module: GraphModule, args: Any) -> None:
 
 def held_inputs(module: GraphModule) -> frozenset[int]:
     """Positions of the inputs that a captured graph asserts to be what they were."""
-    asserted = [n for n in module.graph.nodes if op_name(n) == "_assert_async"]
-    for _ in range(4):  # all, equal, reshaped, input
-        asserted = [node.all_input_nodes[0] for node in asserted]
     inputs = module.graph.find_nodes(op="placeholder")
-    return frozenset(inputs.index(node) for node in asserted)
+    held = {node.target for node in module.graph.find_nodes(op="get_attr")}
+    return frozenset(k for k, node in enumerate(inputs) if f"{HELD}{node.name}" in held)
