@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from passes.capture import Args, Captured, as_args, tensors
+from passes.capture import Args, Captured, as_args
+from passes.compare import tensors
 from passes.errors import CalibrationError, ConfigError, NoGradient
 from passes.lazy import is_lazy
 from passes.restore import TOWARDS

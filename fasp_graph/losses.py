@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passes.capture import as_args, tensors
+from passes.capture import as_args
+from passes.compare import tensors
 from passes.errors import FaspGraphError
 
 from .evaluate import logits_of

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passes.capture import as_args, beside, tensors
+from passes.capture import as_args, beside
+from passes.compare import tensors
 from passes.errors import CalibrationError, FaspGraphError
 
 

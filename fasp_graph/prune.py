@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from passes.analysis import analysis
+from passes.branches import assumptions
 from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
 from passes.held import held_inputs
@@ -207,6 +208,10 @@ def _notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config)
             f"the graph, and an ONNX file made of it, hold for {', '.join(names)} of the example "
             "inputs alone, since forward computes sizes from them; the model takes any"
         )
+    found += [
+        f"{said}: it refuses the other, which an ONNX file and the model take unverified"
+        for said in assumptions(captured.graph_module)
+    ]
     if plan.sparsity < config.sparsity / 2:
         found.append(
             f"sparsity {plan.sparsity:.3f} was reached of {config.sparsity:.3f}: one unit of a "

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from passes.capture import tensors
+from passes.compare import tensors
 from passes.errors import FaspGraphError
 from passes.rewrite import attribute
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import SymBool, SymInt, Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental import sym_node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
@@ -45,7 +45,7 @@ _READING = {
     *(Tensor.tolist, Tensor.unbind, torch.unbind),
     *(Tensor.item, Tensor.__index__, Tensor.__int__, Tensor.__format__),
 }
-ASSUMED = "forward would take another way than the one that was captured, at"
+ASSUMED = "the graph holds for one way of a branch on numbers alone, that of"
 _OUTSIDE = (*(str(Path(held).parent) for held in (torch.__file__, __file__)), "<eval", "<frozen")
 
 
@@ -111,14 +111,17 @@ class Assumed(TorchFunctionMode):
         every = getattr(args[0], "_every", None) if args else None
         if every is not None and func in _READING:
             if args[0]._chosen not in self.watch.partly:
-                raise CaptureError(f"no run left out a position at {_named(args[0]._chosen)}")
+                raise CaptureError(
+                    f"every position was selected at {_named(args[0]._chosen)} · help: example "
+                    "inputs that select some"
+                )
             self.beyond = True
             with _disable_current_modes():
                 read = func(every, *args[1:], **kwargs)
             return pytree.tree_map(lambda v: self._constant(v, args[0]._chosen), read)
-        if func is Tensor.__len__ and (symbols := free_unbacked_symbols(args[0].shape[0])):
-            if self._may_be_many(symbols):
-                return MANY
+        unknown = func is Tensor.__len__ and free_unbacked_symbols(args[0].shape[0])
+        if unknown and self._may_be_many(unknown):
+            return MANY
         result = func(*args, **kwargs)
         self._note(result, site)
         if every is not None and func in _ALONG:
@@ -132,7 +135,7 @@ class Assumed(TorchFunctionMode):
         if len(ways) == 2:
             return self.doing
         (way,) = ways
-        said = f"{ASSUMED} {_named(site)}: in the example inputs it was {way}"
+        said = f"{ASSUMED} {_named(site)}, where it was {way} in the example inputs"
         torch._assert_async(condition if way else ~condition.bool(), said)
         return way
 
@@ -220,6 +223,11 @@ def _selects(func: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
 def is_own(node: Node) -> bool:
     """Whether a node asserts that the way which was captured is taken."""
     return op_name(node) == "_assert_async" and str(node.args[-1]).startswith(ASSUMED)
+
+
+def assumptions(module: GraphModule) -> list[str]:
+    """What the graph asserts of the ways that forward takes."""
+    return list(dict.fromkeys(str(n.args[-1]) for n in module.graph.nodes if is_own(n)))
 
 
 def _named(site: Site) -> str:

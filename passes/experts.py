@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .capture import Args, tensors
+from .capture import Args
+from .compare import tensors
 from .consumers import TURNS
 from .groups import Consumer, DependencyGraph, Group, Member
 from .lazy import Lazy, replace

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from .capture import Args, outputs
+from .capture import Args
+from .compare import outputs
 from .errors import REPORT, VerificationError, where
 from .fresh import WAYS, doubled, fresh_inputs, in_float64
 from .held import held_inputs

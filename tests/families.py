@@ -17,7 +17,8 @@ import transformers as tf
 
 import fasp_graph as fg
 from fasp_graph.prune import Program, read
-from passes.capture import as_args, tensors
+from passes.capture import as_args
+from passes.compare import tensors
 
 VOCABULARY = 101
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}

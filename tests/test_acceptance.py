@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import EVERY, free_length, output, program, prompt, pruned
 
-from passes.capture import tensors
+from passes.compare import tensors
 
 GENERATING = [name for name, family in EVERY.items() if family.kind != "encoder"]
 DECODERS = [name for name, family in EVERY.items() if family.kind == "decoder"]

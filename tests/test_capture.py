@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from passes.capture import capture, tensors
+from passes.capture import capture
 from passes.clean import op_name
+from passes.compare import tensors
 from passes.errors import CaptureError
 from passes.functional import is_inplace
 from passes.skeleton import has_numbers, skeleton

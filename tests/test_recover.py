@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import fasp_graph as fg
 import models_zoo
 from fasp_graph.cli import app
-from passes.capture import tensors
+from passes.compare import tensors
 
 OPTIONS = {"tokens": 4000, "lora": 4, "learning_rate": 1e-2, "seed": 1}
 

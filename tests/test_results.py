@@ -8,7 +8,8 @@ from torch import nn
 import fasp_graph as fg
 import models_zoo
 from fasp_graph.pages.view import to_html
-from passes.capture import as_args, tensors
+from passes.capture import as_args
+from passes.compare import tensors
 
 
 def pruned(name, **options):

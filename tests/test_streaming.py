@@ -19,7 +19,8 @@ from fasp_graph.folders.lazyfolder import open_folder
 from fasp_graph.folders.shards import folder_tensors, write_shard
 from fasp_graph.scale.journal import KEY, _begin, close, work_folder
 from fasp_graph.scale.streaming import prune_folder
-from passes.capture import capture, tensors
+from passes.capture import capture
+from passes.compare import tensors
 from passes.errors import ConfigError, FaspGraphError
 from passes.lazy import Lazy, materialized
 

@@ -12,7 +12,8 @@ import models_zoo
 from fasp_graph.evaluate import size_of
 from models_zoo import pretrained, text
 from models_zoo.train import CONTEXT, DATA, Settings, heldout_perplexity, train
-from passes.capture import as_args, tensors
+from passes.capture import as_args
+from passes.compare import tensors
 
 TRAINED = ("llama", "opt")
 RANDOM = [name for name in models_zoo.names() if name not in TRAINED]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from passes.capture import Args, outputs
+from passes.capture import Args
+from passes.compare import outputs
 from passes.fresh import doubled, fresh_inputs
 from passes.held import held_inputs
 from passes.precision import widened, widened_inputs

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from passes.capture import Args, tensors
+from passes.capture import Args
+from passes.compare import tensors
 from passes.errors import REPORT, FaspGraphError, VerificationError
 from passes.kernels import narrow
 from passes.verify import difference

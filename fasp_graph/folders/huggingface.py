@@ -27,7 +27,7 @@ import huggingface_hub
 import torch
 from torch import Tensor, nn
 
-from passes.capture import tensors
+from passes.compare import tensors
 from passes.errors import FaspGraphError
 from passes.lazy import Lazy
 from passes.skeleton import skeleton

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from passes.capture import Args, Captured, tensors
+from passes.capture import Args, Captured
+from passes.compare import tensors
 from passes.precision import widened, widened_inputs
 from passes.rewrite import attribute
 from passes.verify import difference

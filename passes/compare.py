@@ -1,0 +1,127 @@
+"""compare: a captured graph against the model that it was captured from.
+
+What a model returns is made plain first: dataclasses are dicts, complex numbers their two parts.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from .errors import CaptureError
+from .free_axes import Args, enlarged
+from .precision import is_half, widened, widened_inputs
+from .skeleton import shared_copy
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
+HALF = 2e-2
+
+
+def compare(
+    module: GraphModule,
+    model: nn.Module,
+    args: Args,
+    free: dict[int, list[int]],
+    runs: list[Args],
+) -> None:
+    """Equal numbers at the sample size and, where axes stayed dynamic, at twice that size; and in
+    other `runs`.
+    """
+    reference = shared_copy(model).eval()
+    grown = [(factor, enlarged(args, factor, free)) for factor in ((1, 2) if free else (1,))]
+    for factor, sizes in (*grown, *((1, run) for run in runs)):
+        given = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, sizes)
+        try:
+            expected = outputs(without_cache(reference, sizes), sizes)
+        except Exception:
+            if factor == 1:
+                raise
+            continue  # the model itself refuses that size (a table of positions ends, say)
+        if not all(map(_equal, tensors(given), tensors(sizes))):
+            raise CaptureError(
+                "the model writes into its inputs, which a graph does not repeat · help: clone "
+                "them at the start of forward"
+            )
+        if not _all_equal(expected, outputs(module, sizes)) and not _equal_when_wide(
+            module, reference, sizes
+        ):
+            raise CaptureError(
+                f"the captured graph computes other numbers than the model, at {factor} times the "
+                "sample size · help: take out what forward draws at random or remembers from call "
+                "to call, or report it with the model"
+            )
+
+
+def _equal_when_wide(module: GraphModule, model: nn.Module, args: Args) -> bool:
+    """Whether the difference was rounding of half precision: in float32 there is none."""
+    if not is_half(model):
+        return False
+    wide, given = widened(model), widened_inputs(args)
+    try:
+        expected = outputs(without_cache(wide, given), given)
+    except Exception:  # code that insists on a precision
+        return False
+    return _all_equal(expected, outputs(widened(module), given))
+
+
+def _all_equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def outputs(call: Callable[..., Any], args: Args) -> list[Tensor]:
+    """All tensors that a call gives, without gradients; what it draws at random is always alike."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tensors(call(*args[0], **args[1]))
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    if not left.is_floating_point():
+        return torch.equal(left, right)
+    tolerance = TOLERANCE.get(left.dtype, HALF)
+    left, right = left.double(), right.double()
+    same = (left == right) | (left.isnan() & right.isnan())  # infinities as well
+    scale = max(1.0, float(left[left.isfinite()].abs().max())) if left.isfinite().any() else 1.0
+    return bool((same | ((left - right).abs() <= tolerance * scale)).all())
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """All tensors of a model's output, in order; complex numbers as their two parts."""
+    found = [leaf for leaf in pytree.tree_leaves(plain(output)) if isinstance(leaf, Tensor)]
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found]
+
+
+def without_cache(forward: Callable[..., Any], args: Args) -> Callable[..., Any]:
+    """`forward` with use_cache=False, where it has the option and the caller left it open."""
+    signature = inspect.signature(getattr(forward, "forward", forward))
+    names = list(signature.parameters)
+    if "use_cache" not in names or "use_cache" in args[1]:
+        return forward
+    if names.index("use_cache") < len(args[0]):
+        return forward
+    return functools.partial(forward, use_cache=False)
+
+
+def plain(output: Any) -> Any:
+    """Outputs that torch.export cannot return (dataclasses, objects) as dicts and tensors."""
+    if isinstance(output, Tensor) or output is None:
+        return output
+    if type(output) in pytree.SUPPORTED_NODES:
+        leaves, spec = pytree.tree_flatten(
+            output,
+            is_leaf=lambda item: item is not output and type(item) not in pytree.SUPPORTED_NODES,
+        )
+        return pytree.tree_unflatten([plain(leaf) for leaf in leaves], spec)
+    if is_dataclass(output) and not isinstance(output, type):
+        return {f.name: plain(getattr(output, f.name)) for f in fields(output)}
+    return output if isinstance(output, (int, float, bool, str)) else None

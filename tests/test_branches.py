@@ -1,0 +1,224 @@
+"""Forwards that branch on numbers: where one way serves for both they are captured, where only one
+was seen the graph asserts it, others are refused with their line.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import gelu, one_hot
+from trial import zeroed
+
+import fasp_graph as fg
+from passes.capture import capture
+from passes.errors import CalibrationError, CaptureError
+
+WIDTH, EXPERTS = 8, 5
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
+
+    def forward(self, x):
+        return self.down(gelu(self.up(x)))
+
+
+class Routed(nn.Module):
+    """Two of five experts for each row; how they are visited is what the subclasses differ in."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.router = nn.Linear(6, WIDTH), nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        h = self.embed(x)
+        weight, index = (5 * self.router(h)).softmax(-1).topk(2)
+        return self.head(h + self.mixed(h, weight, index))
+
+    def mixed(self, h, weight, index):
+        out = torch.zeros_like(h)
+        for number, rows, share in self.visited(weight, index):
+            out = out.index_add(0, rows, self.experts[number](h[rows]) * share)
+        return out
+
+
+class AnyBranch(Routed):
+    def visited(self, weight, index):
+        for number in range(EXPERTS):
+            hit = (index == number).any(-1)
+            if hit.any():
+                yield number, hit.nonzero()[:, 0], weight[index == number][:, None]
+
+
+class ItemBranch(Routed):
+    def visited(self, weight, index):
+        for number in range(EXPERTS):
+            hit = (index == number).any(-1)
+            if not hit.any().item():
+                continue
+            yield number, hit.nonzero()[:, 0], weight[index == number][:, None]
+
+
+class CountBranch(Routed):
+    def visited(self, weight, index):
+        for number in range(EXPERTS):
+            rows, place = torch.where(index == number)
+            if (index == number).sum().item() == 0:
+                continue
+            yield number, rows, weight[rows, place, None]
+
+
+class NumelBranch(Routed):
+    def visited(self, weight, index):
+        for number in range(EXPERTS):
+            rows, place = torch.where(index == number)
+            if rows.numel() == 0:
+                continue
+            yield number, rows, weight[rows, place, None]
+
+
+class LengthBranch(Routed):
+    def visited(self, weight, index):
+        for number in range(EXPERTS):
+            rows, place = torch.where(index == number)
+            if len(rows) > 0:
+                yield number, rows, weight[rows, place, None]
+
+
+class HitOnly(Routed):
+    def visited(self, weight, index):
+        mask = one_hot(index, EXPERTS).permute(2, 1, 0)
+        for number in (mask.sum((-1, -2)) > 0).nonzero():
+            place, rows = torch.where(mask[number].squeeze(0))
+            yield number, rows, weight[rows, place, None]
+
+
+class HitAndSome(Routed):
+    def visited(self, weight, index):
+        mask = one_hot(index, EXPERTS).permute(2, 1, 0)
+        for number in torch.nonzero(mask.sum((-1, -2)), as_tuple=False).squeeze(-1).tolist():
+            place, rows = torch.where(mask[number])
+            if rows.numel() == 0:
+                continue
+            yield number, rows, weight[rows, place, None]
+
+
+STYLES = [AnyBranch, ItemBranch, CountBranch, NumelBranch, LengthBranch, HitOnly, HitAndSome]
+
+
+def drawn(rows=9, seed=1):
+    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_experts_are_pruned_however_they_are_visited(style):
+    model = style().double().eval()
+    config = fg.Config(0.5, method="magnitude", kinds=("chain",), check=True)
+    pruned = fg.prune(model, drawn(), None, config)
+    assert len(pruned.plan.kept) == 1 + EXPERTS  # what the rows are, and what is inside the experts
+    expected = zeroed(style().double().eval(), pruned.deps, pruned.plan.kept)
+    for rows in (1, 2, 9, 40):  # a single row has three experts left without work
+        x = drawn(rows, seed=rows)
+        torch.testing.assert_close(pruned.model(x), expected(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(pruned.graph_module(x), expected(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("style", [AnyBranch, HitAndSome])
+def test_onnx_runtime_visits_them_too(style, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = drawn(40).float()
+    pruned = fg.prune(style().eval(), x, [x], fg.Config(0.3))
+    session = onnxruntime.InferenceSession(str(fg.export_onnx(pruned, tmp_path / "routed.onnx")))
+    for rows in (1, 9):
+        given = drawn(rows, seed=3).float()
+        (found,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+        torch.testing.assert_close(
+            torch.from_numpy(found), pruned.model(given), rtol=1e-4, atol=1e-5
+        )
+
+
+class Guarded(nn.Module):
+    """A repair that the example inputs never ask for."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.expert, self.head = Expert(), Expert()
+
+    def forward(self, x):
+        h = self.expert(x)
+        if h.abs().amax() > 100:
+            h = h.clamp(-100, 100)
+        return self.head(x + h)
+
+
+def test_the_way_that_was_seen_alone_is_asserted():
+    x = torch.randn(4, WIDTH)
+    pruned = fg.prune(Guarded().eval(), x, [x], fg.Config(0.5, check=True))
+    assert pruned.plan.kept
+    assert any("test_branches.py" in note for note in pruned.report.notes)
+    large = 1e6 * x
+    with pytest.raises(RuntimeError, match=r"one way .* test_branches.py:\d+, where it was False"):
+        pruned.graph_module(large)
+    expected = pruned.model.expert(large).clamp(-100, 100) + large
+    torch.testing.assert_close(pruned.model(large), pruned.model.head(expected))
+    with pytest.raises(CalibrationError, match="one way of a branch"):
+        fg.prune(Guarded().eval(), x, [large], fg.Config(0.5, method="fasp"))
+
+
+def signs():
+    """Rows whose means are of both signs."""
+    return torch.linspace(-1, 2, 4, dtype=torch.float64)[:, None].expand(4, WIDTH)
+
+
+class Either(nn.Module):
+    """Two ways that differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = Expert(), Expert()
+
+    def forward(self, x):
+        if x.mean() > 0:
+            return self.left(x)
+        return self.right(x)
+
+
+class NotNothing(Routed):
+    """Work that adds something where no row asks for it."""
+
+    def mixed(self, h, weight, index):
+        hit = (index[:, 0, None] == torch.arange(EXPERTS)).any(0)
+        out = torch.zeros_like(h)
+        for number in hit.nonzero()[:, 0]:
+            out = out + self.experts[number](h)
+        return out
+
+
+@pytest.mark.parametrize("model, x", [(Either(), signs()), (NotNothing(), drawn())])
+def test_ways_that_differ_are_refused(model, x):
+    with pytest.raises(CaptureError, match=r"test_branches.py:\d+ in (forward|mixed)"):
+        capture(model.double().eval(), x)
+
+
+class Eager(nn.Module):
+    """Makes what it needs unless it is being compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.expert = Expert()
+
+    def forward(self, x, mask=None):
+        if mask is None and not torch.compiler.is_compiling():
+            mask = torch.ones(x.shape[:-1])
+        return self.expert(x) * mask[..., None]
+
+
+def test_what_is_done_outside_of_compilation_is_captured():
+    x = torch.randn(4, 3, WIDTH)
+    model = Eager().eval()
+    torch.testing.assert_close(capture(model, x).graph_module(x), model(x))
