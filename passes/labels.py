@@ -259,6 +259,8 @@ class _Propagation:
 def _movable(visit: Visit, values: list[Value]) -> bool:
     if visit.given.get("dtype") is not None:
         return False  # a view of the bits
+    if visit.name in moves.RESHAPES and math.prod(values[0].shape) != math.prod(visit.shape):
+        return False  # numbers decide how many places there are
     return visit.name in moves.LIKE or all(v.const is not None for v in values[1:])
 
 

@@ -222,3 +222,24 @@ def test_what_is_done_outside_of_compilation_is_captured():
     x = torch.randn(4, 3, WIDTH)
     model = Eager().eval()
     torch.testing.assert_close(capture(model, x).graph_module(x), model(x))
+
+
+class Halves(nn.Module):
+    """As many positions as a mask selects, which are known to be half of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.expert, self.head = nn.Linear(6, WIDTH), Expert(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        h = self.expert(self.embed(x))
+        score = h.sum(-1)
+        upper = (score > score.median(1, keepdim=True).values).nonzero()[:, 1].view(len(x), -1)
+        return self.head(h.gather(1, upper[..., None].expand(-1, -1, WIDTH)))
+
+
+def test_selections_of_known_size_freeze_only_the_selected_axis():
+    model = Halves().double().eval()
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    pruned = fg.prune(model, x, None, fg.Config(0.5, method="magnitude", check=True))
+    assert "expert.up.0" in pruned.plan.kept
