@@ -39,6 +39,10 @@ class Moments:
     mean: Tensor
     tokens: int
 
+    def tell(self, columns: Tensor) -> bool:
+        """Whether they tell the worth of columns (bool [in]): some were other than zero."""
+        return bool(self.gram.diagonal()[columns].any())
+
 
 def _alone(value: Tensor) -> Tensor:
     return value
@@ -96,8 +100,8 @@ class Walk:
         mirror(gram)
         gram, total = self.room.total(gram), self.room.total(total)
         tokens = int(self.room.total(torch.tensor(tokens, device=gram.device)))
-        check_sums(view, tokens, gram)
-        return Moments(gram, total / tokens, tokens)
+        check_finite(view, gram)
+        return Moments(gram, total / max(tokens, 1), tokens)
 
     def step(self, node: Node) -> None:
         """Run one node on all batches; a weight is read once for all of them."""
@@ -117,13 +121,8 @@ class Walk:
             environment[node] = called(node, args, kwargs)
 
 
-def check_sums(view: Seen, tokens: int, *sums: Tensor) -> None:
-    """CalibrationError if a consumer saw no tokens, or numbers that are not finite."""
-    if not tokens:
-        raise CalibrationError(
-            f"no tokens reach {view.parameter}: every calibration batch is empty there · "
-            f"{where(view.node)} · help: give batches with at least one row"
-        )
+def check_finite(view: Seen, *sums: Tensor) -> None:
+    """CalibrationError if a consumer saw numbers that are not finite."""
     if not all(bool(torch.isfinite(held).all()) for held in sums):
         raise CalibrationError(
             f"non-finite activations reach {view.parameter} · {where(view.node)} · help: check the "
