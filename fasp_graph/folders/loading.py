@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from passes.errors import FaspGraphError
 
 from ..emit.emission import apply_shapes
+from ..emit.sizes import replaces
 from ..jsontext import read_object
 from .manifest import AGAIN, MANIFEST, checked_files, read_manifest
 
@@ -135,8 +136,8 @@ def _check_emission(model: nn.Module, emission: dict[str, Any], state: dict[str,
                 f"{MANIFEST}: shape {shape} of {name} is not that of the weights · {AGAIN}"
             )
     for path, sizes in emission["attributes"].items():
-        for name in sizes:
-            if type(getattr(model.get_submodule(path), name, None)) is not int:
+        for name, size in sizes.items():
+            if not replaces(size, getattr(model.get_submodule(path), name, None)):
                 raise FaspGraphError(
                     f"{MANIFEST}: {path}.{name} is no integer of the model · {AGAIN}"
                 )
