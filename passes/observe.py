@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Args
-from .errors import CalibrationError, NoGradient, where
+from .errors import CalibrationError, NoGradient, brief, where
 from .lazy import materialized
 from .views import Seen, View
 
@@ -139,7 +139,7 @@ def called(node: Node, args: Any, kwargs: Any) -> Any:
     except (RuntimeError, TypeError, IndexError) as error:
         _refuse_gradient(node, args, kwargs, error)
         raise CalibrationError(
-            f"a calibration batch does not run: {' '.join(str(error).split())[:300]} · "
+            f"a calibration batch does not run: {brief(error, 300)} · "
             f"{where(node)} · help: give batches of the same form as `inputs`"
         ) from error
 
@@ -155,7 +155,7 @@ def _refuse_gradient(node: Node, args: Any, kwargs: Any, error: Exception) -> No
 def no_gradient(why: str) -> NoGradient:
     """The error for an op without a derivative."""
     return NoGradient(
-        f"an op has no derivative: {' '.join(why.split())[:400]} · help: give it one "
+        f"an op has no derivative: {brief(why, 400)} · help: give it one "
         "(torch.library.register_autograd), or take restore=affine and allocation=curves"
     )
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from passes.errors import FaspGraphError
+from passes.errors import FaspGraphError, brief
 
 from ..emit.emission import apply_shapes
 from ..emit.sizes import replaces
@@ -54,7 +54,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         raise
     except _MISFITS as error:
         raise FaspGraphError(
-            f"the weights in {root} do not fit {type(built).__name__}: {str(error)[:500]} · help: "
+            f"the weights in {root} do not fit {type(built).__name__}: {brief(error, 500)} · help: "
             "give the dense model that was pruned, and the version of its code"
         ) from error
     except safetensors.SafetensorError as error:
@@ -102,7 +102,7 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
     except Exception as error:  # each class checks its configuration in its own way, or not at all
         raise FaspGraphError(
             f"the configuration in {root} makes no {name}: {type(error).__name__}: "
-            f"{str(error)[:300]} · help: install the transformers that wrote the folder, or fetch "
+            f"{brief(error, 300)} · help: install the transformers that wrote the folder, or fetch "
             "it again"
         ) from error
     return model
