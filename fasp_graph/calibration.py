@@ -22,6 +22,7 @@ from .correction import PIECES
 from .scale.distributed import share, world
 from .scale.microbatch import cut, rows_apart, rows_of
 
+NAMED = 3  # weights of which a note says the names
 FEWER = {"outputs": PIECES, "residual": 2}  # repair -> batches that it needs, dearest first
 
 
@@ -54,7 +55,18 @@ def batches_of(calibration: Any, inputs: Args, config: Config) -> list[Args]:
     batches = [alike(as_args(batch), inputs, number) for number, batch in enumerate(calibration)]
     if not batches:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
+    if all(_without_rows(batch, inputs) for batch in batches):
+        raise CalibrationError(
+            "every calibration batch is empty · help: give batches with at least one row"
+        )
     return batches
+
+
+def _without_rows(batch: Args, inputs: Args) -> bool:
+    """Whether a tensor of the batch holds nothing, where that of `inputs` does hold something."""
+    leaves = zip(pytree.tree_leaves(batch), pytree.tree_leaves(inputs), strict=True)
+    pairs = [(new, old) for new, old in leaves if isinstance(new, Tensor)]
+    return any(not new.numel() and old.numel() for new, old in pairs)
 
 
 def alike(batch: Args, inputs: Args, number: int) -> Args:
@@ -171,3 +183,18 @@ def few_tokens(found: Mapping[str, tuple[int, int]], inputs: Args) -> tuple[str,
         for name, (tokens, channels) in found.items()
         if tokens < channels
     )
+
+
+def untold(found: Mapping[str, tuple[int, str]]) -> tuple[str, ...]:
+    """Notes on weights of whose units calibration tells nothing: weight -> (tokens, its place)."""
+    notes = []
+    for reached, why in ((False, "no calibration token reaches"), (True, "only zeros reach")):
+        names = [name for name, (tokens, _) in found.items() if bool(tokens) == reached]
+        if names:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            notes.append(
+                f"{why} {', '.join(names[:NAMED])}{more}, so that nothing is repaired there, and "
+                "units that no other weight reads go by weight magnitude · "
+                f"{found[names[0]][1]} · help: calibrate on more data, or on data that reach it"
+            )
+    return tuple(notes)

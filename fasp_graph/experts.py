@@ -1,11 +1,13 @@
 """Each expert keeps its own best units, as many as the others (passes/experts.py).
 
 Scores and repairs are those of any consumer, for each expert by itself on the tokens that were sent
-to it; an expert that saw none is scored by its weights and not repaired.
+to it; an expert that saw none, or none with inputs other than zero, is scored by its weights and
+not repaired.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,8 @@ from passes.rewrite import attribute
 from passes.score import NEEDS_DATA, interactions, last_masked, score
 
 from .worth import Job, damped
+
+UNKNOWN = (math.nan, math.nan)
 
 
 def order_of(utility: Tensor, keep: int) -> list[int]:
@@ -54,22 +58,23 @@ def weight_orders(job: Job, group: Group, keep: int) -> list[list[int]]:
 @dataclass(frozen=True)
 class Settled:
     """The order of each expert's units, the mean errors without and with repair, the tokens of the
-    expert that saw fewest, and the channels of all.
+    expert that saw fewest (0: none saw any) and the channels of all; `untold`: experts of which
+    the data tell nothing, with their tokens.
     """
 
     orders: list[list[int]]
     errors: tuple[float, float]
     seen: tuple[int, int]
+    untold: dict[int, int]
 
 
 def settle_experts(job: Job, group: Group, view: ExpertView, state: Walk, keep: int) -> Settled:
     """Choose and repair; the repaired weight, its units where they were, goes to the walk."""
-    weight = state.weight(view.parameter).detach()
+    weight, every = state.weight(view.parameter).detach(), view.moments(state)
     matrices, new, orders, errors = view.matrices(weight), [], [], []
     unit = units_along(group, view.parameter, view.dim, weight)
-    found = view.moments(state)
-    for matrix, moments in zip(matrices, found, strict=True):
-        seen = moments if moments.tokens else None
+    found = [moments if moments.tell(unit >= 0) else None for moments in every]
+    for matrix, seen in zip(matrices, found, strict=True):
         order = _order(job, matrix, seen, unit, group.size, keep)
         method = job.config.passes.restore if seen else "none"
         mask = staying(group, order[:keep], unit)
@@ -79,9 +84,10 @@ def settle_experts(job: Job, group: Group, view: ExpertView, state: Walk, keep: 
         if seen:
             errors.append((held.error_before, held.error_after))
     state.weights[view.parameter] = view.weight(torch.stack(new))
-    before, after = torch.tensor(errors, dtype=torch.float64).mean(0).tolist()
-    seen_least = min(moments.tokens for moments in found)
-    return Settled(orders, (before, after), (seen_least, matrices.shape[-1]))
+    before, after = torch.tensor(errors or [UNKNOWN], dtype=torch.float64).mean(0).tolist()
+    least = min((seen.tokens for seen in found if seen), default=0)
+    untold = {e: every[e].tokens for e, seen in enumerate(found) if seen is None}
+    return Settled(orders, (before, after), (least, matrices.shape[-1]), untold)
 
 
 def _order(

@@ -31,7 +31,7 @@ from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
 from passes.verify import verify
 
-from .calibration import few_tokens, refuse_dataless
+from .calibration import few_tokens, refuse_dataless, untold
 from .config import Config
 from .decide import Progress, decide
 from .emit.layout import Said, uniform_groups
@@ -218,7 +218,8 @@ def _notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config)
             "group more would have removed too much · help: ask for more, or leave out a kind of "
             "groups"
         )
-    return (*found, *decisions.notes, *few_tokens(decisions.seen, captured.inputs))
+    data = (*untold(decisions.untold), *few_tokens(decisions.seen, captured.inputs))
+    return (*found, *decisions.notes, *data)
 
 
 def _group_reports(

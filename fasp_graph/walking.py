@@ -19,12 +19,14 @@ from passes.consumers import offset_of, staying, unit_columns
 from passes.couple import Group
 from passes.drift import Twin, drift, twin
 from passes.eliminate import eliminate
+from passes.errors import where
 from passes.experts import ExpertView, Orders, moved
 from passes.gates import behind, level
 from passes.observe import Moments, Room, Walk, probe, walk
 from passes.pieces import with_every_piece
 from passes.restore import TOWARDS, restore
 from passes.rewrite import attribute
+from passes.score import NEEDS_DATA
 from passes.select import Budget, select
 from passes.views import View
 
@@ -35,13 +37,14 @@ from .experts import settle_experts, weight_orders
 from .scale.distributed import total
 from .scale.journal import Journal, watch
 from .scale.spill import Spill
-from .worth import Job, Progress, problems_of, utility_of, weight_utility
+from .worth import Job, Progress, problems_of, told, utility_of, weight_utility
 
 
 @dataclass
 class Decisions:
     """Filled group by group. `curves[name][k]`: error of removing k units per block;
-    `seen`: tokens and channels at each consumer's weight that is solved for; `scores`: medians
+    `seen`: tokens and channels at each consumer's weight that is solved for; `untold`: tokens at
+    each whose units calibration says nothing of, and where it stands; `scores`: medians
     of the units that stay and of those that go; `orders`: groups of
     which each expert keeps its own units, put in front (passes/experts.py); `forward_passes`: the
     cost, in plain forward passes over the calibration batches; `notes`: what was done otherwise
@@ -53,6 +56,7 @@ class Decisions:
     weights: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    untold: dict[str, tuple[int, str]] = field(default_factory=dict)
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
     orders: Orders = field(default_factory=dict)
@@ -135,7 +139,11 @@ class _Stops:
         for group, inside in self.routed.get(node, ()):
             found = settle_experts(job, group, inside, state, len(decided.kept[group.name]))
             decided.orders[group.name], decided.errors[group.name] = found.orders, found.errors
-            if solving(job.config):
+            decided.untold |= {
+                f"{inside.parameter}[{expert}]": (tokens, where(node))
+                for expert, tokens in found.untold.items()
+            }
+            if solving(job.config) and found.seen[0]:
                 decided.seen[inside.parameter] = found.seen
         moments = {view: state.moments(view) for _, view in here}
         chosen = [(group, view) for group, view in here if group.name not in decided.kept]
@@ -173,17 +181,16 @@ def _put_in_order(job: Job, groups: list[Group], decided: Decisions) -> None:
 def _choose(
     job: Job, group: Group, first: View, here: Moments, state: Walk, decided: Decisions
 ) -> None:
-    """The units that stay. Of several consumers those behind the first have not been run: they
-    are judged on the dense model where it was sensed, else by running ahead.
+    """The units that stay. Consumers of which the data tell nothing have no say; where none tells,
+    weights decide.
     """
-    several = job.views[group.name]
-    if len(several) == 1:
-        moments = {several[0].node.name: here}
-    elif job.sensed:
-        moments = {view.node.name: job.sensed[view.node.name].moments for view in several}
-    else:
-        moments = probe(state, first.node, several)
-    if job.config.passes.score != "obs":
+    scoring, module = job.config.passes.score, job.captured.graph_module
+    moments = _judged_on(job, group, first, here, state)
+    if scoring in NEEDS_DATA:
+        moments = told(job, group, moments, state)
+    if not moments:
+        _select(group, weight_utility(module, group, scoring, job.generator), decided)
+    elif scoring != "obs":
         _select(group, utility_of(job, group, moments, state), decided)
     else:
         removals = group.size // group.blocks - decided.budget.keep[group.name]
@@ -193,6 +200,19 @@ def _choose(
         stay = [unit for unit in range(group.size) if worth[unit] == len(gone)]
         ranks = [float(worth[u]) for u in range(group.size)]
         decided.kept[group.name] = with_every_piece(group, stay, ranks)
+
+
+def _judged_on(
+    job: Job, group: Group, first: View, here: Moments, state: Walk
+) -> dict[str, Moments]:
+    """Of several consumers those behind the first have not been run: they are judged on the dense
+    model where it was sensed and that tells something, else by running ahead.
+    """
+    several = job.views[group.name]
+    if len(several) == 1:
+        return {first.node.name: here}
+    sensed = {v.node.name: job.sensed[v.node.name].moments for v in several if job.sensed}
+    return sensed if told(job, group, sensed, state) else probe(state, first.node, several)
 
 
 def _select(group: Group, utility: Tensor, decided: Decisions) -> None:
@@ -214,17 +234,22 @@ def _repair(
     dense: Twin | None,
     decided: Decisions,
 ) -> None:
-    """Refit one consumer. A weight with several uses is fitted to the first: not towards the dense
-    path, which differs from use to use.
+    """Refit one consumer, unless the data tell nothing of the group there. A weight with several
+    uses is fitted to the first: not towards the dense path, which differs from use to use.
     """
     several, method = job.views[group.name], job.config.passes.restore
+    weight = state.weight(view.parameter).detach()
+    unit = unit_columns(group, view, weight)
+    mask = staying(group, decided.kept[group.name], unit)
+    if not found.tell(unit >= 0):
+        decided.untold[view.parameter] = (found.tokens, where(view.node))
+        state.weights[view.parameter] = view.weight(view.matrix(weight) * mask, weight)
+        return
     gap = None
     if dense is not None and sum(view.parameter == v.parameter for v in several) == 1:
         gap = drift(state, dense, view, method != "asymmetric")
-    weight = state.weight(view.parameter).detach()
     offset = offset_of(view)
     bias = offset.read(state.weight(offset.name).detach()) if offset else None
-    mask = staying(group, decided.kept[group.name], unit_columns(group, view, weight))
     if solving(job.config):
         decided.seen.setdefault(view.parameter, (found.tokens, len(found.gram)))
     result = restore(method, view.matrix(weight), bias, found, mask, job.config.ridge, gap)

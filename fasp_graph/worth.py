@@ -55,10 +55,10 @@ class Job:
 
     @property
     def unreached(self) -> list[str]:
-        """Weights of consumers that no gradient of the outputs reaches."""
+        """Weights of consumers that tokens reach, and no gradient of the outputs."""
         held = [view for several in self.views.values() for view in several]
-        known = [view for view in held if view.node.name in self.sensed]
-        return [v.parameter for v in known if self.sensed[v.node.name].metric is None]
+        known = [(view, self.sensed.get(view.node.name)) for view in held]
+        return [v.parameter for v, s in known if s and s.moments.tokens and s.metric is None]
 
 
 def cosines_of(job: Job, groups: list[Group]) -> dict[str, float]:
@@ -75,13 +75,14 @@ def cosines_of(job: Job, groups: list[Group]) -> dict[str, float]:
 def curves_of(
     job: Job, groups: list[Group], progress: Progress | None
 ) -> dict[str, tuple[float, ...]]:
-    """Error of k = 0, 1, ... removed units per block for every group with matrix consumers."""
+    """Error of k = 0, 1, ... removed units per block for every group with matrix consumers of
+    which the sensed batches tell something.
+    """
     curves = {}
     for number, group in enumerate(groups):
-        if job.views[group.name]:
-            moments = {
-                view.node.name: job.sensed[view.node.name].moments for view in job.views[group.name]
-            }
+        names = [view.node.name for view in job.views[group.name]]
+        moments = told(job, group, {name: job.sensed[name].moments for name in names}, _dense(job))
+        if moments:
             curves[group.name] = _curve(job, group, moments)
         if progress:
             progress("curves", number + 1, len(groups))
@@ -111,19 +112,28 @@ def _dense(job: Job) -> Walk:
     return Walk(job.captured.graph_module, [])
 
 
+def told(job: Job, group: Group, moments: dict[str, Moments], state: Walk) -> dict[str, Moments]:
+    """Of the consumers' moments those that tell what the group's units are worth."""
+    held = {view: state.held(view.parameter) for view in job.views[group.name]}
+    units = {view.node.name: unit_columns(group, view, weight) for view, weight in held.items()}
+    return {name: found for name, found in moments.items() if found.tell(units[name] >= 0)}
+
+
 def problems_of(job: Job, group: Group, moments: dict[str, Moments], state: Walk) -> list[Problem]:
-    """Each consumer for elimination: in the metric of the outputs where there is one, else
-    relative to its output.
+    """The consumers with moments, for elimination: in the metric of the outputs where there is
+    one, else relative to their outputs.
     """
     problems = []
-    for view in job.views[group.name]:
+    views = [view for view in job.views[group.name] if view.node.name in moments]
+    metrics = {v: job.sensed[v.node.name].metric for v in views} if job.weighed else {}
+    weighed = all(metric is not None for metric in metrics.values())
+    for view in views:
         weight = state.weight(view.parameter).detach()
         matrix = view.matrix(weight).double()
         found = moments[view.node.name]
         second = found.gram.double() / found.tokens
-        if job.weighed:
-            metric = job.sensed[view.node.name].metric
-            assert metric is not None
+        metric = metrics.get(view) if weighed else None
+        if metric is not None:
             matrix = factor(metric) @ matrix
         else:
             power = torch.einsum("oi,ij,oj->", matrix, second, matrix)
@@ -140,10 +150,10 @@ def damped(second: Tensor, ridge: float) -> Tensor:
 
 
 def utility_of(job: Job, group: Group, moments: dict[str, Moments], state: Walk) -> Tensor:
-    """Score per unit [size]: summed over consumers and over the columns of the unit."""
+    """Score per unit [size]: summed over consumers with moments and over the unit's columns."""
     utility = torch.zeros(group.size, dtype=torch.float64)
     method, together = job.config.passes.score, torch.zeros(())
-    for view in job.views[group.name]:
+    for view in (held for held in job.views[group.name] if held.node.name in moments):
         weight = state.weight(view.parameter).detach()
         unit = unit_columns(group, view, weight)
         found = moments[view.node.name]

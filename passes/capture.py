@@ -34,7 +34,7 @@ from .free_axes import Args, attempts, free_axes
 from .held import assert_constants, assert_held, holdable, with_held
 from .lazy import is_lazy, replace
 from .normalize import normalize
-from .refuse import depends_on_data, explain, refuse
+from .refuse import depends_on_data, explain, refuse, refuse_packed
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
 from .tracing import traceable, with_whole_numbers
 from .visit import op_name
@@ -64,8 +64,9 @@ class Captured:
 
 def as_args(inputs: Any) -> Args:
     """A tensor, a tuple (positional) or a mapping (keyword) as (args, kwargs) of fresh
-    contiguous tensors.
+    contiguous tensors; CaptureError for packed sequences.
     """
+    refuse_packed(inputs)
     if isinstance(inputs, Mapping):
         args: Args = ((), dict(inputs))
     elif isinstance(inputs, (tuple, list)):

@@ -66,7 +66,7 @@ def _source(sites: list[Site], consumer: Consumer, deps: DependencyGraph) -> Ope
 
 def unit_columns(group: Group, view: View, weight: Tensor) -> Tensor:
     """[columns of the view's matrix] -> unit, -1 where the column is not the group's."""
-    kernel = weight[0, 0].numel() if view.convolution else 1
+    kernel = weight.shape[2:].numel() if view.convolution else 1
     unit = units_along(group, view.parameter, view.dim, weight)
     return unit.repeat_interleave(kernel)
 

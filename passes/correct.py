@@ -151,7 +151,7 @@ def _gradients(
     fit: Iterable[Sample],
     words: frozenset[int],
 ) -> tuple[dict[Node, _Sums], float, int]:
-    """G, S and A of every site that a gradient reaches; D; tokens of the first site."""
+    """G, S and A of every site that a gradient reaches; D; tokens of the site that sees most."""
     by_node = {site.view.node: site for site in sites}
     sums: dict[Node, _Sums] = {}
     distance, tokens = 0.0, 0
@@ -182,7 +182,7 @@ def _gradients(
             out = by_node[node].view.outputs(probes[node] if gradient is None else gradient)
             _add(sums, node, out.detach().float(), rows[node])
         distance += float(loss.detach())
-        tokens += len(rows[sites[0].view.node])
+        tokens += max(map(len, rows.values()))
     return sums, distance, tokens
 
 

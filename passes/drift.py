@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from .capture import Args
@@ -90,8 +91,12 @@ def twin(module: GraphModule, batches: Iterable[Args]) -> Twin:
 
 
 @torch.no_grad()
-def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift:
-    """Cross-moments of target minus output at the consumer that the walk stands before."""
+def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift | None:
+    """Cross-moments of target minus output at the consumer that the walk stands before; None where
+    data decide how many rows it sees (a router), since the two paths may send it other tokens.
+    """
+    if free_unbacked_symbols(view.node.meta.get("val")):
+        return None
     weight = state.weight(view.parameter)
     now = view.matrix(weight).double()
     then = view.matrix(dense.walk.weight(view.parameter)).double()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import textwrap
+
 from torch.fx import Node
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 REPORT = "help: this is a bug of fasp_graph, please report it with the model"
 
 
@@ -41,6 +46,23 @@ class VerificationError(FaspGraphError):
     """
 
     unable = False
+
+
+def brief(told: object, most: int) -> str:
+    """A text in one line, without the colours of a terminal, cut behind a word."""
+    return textwrap.shorten(_COLOUR.sub("", str(told)), most, placeholder=" ...")
+
+
+def causes(error: BaseException, most: int) -> str:
+    """What an error and what it came from say, the first cause first: the lines that fit."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    lines = [brief(line, most) for each in reversed(chain) for line in str(each).splitlines()]
+    lines = [line for line in dict.fromkeys(lines) if line]
+    ends = itertools.accumulate(len(line) + len(" · ") for line in lines)
+    fit = [line for line, end in zip(lines, ends, strict=True) if end <= most + len(" · ")]
+    return " · ".join(fit) or type(error).__name__
 
 
 def where(node: Node) -> str:

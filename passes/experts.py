@@ -23,7 +23,7 @@ from .compare import tensors
 from .consumers import TURNS
 from .groups import Consumer, DependencyGraph, Group, Member
 from .lazy import Lazy, replace
-from .observe import Moments, Walk, add_gram, check_sums, mirror, summable
+from .observe import Moments, Walk, add_gram, check_finite, mirror, summable
 from .precision import widened, widened_inputs
 from .skeleton import shared_copy
 from .verify import difference
@@ -84,7 +84,7 @@ class ExpertView:
         for each in gram:
             mirror(each)
         gram, total, count = (state.room.total(held) for held in (gram, total, count))
-        check_sums(self, int(count.sum()), gram)
+        check_finite(self, gram)
         means = total / count.clamp_min(1)[:, None]
         return [Moments(*of_one) for of_one in zip(gram, means, count.tolist(), strict=True)]
 

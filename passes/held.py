@@ -25,19 +25,20 @@ _SAME = {False: operator.eq, True: operator.is_}
 MAKING = {torch.arange, torch.zeros, torch.ones, torch.full, torch.div}
 PLAIN = (int, float, str, torch.Size, torch.dtype, torch.device, torch.layout)
 HELD = "_held_"  # the names of such constants begin so
-HOLDING = 3  # integer inputs that are held as constants at most
+FEW = 3  # integer inputs that are held as constants one by one, before all are
 
 
 def holdable(args: Any) -> list[frozenset[int]]:
     """Sets of integer inputs (by their position among the leaves) to hold as constants, the fewest
-    and smallest first, from none on. Something else is left to vary.
+    and smallest first, from none on to FEW, then all. Something else is left to vary.
     """
     leaves = pytree.tree_leaves(args)
     whole = [k for k, v in enumerate(leaves) if isinstance(v, Tensor) and not real_or_complex(v)]
     whole.sort(key=lambda k: (leaves[k].numel(), k))
     varied = any(isinstance(leaf, Tensor) and real_or_complex(leaf) for leaf in leaves)
     chosen = [k for k in (whole if varied else whole[:-1]) if leaves[k].numel() <= CONSTANTS]
-    return [frozenset(chosen[:n]) for n in range(min(len(chosen), HOLDING) + 1)]
+    counts = sorted({*range(min(len(chosen), FEW) + 1), len(chosen)})
+    return [frozenset(chosen[:n]) for n in counts]
 
 
 def with_held(forward: Callable[..., Any], args: Any, held: frozenset[int]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Args
-from .errors import CalibrationError, NoGradient, where
+from .errors import CalibrationError, NoGradient, brief, where
 from .lazy import materialized
 from .views import Seen, View
 
@@ -38,6 +38,10 @@ class Moments:
     gram: Tensor
     mean: Tensor
     tokens: int
+
+    def tell(self, columns: Tensor) -> bool:
+        """Whether they tell the worth of columns (bool [in]): some were other than zero."""
+        return bool(self.gram.diagonal()[columns].any())
 
 
 def _alone(value: Tensor) -> Tensor:
@@ -96,8 +100,8 @@ class Walk:
         mirror(gram)
         gram, total = self.room.total(gram), self.room.total(total)
         tokens = int(self.room.total(torch.tensor(tokens, device=gram.device)))
-        check_sums(view, tokens, gram)
-        return Moments(gram, total / tokens, tokens)
+        check_finite(view, gram)
+        return Moments(gram, total / max(tokens, 1), tokens)
 
     def step(self, node: Node) -> None:
         """Run one node on all batches; a weight is read once for all of them."""
@@ -117,13 +121,8 @@ class Walk:
             environment[node] = called(node, args, kwargs)
 
 
-def check_sums(view: Seen, tokens: int, *sums: Tensor) -> None:
-    """CalibrationError if a consumer saw no tokens, or numbers that are not finite."""
-    if not tokens:
-        raise CalibrationError(
-            f"no tokens reach {view.parameter}: every calibration batch is empty there · "
-            f"{where(view.node)} · help: give batches with at least one row"
-        )
+def check_finite(view: Seen, *sums: Tensor) -> None:
+    """CalibrationError if a consumer saw numbers that are not finite."""
     if not all(bool(torch.isfinite(held).all()) for held in sums):
         raise CalibrationError(
             f"non-finite activations reach {view.parameter} · {where(view.node)} · help: check the "
@@ -140,7 +139,7 @@ def called(node: Node, args: Any, kwargs: Any) -> Any:
     except (RuntimeError, TypeError, IndexError) as error:
         _refuse_gradient(node, args, kwargs, error)
         raise CalibrationError(
-            f"a calibration batch does not run: {' '.join(str(error).split())[:300]} · "
+            f"a calibration batch does not run: {brief(error, 300)} · "
             f"{where(node)} · help: give batches of the same form as `inputs`"
         ) from error
 
@@ -156,7 +155,7 @@ def _refuse_gradient(node: Node, args: Any, kwargs: Any, error: Exception) -> No
 def no_gradient(why: str) -> NoGradient:
     """The error for an op without a derivative."""
     return NoGradient(
-        f"an op has no derivative: {' '.join(why.split())[:400]} · help: give it one "
+        f"an op has no derivative: {brief(why, 400)} · help: give it one "
         "(torch.library.register_autograd), or take restore=affine and allocation=curves"
     )
 

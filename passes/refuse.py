@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from .errors import CaptureError
+from .errors import CaptureError, brief
 from .tracing import real_or_complex
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
+_PACKING = str(Path(nn.utils.rnn.__file__))
+_PACKED = "the numbers in a tensor decide how many rows each step of a packed sequence has"
+_PADDED = (
+    "run the recurrent layer on the padded batch, and choose or mask its outputs by the lengths"
+)
+_GRAPHS_OWN = {*dir(GraphModule(nn.Module(), Graph()))} - {*dir(nn.Module())}
 _DATA_DEPENDENT = ("data-dependent", "GuardOnDataDependent", "DataDependentOutput")
 
 
 def refuse(model: nn.Module, args: Any) -> None:
     """CaptureError for parameters that are no plain floating-point tensors on one device, and for
-    names that would end a string in the code that torch.fx generates.
+    names that cannot stand in a graph.
     """
+    _refuse_names(model)
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise CaptureError(
                 f"module {name or type(model).__name__} is wrapped by FSDP, which flattens weights "
                 "· help: capture the model before it is wrapped"
-            )
-        if re.search(r"[\"\\\x00-\x1f]", name):
-            raise CaptureError(
-                f"the module name {name!r} holds a quote, a backslash or a control character, "
-                "which torch.fx writes into code as it is · help: rename the module"
             )
     for name, parameter in model.named_parameters():
         reason = _objection(parameter)
@@ -55,6 +62,40 @@ def refuse(model: nn.Module, args: Any) -> None:
         )
 
 
+def _refuse_names(model: nn.Module) -> None:
+    """CaptureError for names that would end a string, or the line, in the code that torch.fx
+    generates, and for names at the top that a GraphModule has for itself.
+    """
+    for name, _ in model.named_modules():
+        if re.search(r"[\"\\\x00-\x1f]", name):
+            raise CaptureError(
+                f"the module name {name!r} holds a quote, a backslash or a control character, "
+                "which torch.fx writes into code as it is · help: rename the module"
+            )
+    weights = dict([*model.named_parameters(), *model.named_buffers()])
+    for name in (*dict(model.named_modules()), *weights):
+        if any(map(keyword.iskeyword, name.split("."))):
+            raise CaptureError(
+                f"the name {name} holds a word of Python, which torch.fx writes into code as it is "
+                "· help: rename what it names"
+            )
+    tensors = {name for name, held in vars(model).items() if isinstance(held, Tensor)}
+    for name in (*model._modules, *model._parameters, *model._buffers, *tensors):
+        if name in _GRAPHS_OWN:
+            raise CaptureError(
+                f"{type(model).__name__}.{name} has a name that torch.fx.GraphModule needs for "
+                "itself · help: rename it, or prune a module that holds the model (self.model = "
+                f"model, and a forward that calls it): the name is model.{name} there"
+            )
+
+
+def refuse_packed(inputs: Any) -> None:
+    """CaptureError for packed sequences among inputs or in a calibration batch."""
+    leaves = pytree.tree_leaves(inputs, is_leaf=lambda held: isinstance(held, PackedSequence))
+    if any(isinstance(leaf, PackedSequence) for leaf in leaves):
+        raise CaptureError(f"a PackedSequence cannot be an input: {_PACKED} · help: {_PADDED}")
+
+
 def _objection(parameter: Tensor) -> str:
     if is_lazy(parameter):
         return "is lazy: it has no shape yet · help: call the model once before capture"
@@ -73,19 +114,21 @@ def explain(model: nn.Module, error: Exception) -> str:
     """What torch.export's error means, with the line of the model's code that caused it."""
     if isinstance(error, CaptureError):
         return f"{error} · model {type(model).__name__}"
-    text = " ".join(str(error).split())
+    text = str(error)
     line = source_line(error)
     at = f" · {line}" if line else ""
+    if _packs(error):
+        return f"{type(model).__name__} cannot be captured: {_PACKED}{at} · help: {_PADDED}"
     if depends_on_data(error):
         return (
             f"torch.export cannot capture {type(model).__name__}: data-dependent control flow or "
             f"shape{at} · help: the forward must not branch on the numbers in a tensor; prune the "
-            f"part of the model that can be captured · torch says: {text[:300]}"
+            f"part of the model that can be captured · torch says: {brief(text, 300)}"
         )
     return (
-        f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {text[:500]}"
-        f"{at} · help: try other example inputs, or prune the part of the model that can be "
-        "captured; the forward must not branch on data"
+        f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: "
+        f"{brief(text, 500)}{at} · help: try other example inputs, or prune the part of the model "
+        "that can be captured; the forward must not branch on data"
     )
 
 
@@ -98,10 +141,25 @@ def depends_on_data(error: Exception) -> bool:
 def source_line(error: BaseException) -> str:
     """`file.py:12 in forward`: the deepest frame outside torch and this package."""
     found = ""
+    for frame, line in _frames(error):
+        code = frame.f_code
+        if not code.co_filename.startswith((_TORCH, _HERE, "<")):
+            found = f"{Path(code.co_filename).name}:{line} in {code.co_name}"
+    return found
+
+
+def _packs(error: BaseException) -> bool:
+    """Whether an error came up where a packed sequence is made or read."""
+    return any(
+        frame.f_code.co_filename == _PACKING
+        or any(isinstance(held, PackedSequence) for held in frame.f_locals.values())
+        for frame, _ in _frames(error)
+    )
+
+
+def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """The frames and lines that an error went through, then those of what caused it."""
     chain: BaseException | None = error
     while chain is not None:
-        for frame in traceback.extract_tb(chain.__traceback__):
-            if not frame.filename.startswith((_TORCH, _HERE, "<")):
-                found = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+        yield from traceback.walk_tb(chain.__traceback__)
         chain = chain.__cause__ or chain.__context__
-    return found

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from .capture import Args
 from .drift import rows_of, summand
 from .errors import CalibrationError
-from .observe import Moments, called, check_sums, environments, gradients
+from .observe import Moments, called, check_finite, environments, gradients
 from .views import View
 
 Read = Callable[[str], Any]
@@ -38,8 +38,9 @@ Watch = Callable[[Node, Callable[[Any], Any], Any], Any]
 
 @dataclass(frozen=True)
 class Sensed:
-    """Moments of a consumer's input, A of its output (None: no gradient reaches it), and the mean
-    cosine between the residual stream before and after the output is added to it (None: it is not).
+    """Moments of a consumer's input, A of its output (None: no gradient reaches it, or no token),
+    and the mean cosine between the residual stream before and after the output is added to it
+    (None: it is not).
     """
 
     moments: Moments
@@ -76,11 +77,12 @@ def sense(
     found = {}
     for view in sites.values():
         s = sums[view.node.name]
-        check_sums(view, s.tokens, s.gram, s.metric)
-        moments = Moments(s.gram, s.total / s.tokens, s.tokens)
+        check_finite(view, s.gram, s.metric)
+        tokens = max(s.tokens, 1)
+        moments = Moments(s.gram, s.total / tokens, s.tokens)
         found[view.node.name] = Sensed(
             moments,
-            s.metric / s.tokens if s.reached else None,
+            s.metric / tokens if s.reached and s.tokens else None,
             s.cosine / s.added if s.added else None,
         )
     return found

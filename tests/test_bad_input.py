@@ -177,10 +177,10 @@ REFUSED = {
     "calibration is a number": (lambda: run(mlp(), calibration=3), "calibration"),
     "batch is a word": (lambda: run(mlp(), calibration=["words"]), "does not run"),
     "NaN in calibration": (lambda: run(mlp(), calibration=[X / 0 * 0]), "finite"),
-    "rows of no tokens": (lambda: run(mlp(), calibration=[X[:0]]), "no tokens reach 2.weight"),
+    "rows of no tokens": (lambda: run(mlp(), calibration=[X[:0]]), "every .* batch is empty"),
     "no tokens without sensing": (
-        lambda: run(mlp(), calibration=[X[:0]], method="fasp"),
-        "no tokens reach 2.weight",
+        lambda: run(mlp(), calibration=[X[:0], X[:0]], method="fasp"),
+        "every calibration batch is empty · help: give batches with at least one row",
     ),
     "inputs without a row": (lambda: run(mlp(), inputs=X[:0]), "gives no numbers at these inputs"),
     "other names": (lambda: run(mlp(), calibration=[{"y": X}]), r"batch 0 is \{'y': 'float32"),

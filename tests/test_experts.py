@@ -104,6 +104,24 @@ def test_an_expert_that_no_token_reached_goes_by_its_weights():
     heavy = model.down[2].norm(dim=0).argsort(descending=True)[: len(units[2])]
     assert units[2] == sorted(heavy.tolist())
     torch.testing.assert_close(pruned.model.down[2], model.down[2][:, units[2]])
+    (note,) = pruned.report.notes
+    assert "no calibration token reaches down[2], so that nothing is repaired there" in note
+
+
+@pytest.mark.parametrize("method", ["fasp", "wanda", "best"])
+def test_experts_that_saw_zeros_or_nothing_go_by_their_weights(method):
+    model = Routed().double().eval()
+    with torch.no_grad():
+        model.up.zero_()
+        model.router.bias[2] = -1e9
+    pruned = fg.prune(model, data()[0], data(), fg.Config(method=method, sparsity=0.4))
+    (units,) = pruned.plan.experts.values()
+    for expert, kept in enumerate(units):
+        heavy = model.down[expert].norm(dim=0).argsort(descending=True)[: len(kept)]
+        assert kept == sorted(heavy.tolist())
+        assert torch.equal(pruned.model.down[expert], model.down[expert][:, kept])
+    notes = " ".join(pruned.report.notes)
+    assert "token reaches down[2]" in notes and "only zeros reach down[0], down[1]" in notes
 
 
 def test_units_that_experts_share_keep_the_same_positions():

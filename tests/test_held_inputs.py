@@ -151,6 +151,24 @@ def test_the_fewest_inputs_are_held():
     assert held_inputs(program.graph_module) == {1}
 
 
+@pytest.mark.parametrize("count", [3, 4, 6])
+def test_as_many_inputs_are_held_as_sizes_need(count):
+    def all_of(m, x, *each):
+        h = torch.relu(m.a(x))
+        return sum(m.b(torch.stack([p.sum(0) for p in h.split(n.tolist())])) for n in each)
+
+    x, lengths = torch.randn(9, 6), [torch.tensor([2, 3, 4])] * count
+    pruned = small(all_of, x, *lengths)
+    assert held_inputs(pruned.graph_module) == set(range(1, count + 1))
+    (note,) = pruned.report.notes
+    assert all(f"inputs_{k}" in note for k in range(1, count + 1)), note
+    others = [torch.tensor([4, 4, 1])] * count
+    expected = zeroed(Calls(all_of).eval(), pruned.deps, pruned.plan.kept)
+    torch.testing.assert_close(pruned.model(x, *others), expected(x, *others))
+    with pytest.raises(RuntimeError, match="is not what it was in the example inputs"):
+        pruned.graph_module(x, *lengths[1:], others[0])
+
+
 class Repeated(nn.Module):
     """Sizes from the tokens themselves, and no other input."""
 

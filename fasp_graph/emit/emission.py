@@ -4,7 +4,7 @@ A group's way is one of
 
     native      the class's own code runs at the new size: only weights and the sizes that a leaf
                 module states of itself (in_features, num_features, groups...) changed
-    attributes  integer attributes of the modules around them changed too
+    attributes  integer attributes of the modules around them changed too, or tuples of integers
     adapter     the class's code has the old size burned in: producers scatter their output to the
                 old width, consumers gather their input from it, a norm between them works at it.
                 Weights, state dict and outputs are compact; the module's interface keeps the
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .adapters import Axis, Gather, Padding, Scatter, attach
+from .sizes import Size
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Emission:
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
-    before: dict[str, dict[str, int]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, Size]] = field(default_factory=dict)
+    before: dict[str, dict[str, Size]] = field(default_factory=dict)
     scatter: dict[str, Axis] = field(default_factory=dict)
     gather: dict[str, Axis] = field(default_factory=dict)
     padded: dict[str, tuple[Axis, ...]] = field(default_factory=dict)
@@ -64,8 +65,8 @@ class Emission:
         """The inverse of `to_dict`."""
         return Emission(
             {k: tuple(v) for k, v in found["shapes"].items()},
-            {k: {n: int(v) for n, v in a.items()} for k, a in found["attributes"].items()},
-            {k: {n: int(v) for n, v in a.items()} for k, a in found["before"].items()},
+            {k: {n: _size(v) for n, v in a.items()} for k, a in found["attributes"].items()},
+            {k: {n: _size(v) for n, v in a.items()} for k, a in found["before"].items()},
             {k: _axis(v) for k, v in found["scatter"].items()},
             {k: _axis(v) for k, v in found["gather"].items()},
             {k: tuple(_axis(v) for v in axes) for k, axes in found["padded"].items()},
@@ -76,6 +77,10 @@ class Emission:
 
 def _plain(axis: Axis) -> list[Any]:
     return [axis[0], axis[1], list(axis[2])]
+
+
+def _size(found: Any) -> Size:
+    return tuple(map(int, found)) if isinstance(found, (list, tuple)) else int(found)
 
 
 def _axis(found: Any) -> Axis:
@@ -96,8 +101,10 @@ def apply_shapes(
     recipe = emission if isinstance(emission, Emission) else Emission.from_dict(emission)
     _set_tensors(model, recipe, values or {})
     for path, sizes in recipe.attributes.items():
-        for name, value in sizes.items():
-            setattr(model.get_submodule(path), name, value)
+        module = model.get_submodule(path)
+        for name, size in sizes.items():
+            kind: Any = type(getattr(module, name))
+            setattr(module, name, kind(size) if isinstance(size, tuple) else size)
     for path, (axis, size, kept) in recipe.scatter.items():
         module = model.get_submodule(path)
         attach(module, Scatter(axis, size, kept, _device(module)))

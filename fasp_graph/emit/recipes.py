@@ -11,7 +11,7 @@ from passes.rewrite import attribute
 
 from .compaction import Compaction
 from .emission import Axis, Emission
-from .sizes import own_sizes, stated_sizes
+from .sizes import Size, both, own_sizes, size_of, stated_sizes
 
 Way = tuple[str, ...]  # ("attributes", name, ...) and ADAPTER with INSIDE carry more than a name
 NATIVE, ADAPTER, INSIDE, PADDED = ("native",), ("adapter",), ("adapter", "inside"), ("padded",)
@@ -46,10 +46,13 @@ def record(
         _pad(emission, weights, group, chosen)
 
 
-def _set(emission: Emission, path: str, module: nn.Module, sizes: Mapping[str, int]) -> None:
-    for name, value in sizes.items():
-        emission.attributes.setdefault(path, {})[name] = value
-        emission.before.setdefault(path, {})[name] = int(getattr(module, name))
+def _set(emission: Emission, path: str, module: nn.Module, sizes: Mapping[str, Size]) -> None:
+    for name, new in sizes.items():
+        old = size_of(getattr(module, name))
+        assert old is not None
+        held = emission.attributes.setdefault(path, {})
+        held[name] = both(old, held.get(name, old), new)
+        emission.before.setdefault(path, {})[name] = old
 
 
 def _axes(

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from passes.errors import FaspGraphError
+from passes.errors import FaspGraphError, causes
 
 from .whole import whole
+
+MOST = 400  # characters of an exporter's words
 
 
 @contextmanager
@@ -41,8 +43,8 @@ def draft(path: Path, kind: str, ending: str) -> Iterator[Path]:
         raise
     except Exception as error:  # exporters raise errors of many unrelated types
         raise FaspGraphError(
-            f"the graph cannot be written as {kind}: {str(error).strip()[:600]} · help: another "
-            "format may do"
+            f"the graph cannot be written as {kind}: {causes(error, MOST)} · help: another format "
+            "may do"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -14,9 +14,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from passes.errors import FaspGraphError
+from passes.errors import FaspGraphError, brief
 
 from ..emit.emission import apply_shapes
+from ..emit.sizes import replaces
 from ..jsontext import read_object
 from .manifest import AGAIN, MANIFEST, checked_files, read_manifest
 
@@ -53,7 +54,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         raise
     except _MISFITS as error:
         raise FaspGraphError(
-            f"the weights in {root} do not fit {type(built).__name__}: {str(error)[:500]} · help: "
+            f"the weights in {root} do not fit {type(built).__name__}: {brief(error, 500)} · help: "
             "give the dense model that was pruned, and the version of its code"
         ) from error
     except safetensors.SafetensorError as error:
@@ -101,7 +102,7 @@ def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
     except Exception as error:  # each class checks its configuration in its own way, or not at all
         raise FaspGraphError(
             f"the configuration in {root} makes no {name}: {type(error).__name__}: "
-            f"{str(error)[:300]} · help: install the transformers that wrote the folder, or fetch "
+            f"{brief(error, 300)} · help: install the transformers that wrote the folder, or fetch "
             "it again"
         ) from error
     return model
@@ -135,8 +136,8 @@ def _check_emission(model: nn.Module, emission: dict[str, Any], state: dict[str,
                 f"{MANIFEST}: shape {shape} of {name} is not that of the weights · {AGAIN}"
             )
     for path, sizes in emission["attributes"].items():
-        for name in sizes:
-            if type(getattr(model.get_submodule(path), name, None)) is not int:
+        for name, size in sizes.items():
+            if not replaces(size, getattr(model.get_submodule(path), name, None)):
                 raise FaspGraphError(
                     f"{MANIFEST}: {path}.{name} is no integer of the model · {AGAIN}"
                 )

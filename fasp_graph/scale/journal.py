@@ -49,6 +49,7 @@ HELD = (
     "kept",
     "errors",
     "seen",
+    "untold",
     "scores",
     "orders",
 )  # tables of Decisions that a stop adds to: name -> tuple

@@ -1,0 +1,149 @@
+"""What no graph can hold is refused in words: names that torch.fx needs for itself, packed
+sequences, ops without an ONNX function.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import rnn
+
+import fasp_graph as fg
+from passes.errors import CalibrationError, CaptureError, FaspGraphError, brief, causes
+
+CONFIG = fg.Config(sparsity=0.3, method="magnitude")
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Named(nn.Module):
+    """A layer under a name of the test's choice, as a module or as a bare weight."""
+
+    def __init__(self, name, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.name, self.down, weight = name, nn.Linear(16, 3), torch.randn(16, 6)
+        if kind == "module":
+            self.add_module(name, nn.Linear(6, 16))
+        elif kind == "parameter":
+            self.register_parameter(name, nn.Parameter(weight))
+        elif kind == "buffer":
+            self.register_buffer(name, weight)
+        else:
+            setattr(self, name, weight)
+
+    def forward(self, x):
+        held = getattr(self, self.name)
+        return self.down(torch.relu(held(x) if isinstance(held, nn.Module) else x @ held.T))
+
+
+class Holder(nn.Module):
+    """What the message recommends."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta", "recompile"])
+@pytest.mark.parametrize("kind", ["module", "parameter", "buffer", "tensor"])
+def test_a_name_that_a_graph_module_needs_is_refused_with_a_way_that_works(name, kind):
+    model = Named(name, kind).eval()
+    with pytest.raises(CaptureError, match=rf"Named\.{name} has a name .*help.*model\.{name}"):
+        fg.prune(model, X, None, CONFIG)
+
+    pruned = fg.prune(Holder(model), X, None, CONFIG)
+
+    torch.testing.assert_close(pruned.model.model(X), pruned.graph_module(X))
+    assert any(f"model.{name}" in weight for weight in pruned.emission.shapes) or kind == "tensor"
+
+
+class Heads(nn.Module):
+    def __init__(self, *names):
+        super().__init__()
+        self.up = nn.Linear(6, 16)
+        self.heads = nn.ModuleDict({name: nn.Linear(16, 3) for name in names})
+
+    def forward(self, x):
+        return [head(torch.relu(self.up(x))) for head in self.heads.values()]
+
+
+def test_a_word_of_python_is_no_name():
+    with pytest.raises(CaptureError, match=r"name heads\.class holds a word of Python.*help: rena"):
+        fg.analyze(Heads("box", "class"), X)
+    assert fg.analyze(Heads("graph", "code", "a-b", "classes"), X).groups
+
+
+class Recurrent(nn.Module):
+    """Takes padded sequences and their lengths, and packs them."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x, lengths):
+        packed = rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.out(self.cell(packed)[1][-1])
+
+
+PADDED, LENGTHS = torch.zeros(4, 7, 6), torch.tensor([7, 5, 3, 2])
+PACKED = rnn.pack_padded_sequence(PADDED, LENGTHS, batch_first=True)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS.tolist()], ids=["tensor", "list"])
+def test_a_model_that_packs_is_told_to_take_the_padded_batch(lengths):
+    words = r"Recurrent cannot be captured: .* packed sequence .*test_refusals\.py:\d+ in forward"
+    with pytest.raises(CaptureError, match=words + ".*help.*padded batch"):
+        fg.analyze(Recurrent(), (PADDED, lengths))
+
+
+@pytest.mark.parametrize("inputs", [PACKED, (PACKED,), {"x": {"y": [PACKED]}}])
+def test_a_packed_sequence_is_no_input(inputs):
+    with pytest.raises(CaptureError, match=r"PackedSequence cannot be an input.*help.*padded"):
+        fg.analyze(nn.Linear(6, 3), inputs)
+
+
+def test_a_packed_sequence_is_no_batch(mlp):
+    x = torch.randn(3, 7)
+    with pytest.raises(CaptureError, match="PackedSequence cannot be an input"):
+        fg.prune(mlp, x, [PACKED], fg.Config())
+
+
+class Bessel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return torch.special.bessel_j0(self.down(torch.relu(self.up(x))))
+
+
+def test_what_onnx_lacks_is_told_in_whole_lines_without_colours(tmp_path):
+    pruned = fg.prune(Bessel().eval(), X, None, CONFIG)
+
+    words = "cannot be written as ONNX: No ONNX function found"
+    with pytest.raises(FaspGraphError, match=words) as caught:
+        pruned.export_onnx(tmp_path / "bessel.onnx")
+
+    told = str(caught.value)
+    assert "\x1b" not in told and "bessel_j0" in told and "\n" not in told
+    assert told.endswith(" · help: another format may do") and len(told) < 600
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_cause_comes_first_and_no_line_is_cut():
+    first = ValueError("\x1b[96mno function\x1b[0m for it\nsee the log")
+    error = RuntimeError("step 3\nfailed at length")
+    error.__cause__ = first
+
+    assert causes(error, 100) == "no function for it · see the log · step 3 · failed at length"
+    assert causes(error, 45) == "no function for it · see the log · step 3"
+    assert causes(error, 12) == "no ..."
+    assert causes(KeyError(), 12) == "KeyError"
+    assert brief("\x1b[1mone  two\nthree\x1b[0m", 11) == "one two ..."
+
+
+def test_a_batch_that_does_not_run_is_told_up_to_a_word(mlp):
+    with pytest.raises(CalibrationError, match=r"does not run: [^·]*[^ ·] · node"):
+        fg.prune(mlp, torch.randn(3, 7), [torch.randn(3, 9)], fg.Config())

@@ -1,0 +1,149 @@
+"""Weights of which calibration tells nothing: no token reaches them, or only zeros do. Their units
+go by weight magnitude, nothing is repaired there, and the report says so. The rest is pruned.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import fasp_graph as fg
+from passes.errors import CalibrationError
+
+WIDTH, INNER, UNSEEN = 6, 20, 2
+METHODS = ["best", "fasp", "slimgpt", "flap", "wanda"]
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(WIDTH, INNER), nn.ReLU(), nn.Linear(INNER, WIDTH))
+
+
+class Mixture(nn.Module):
+    """Experts in a list, each called on the rows that the router sends it: none to one of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.router = two_layers(), nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(two_layers() for _ in range(3))
+        with torch.no_grad():
+            self.router.bias[UNSEEN] = -1e9
+
+    def forward(self, x):
+        x = x + self.first(x)
+        ids, out = self.router(x).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(ids == number)[0]
+            out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+class Dead(nn.Module):
+    """Two branches side by side; one gives zeros for whatever comes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dead, self.alive = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER)
+        self.down = nn.Linear(2 * INNER, WIDTH)
+        with torch.no_grad():
+            self.dead.bias.fill_(-1e9)
+
+    def forward(self, x):
+        return self.down(torch.relu(torch.cat([self.dead(x), self.alive(x)], -1)))
+
+
+class Readers(nn.Module):
+    """One chain that two layers read: one of them on rows of which there are none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.left = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+        self.right = nn.Linear(INNER, WIDTH)
+
+    def forward(self, x):
+        h = torch.relu(self.up(x))
+        rows = torch.where(x[:, 0] > 1e9)[0]
+        return self.left(h).index_add(0, rows, self.right(h[rows]))
+
+
+def data(count=8, rows=40):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(rows, WIDTH, generator=generator).double() for _ in range(count)]
+
+
+def heaviest(weight, keep):
+    return sorted(weight.norm(dim=0).argsort(descending=True)[:keep].tolist())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_expert_that_no_row_reaches_keeps_its_heaviest_units_unrepaired(method):
+    model, batches = Mixture().double().eval(), data()
+
+    pruned = fg.prune(model, batches[0], batches, fg.Config(method=method, sparsity=0.3))
+
+    down = model.experts[UNSEEN][2]
+    kept = list(pruned.plan.kept[f"experts.{UNSEEN}.0.0"])
+    assert len(kept) < INNER and kept == heaviest(down.weight, len(kept))
+    small = pruned.model.experts[UNSEEN][2]
+    assert torch.equal(small.weight, down.weight[:, kept]) and torch.equal(small.bias, down.bias)
+    assert all(len(units) < INNER for units in pruned.plan.kept.values())
+    assert pruned.report.verify_max_error < 1e-9
+    (note,) = [note for note in pruned.report.notes if "no calibration token reaches" in note]
+    assert f"reaches experts.{UNSEEN}.2.weight, so" in note and f"module experts.{UNSEEN}" in note
+    assert "test_untold.py:" in note and "help: calibrate on more data" in note
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_units_of_which_only_zeros_are_seen_go_by_their_weights(method):
+    model, batches = Dead().double().eval(), data()
+
+    pruned = fg.prune(model, batches[0], batches, fg.Config(method=method, sparsity=0.3))
+
+    kept = pruned.plan.kept
+    dead = list(kept["dead.0"])
+    assert len(dead) < INNER and dead == heaviest(model.down.weight[:, :INNER], len(dead))
+    assert len(kept["alive.0"]) < INNER
+    assert torch.isfinite(pruned.model.down.weight).all()
+    (note,) = [note for note in pruned.report.notes if "only zeros reach down.weight" in note]
+    assert "help: calibrate on" in note
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reader_that_saw_nothing_has_no_say(method):
+    model, batches = Readers().double().eval(), data()
+    config = fg.Config(method=method, sparsity=0.3, restore="none", allocation="uniform")
+
+    pruned = fg.prune(model, batches[0], batches, config)
+
+    ((name, kept),) = pruned.plan.kept.items()
+    alone = nn.Sequential(model.up, nn.ReLU(), model.left)
+    (expected,) = fg.prune(alone, batches[0], batches, config).plan.kept.values()
+    assert len(kept) == len(expected) and set(kept) == set(expected), name
+    assert torch.equal(pruned.model.right.weight, model.right.weight[:, list(kept)])
+    assert any("token reaches right.weight" in note for note in pruned.report.notes)
+
+
+def test_weights_need_no_data_and_no_note():
+    model = Mixture().double().eval()
+    pruned = fg.prune(model, data()[0], None, fg.Config(method="magnitude", sparsity=0.3))
+    assert not pruned.report.notes
+
+
+def test_an_interrupted_run_goes_on_with_the_same_notes(tmp_path):
+    model, batches = Mixture().double().eval(), data()
+    config = fg.Config(method="fasp", sparsity=0.3)
+
+    whole = fg.prune(model, batches[0], batches, config, work=tmp_path)
+    resumed = fg.prune(model, batches[0], batches, config, work=tmp_path)
+
+    assert whole.report.notes == resumed.report.notes and whole.plan == resumed.plan
+    assert any("no calibration token" in note for note in resumed.report.notes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_finite_is_refused_wherever_it_comes(method):
+    batches = data()
+    batches[0][0] = float("nan")
+    with pytest.raises(CalibrationError, match="non-finite activations reach .*weight.*help"):
+        fg.prune(Mixture().double().eval(), data()[0], batches, fg.Config(method=method))
