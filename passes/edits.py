@@ -67,7 +67,14 @@ def _repeat_interleave(edit: Edit) -> None:
     shape, dim = edit.shape(edit.source), edit.bound["dim"]
     if dim is None or dim % len(shape) not in edit.outs[0]:
         return
-    size = count(edit.outs[0][dim % len(shape)], dim % len(shape))
+    size, repeats = count(edit.outs[0][dim % len(shape)], dim % len(shape)), edit.bound["repeats"]
+    if isinstance(repeats, Node) and shape[dim] > 1:
+        times = edit.cut.value(repeats.name).const.expand(shape[dim])
+        _take(edit, dim % len(shape), torch.arange(shape[dim]).repeat_interleave(times).tolist())
+        return
+    if isinstance(repeats, Node):
+        edit.become(aten.repeat_interleave.self_int, edit.source, size, dim)
+        return
     arguments: dict[str, Any] = {"repeats": size} if shape[dim] == 1 else {}
     if edit.bound.get("output_size") is not None:
         arguments["output_size"] = size
@@ -154,9 +161,14 @@ def _index(edit: Edit) -> None:
     const = edit.cut.value(indices[indexed[0]].name).const
     if len(indexed) > 1 or const.dim() != 1:
         raise UnsupportedOp("an index table of several dims points at a pruned axis")
-    new = torch.tensor(edit.positions(indexed[0], const.tolist()), dtype=torch.long)
+    _take(edit, indexed[0], const.tolist())
+
+
+def _take(edit: Edit, dim: int, places: list[int]) -> None:
+    """Old places along a dim of the source, where they are now."""
+    new = torch.tensor(edit.positions(dim, places), dtype=torch.long)
     held = hold(edit.module, edit.node, f"_index_{edit.node.name}", new)
-    edit.become(aten.index_select.default, edit.source, indexed[0], held)
+    edit.become(aten.index_select.default, edit.source, dim, held)
 
 
 def _pad(edit: Edit) -> None:

@@ -1,7 +1,8 @@
 """Label propagation: run the captured graph on labels instead of numbers.
 
     movement   the same aten op is executed on the label arrays (passes/moves.py)
-    places     join, pad, index, write at places (passes/places.py); by data: passes/routing.py
+    places     join, pad, write at places (passes/places.py); by data: passes/indexing.py and
+               passes/routing.py
     pointwise  labels that meet in one element, on the same dim, unite (passes/pointwise.py)
     rules      passes/rules: carried axes unite, summed axes unite and end in a Site, mixed and
                fixed axes are marked (passes/axes.py)
@@ -25,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from . import moves, pairs, places, recurrent, routing, windows
+from . import indexing, moves, pairs, places, recurrent, routing, windows
 from .axes import apply_rule
 from .capture import Args
 from .covered import check_covered
@@ -50,7 +51,7 @@ from .visit import Visit, bind, op_name
 __all__ = ["Labels", "Mark", "Operand", "Site", "Source", "Value", "propagate"]
 
 CREATION = {"new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"}
-SPECIAL = tuple(m.HANDLERS for m in (places, routing, recurrent, pairs, windows))
+SPECIAL = tuple(m.HANDLERS for m in (places, indexing, routing, recurrent, pairs, windows))
 SHAPELESS = {"sym_size", "sym_numel", "sym_stride", "item", "_local_scalar_dense"}
 
 
@@ -259,6 +260,8 @@ class _Propagation:
 def _movable(visit: Visit, values: list[Value]) -> bool:
     if visit.given.get("dtype") is not None:
         return False  # a view of the bits
+    if visit.node.target is torch.ops.aten.repeat_interleave.Tensor:
+        return False  # places by data
     return visit.name in moves.LIKE or all(v.const is not None for v in values[1:])
 
 
