@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .clean import clean
+from .composed import take_apart
 from .constants import mark_literals
 from .errors import CaptureError
 from .free_axes import Args, attempts, enlarged, free_axes
@@ -160,7 +161,7 @@ def _export(
     assert isinstance(module, GraphModule)
     free = free_axes(module, args)
     mark_literals(module)
-    module = normalize(clean(unbatch(module)))
+    module = normalize(clean(take_apart(unbatch(module))))
     assert_held(module, args, held or frozenset())
     assert_constants(module, args)
     if not real:

@@ -20,13 +20,12 @@ LEAST_FIRST = {"argmin", "min"}
 
 
 def taken(node: Node, shape: tuple[int, ...]) -> int:
-    """How many of the first places of a choice along an axis of `shape` are used, of the last as a
-    negative number; 0: of those that are sorted, all are, or which ones depends on the size.
+    """How many of the first places of a sorted axis of `shape` are used, of the last as a negative
+    number; 0: all are, or which ones depends on the size. Other choices take the first.
     """
-    bound = bind(node, node.args, node.kwargs)
     if "sort" not in op_name(node):
-        return int(bound.get("k") or 1)
-    dim = bound["dim"] % len(shape)
+        return 1
+    dim = bind(node, node.args, node.kwargs)["dim"] % len(shape)
     ends = [_end(user, dim, shape) for item in _results(node) for user in item.users]
     if min(ends, default=0) > 0:
         return max(ends)

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from . import norms
 from .edit import Edit, hold
 from .errors import UnsupportedOp
-from .removal import count
+from .pointwise import DRAWN_LIKE
+from .removal import count, places
 
 aten = torch.ops.aten
 
@@ -193,53 +195,6 @@ def _convolution(edit: Edit) -> None:
         edit.change(groups=count(mask, channel))
 
 
-def _mean(edit: Edit) -> None:
-    """Divided by as many positions as there were."""
-    rank, dims = len(edit.shape(edit.source)), edit.bound.get("dim")
-    dims = range(rank) if not dims else [dims] if isinstance(dims, int) else dims
-    _rescale(edit, float(edit.cut.share(edit.source.name, {dim % rank for dim in dims})))
-
-
-def _rms_norm(edit: Edit) -> None:
-    """With n counted and k present: x / sqrt(S / n + e) = sqrt(n / k) x / sqrt(S / k + e n / k)."""
-    rank = len(edit.shape(edit.source))
-    dims = range(rank - len(edit.bound["normalized_shape"]), rank)
-    share = float(edit.cut.share(edit.source.name, dims))
-    _normalized(edit)
-    if share != 1:
-        edit.change(eps=edit.bound["eps"] / share)
-        _rescale(edit, share**-0.5)
-
-
-def _rescale(edit: Edit, factor: float) -> None:
-    """The node's result times a number; a new node before it does what it did."""
-    if factor == 1:
-        return
-    node = edit.node
-    with node.graph.inserting_before(node):
-        made = node.graph.call_function(node.target, node.args, node.kwargs)
-    made.meta = dict(node.meta)
-    edit.become(aten.mul.Tensor, made, factor)
-
-
-def _normalized(edit: Edit) -> None:
-    rank, sizes = len(edit.shape(edit.source)), list(edit.bound["normalized_shape"])
-    for dim, mask in edit.ins[edit.source].items():
-        at = dim - rank + len(sizes)
-        if at >= 0:
-            sizes[at] = count(mask, dim)
-    edit.change(normalized_shape=sizes)
-
-
-def _group_norm(edit: Edit) -> None:
-    """As many groups as before, of fewer channels; a group for every channel that stays."""
-    mask, groups = edit.ins[edit.source].get(1), edit.bound["num_groups"]
-    if mask is not None and groups == edit.shape(edit.source)[1]:
-        edit.change(num_groups=count(mask, 1))
-    elif mask is not None and count(mask, 1) % groups:
-        raise UnsupportedOp(f"{count(mask, 1)} channels would stay, no multiple of {groups} groups")
-
-
 def _attention(edit: Edit) -> None:
     """The softmax scale stays 1 / sqrt of the dense head size."""
     query = edit.bound["query"]
@@ -252,6 +207,27 @@ def _one_hot(edit: Edit) -> None:
     last = len(edit.shape(edit.source))
     if last in edit.outs[0]:
         edit.change(num_classes=count(edit.outs[0][last], last))
+
+
+def _drawn(edit: Edit) -> None:
+    """As many numbers are drawn as before; those that stay are taken."""
+    graph, shape, cuts = edit.node.graph, edit.shape(edit.node), edit.outs[0]
+    held = {
+        d: hold(edit.module, edit.node, f"_drawn_{edit.node.name}_{d}", places(mask, d))
+        for d, mask in cuts.items()
+    }
+    with graph.inserting_before(edit.node):
+        wide = edit.source
+        for dim in cuts:
+            wide = graph.call_function(aten.narrow.default, (wide, dim, 0, 1))
+        sizes = [size if dim in cuts else -1 for dim, size in enumerate(shape)]
+        wide = graph.call_function(aten.expand.default, (wide, sizes))
+        options = {**edit.node.kwargs, "memory_format": torch.contiguous_format}
+        made = graph.call_function(edit.node.target, (wide, *edit.node.args[1:]), options)
+        *before, (last, index) = held.items()
+        for dim, kept in before:
+            made = graph.call_function(aten.take_along_dim.default, (made, kept, dim))
+    edit.become(aten.take_along_dim.default, made, index, last)
 
 
 EDITS: dict[str, Callable[[Edit], None]] = {
@@ -270,10 +246,11 @@ EDITS: dict[str, Callable[[Edit], None]] = {
     ),
     **dict.fromkeys(("index", "index_select"), _index),
     **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
-    "layer_norm": _normalized,
-    "rms_norm": _rms_norm,
-    "mean": _mean,
-    "group_norm": _group_norm,
+    "layer_norm": norms.normalized,
+    "rms_norm": norms.rms_norm,
+    "mean": norms.mean,
+    **dict.fromkeys(DRAWN_LIKE, _drawn),
+    "group_norm": norms.group_norm,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),

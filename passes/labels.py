@@ -26,13 +26,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from . import indexing, moves, pairs, places, recurrent, routing, windows
+from . import moves, places, routing
 from .axes import apply_rule
 from .capture import Args
+from .composed import SPECIAL
 from .covered import check_covered
 from .errors import where
 from .fakes import as_fake, executed, real_like
-from .pointwise import is_pointwise, meet_pointwise
+from .pointwise import draws, is_pointwise, meet_pointwise
 from .rules import table
 from .values import (
     BLOCKS,
@@ -51,7 +52,6 @@ from .visit import Visit, bind, op_name
 __all__ = ["Labels", "Mark", "Operand", "Site", "Source", "Value", "propagate"]
 
 CREATION = {"new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"}
-SPECIAL = tuple(m.HANDLERS for m in (places, indexing, routing, recurrent, pairs, windows))
 SHAPELESS = {"sym_size", "sym_numel", "sym_stride", "item", "_local_scalar_dense"}
 
 
@@ -203,9 +203,11 @@ class _Propagation:
             return places.grouped_convolution(visit)
         if name in self.rules:
             return apply_rule(visit, self.rules[name])
+        if draws(visit.node):
+            return self._unknown(visit, f"{visit.name} draws numbers one after the other")
         if is_pointwise(visit.node):
             return [meet_pointwise(visit, out) for out in visit.outs]
-        return self._unknown(visit)
+        return self._unknown(visit, f"no axis rule for {visit.node.target}")
 
     def _constant(self, node: Node, args: Any) -> Any:
         plain = pytree.tree_map(
@@ -248,10 +250,9 @@ class _Propagation:
                 fixed = self.labels.all_fixed(value.shape, visit.reason(what))
                 self.labels.values[node] = Value(value.fake, fixed)
             node = node.args[0]  # type: ignore[assignment]
-        return self._unknown(visit)
+        return self._unknown(visit, f"no axis rule for {visit.node.target}")
 
-    def _unknown(self, visit: Visit) -> list[Arrays]:
-        what = f"no axis rule for {visit.node.target}"
+    def _unknown(self, visit: Visit, what: str) -> list[Arrays]:
         for value in visit.values():
             visit.freeze(list(value.arrays.values()), what)
         return visit.all_fixed(what)

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .errors import UnsupportedOp, where
-from .groups import DependencyGraph, Group
+from .groups import KINDS, DependencyGraph, Group
 from .lazy import Lazy
 from .removal import Removal, removal
 from .rewrite import shrink, shrink_node
@@ -32,17 +32,33 @@ from .select import least, select
 from .values import Value
 
 Kept = Mapping[str, Sequence[int]]
+Reasons = dict[str, str]
 
 
 def rehearsed(module: GraphModule, inputs: Args, deps: DependencyGraph) -> DependencyGraph:
-    """`deps` with every group frozen that a rewrite cannot cut; kind by kind, units at random."""
+    """`deps` with every group frozen that a rewrite cannot cut, units at random: of all kinds
+    together, and where that is refused kind by kind. Blocks of which one is left are apart: what
+    differs between blocks would not be seen.
+    """
+    every = dict(_drawn(deps.groups))
+    single = {name: units for name, units in every.items() if deps[name].layer and len(units) == 1}
+    several = {name: units for name, units in every.items() if name not in single}
     refused: dict[str, str] = {}
-    for kind in ("chain", "bilinear", "head", "width"):
-        kept = dict(_drawn(group for group in deps.groups if group.kind == kind))
-        while kept and (found := refusals(module, inputs, deps, kept)):
-            refused |= found
-            kept = {name: units for name, units in kept.items() if name not in found}
+    for drawn in (several, single):
+        if drawn and refusals(module, inputs, deps, drawn):
+            for kind in KINDS:
+                kept = {name: units for name, units in drawn.items() if deps[name].kind == kind}
+                refused |= _refused(module, inputs, deps, kept)
     return frozen(deps, refused)
+
+
+def _refused(module: GraphModule, inputs: Args, deps: DependencyGraph, kept: Kept) -> Reasons:
+    """What has to go from `kept` until the rest is not refused."""
+    refused: dict[str, str] = {}
+    while kept and (found := refusals(module, inputs, deps, kept)):
+        refused |= found
+        kept = {name: units for name, units in kept.items() if name not in found}
+    return refused
 
 
 def frozen(deps: DependencyGraph, reasons: Mapping[str, str]) -> DependencyGraph:
@@ -57,18 +73,21 @@ def frozen(deps: DependencyGraph, reasons: Mapping[str, str]) -> DependencyGraph
 
 
 def _drawn(groups: Iterable[Group]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """About half of the units of each group that can lose any, at random in each block."""
+    """About half of the units of each group that can lose any: at random, and others in each block
+    than in the one before.
+    """
     draw = torch.Generator().manual_seed(0)
-    for group in groups:
+    for group in (group for group in groups if group.kind != "frozen"):
         size = group.size // group.blocks
         keep = max(least(group, 1), size // 2)
+        worth, utility = torch.rand(size, generator=draw), torch.zeros(group.size)
+        for block in range(group.blocks):
+            utility[torch.from_numpy(group.block_of == block)] = worth.roll(block)
         if keep < size:
-            yield group.name, select(group, torch.rand(group.size, generator=draw), keep)
+            yield group.name, select(group, utility, keep)
 
 
-def refusals(
-    module: GraphModule, inputs: Args, deps: DependencyGraph, kept: Kept
-) -> dict[str, str]:
+def refusals(module: GraphModule, inputs: Args, deps: DependencyGraph, kept: Kept) -> Reasons:
     """Of the groups of `kept` those that cannot be cut like this -> why."""
     fakes, cut = FakeTensorMode(allow_non_fake_inputs=True), removal(deps, kept)
     compact = _shapes_of(module, fakes)

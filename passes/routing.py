@@ -115,7 +115,7 @@ def choose(visit: Visit) -> list[Arrays]:
         visit.freeze(list(value.arrays.values()), f"{visit.name} over all")
         return visit.all_fixed(f"{visit.name} over all")
     dim, labels = visit.dim("dim", rank, -1), visit.labels
-    least = abs(taken(visit.node, value.shape))
+    least = int(visit.given.get("k") or abs(taken(visit.node, value.shape)))
     axis = _axis(visit, value) if least else None
     if axis is None:
         visit.freeze([value.arrays[dim]] if dim in value.arrays else [], visit.name)

@@ -355,6 +355,37 @@ class JoinedGroupNorm(nn.Module):
         return self.last(torch.relu(self.norm(torch.cat([self.left(x), self.right(x)], 1))))
 
 
+class Variational(nn.Module):
+    """Noise is added to the code, and to what is read of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.mean, self.spread = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(12, 8)
+        self.mid, self.leave = nn.Linear(8, 12), nn.Linear(12, 6)
+
+    def forward(self, x):
+        h = torch.relu(self.enter(x))
+        mean = self.mean(h)
+        code = mean + torch.randn_like(mean) * torch.exp(0.5 * self.spread(h))
+        h = torch.relu(self.mid(code))
+        return self.leave(h + 0.1 * torch.rand_like(h))
+
+
+class Addressed(nn.Module):
+    """A memory that is read by the cosine of keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.key, self.sharp = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(12, 1)
+        self.memory, self.leave = nn.Parameter(torch.randn(5, 8)), nn.Linear(20, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        near = F.cosine_similarity(self.key(h)[:, None], self.memory[None], dim=-1)
+        weight = (F.softplus(self.sharp(h)) * near).softmax(-1)
+        return self.leave(torch.cat([h, weight @ self.memory], -1))
+
+
 IMAGE, SERIES = (3, 6, 6), (3, 9)
 MODELS = {
     "squeeze and excite": (SqueezeExcite, IMAGE),
@@ -377,6 +408,8 @@ MODELS = {
     "vector quantisation": (VectorQuantised, (6,)),
     "memory": (Memory, (6,)),
     "masked tokens": (MaskedTokens, (7, 6)),
+    "variational auto-encoder": (Variational, (6,)),
+    "memory by cosines": (Addressed, (6,)),
     "group norm by hand": (HandGroupNorm, IMAGE),
     "group norm of two streams": (JoinedGroupNorm, IMAGE),
 }
