@@ -26,12 +26,13 @@ from passes.couple import DependencyGraph
 from passes.held import held_inputs
 from passes.kernels import widen
 from passes.lazy import is_lazy, replace
+from passes.rehearsal import frozen, refusals, rehearsed
 from passes.removal import removal
 from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
 from passes.verify import verify
 
-from .calibration import few_tokens, refuse_dataless, untold
+from .calibration import few_tokens, needs_data, refuse_dataless, untold
 from .config import Config
 from .decide import Progress, decide
 from .emit.layout import Said, uniform_groups
@@ -96,6 +97,7 @@ def read(
         captured = capture(model, inputs)
     with _stage("couple", seconds, progress):
         deps = analysis(captured.graph_module, captured.inputs, check)
+        deps = rehearsed(captured.graph_module, captured.inputs, deps)
     return Program(captured, deps, seconds)
 
 
@@ -131,14 +133,10 @@ def prune(
     refuse_dataless(calibration, config)
     restart()
     program = program or read(model, inputs, config.check, progress)
-    captured, deps, seconds = program.captured, program.deps, dict(program.seconds)
-    groups = [g for g in deps.groups if g.kind in config.kinds]
-    shared: list[Said] = []
-    if config.layout == "uniform":
-        groups, shared = uniform_groups(model, groups)
+    captured, seconds = program.captured, dict(program.seconds)
     with _stage("prune", seconds, progress):
         folder = None if work is None else Path(work)
-        decisions = decide(captured, deps, groups, calibration, config, progress, shared, folder)
+        deps, decisions = _decided(model, program, calibration, config, progress, folder)
     dense = _with_weights(captured.graph_module, decisions.weights)
     cut = removal(deps, decisions.kept)
     with _stage("rewrite", seconds, progress):
@@ -162,6 +160,32 @@ def prune(
         captured.dynamic_shapes,
         emission,
     )
+
+
+def _decided(
+    model: nn.Module,
+    program: Program,
+    calibration: Iterable[Any] | None,
+    config: Config,
+    progress: Progress | None,
+    folder: Path | None,
+) -> tuple[DependencyGraph, Decisions]:
+    """Decide. Where the rewriter refuses what was chosen of a group, that group is frozen, and the
+    others are decided anew.
+    """
+    captured, deps = program.captured, program.deps
+    if isinstance(calibration, Iterator) and needs_data(config):
+        calibration = list(calibration)
+    while True:
+        groups = [g for g in deps.groups if g.kind in config.kinds]
+        shared: list[Said] = []
+        if config.layout == "uniform":
+            groups, shared = uniform_groups(model, groups)
+        decisions = decide(captured, deps, groups, calibration, config, progress, shared, folder)
+        found = refusals(captured.graph_module, captured.inputs, deps, decisions.kept)
+        if not found:
+            return deps, decisions
+        deps, folder = frozen(deps, found), None  # a journal is of one choice of groups
 
 
 def _plan(deps: DependencyGraph, decisions: Decisions, compact: GraphModule) -> Plan:

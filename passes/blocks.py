@@ -31,8 +31,7 @@ def block_tags(layer: Layer, wanted: np.ndarray) -> np.ndarray:
     tag = np.zeros(len(wanted), np.uint64)
     keys: dict[bytes, np.uint64] = {}
     random = np.random.default_rng(2)
-    parts = [layer.component[array.numpy()] for array in layer.labels.parts]
-    for units in (*_blocked_units(layer), *parts):
+    for units in rows_of(layer):
         if not wanted[units].any():
             continue
         for row in units:
@@ -44,8 +43,10 @@ def block_tags(layer: Layer, wanted: np.ndarray) -> np.ndarray:
     return tag
 
 
-def _blocked_units(layer: Layer) -> Iterable[np.ndarray]:
-    """Components [blocks, units] of every array that varies along more than its home, once each."""
+def rows_of(layer: Layer) -> Iterable[np.ndarray]:
+    """Components [blocks, units] of every array that varies along more than its home, once each,
+    and of the parts that an op takes an axis in.
+    """
     seen: set[bytes] = set()
     for value in layer.labels.values.values():
         for leaf in value if isinstance(value, list) else [value]:
@@ -58,3 +59,4 @@ def _blocked_units(layer: Layer) -> Iterable[np.ndarray]:
                 if units.tobytes() not in seen:
                     seen.add(units.tobytes())
                     yield units
+    yield from (layer.component[array.numpy()] for array in layer.labels.parts)

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from .branches import Assumed, alike, watched
 from .clean import clean
 from .compare import compare, outputs, plain, without_cache
+from .composed import take_apart
 from .constants import mark_literals
 from .errors import CaptureError
 from .free_axes import Args, attempts, free_axes
@@ -182,7 +183,7 @@ def _export(
     assert isinstance(module, GraphModule)
     free = free_axes(module, args)
     mark_literals(module)
-    module = normalize(clean(unbatch(module)))
+    module = normalize(clean(take_apart(unbatch(module))))
     assert_held(module, args, held or frozenset())
     assert_constants(module, args)
     if not real:

@@ -1,8 +1,7 @@
 """couple: labels -> groups. One connected-components call per run of propagation ends it.
 
-Everything here is arrays over components: a footprint is a hash that adds a random key for every
-weight dim (in its multiplicity) and every site that a component stands at; equal footprints are
-one group. Blocks: passes/blocks.py.
+Everything here is arrays over components; equal footprints (passes/footprints.py) are one group.
+Blocks: passes/blocks.py.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import re
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from .blocks import block_tags
 from .errors import module_of, user_line
+from .footprints import Notes, Prints, even, united
 from .groups import Consumer, DependencyGraph, Group, Layer, Member
 from .pieces import apart, pieces
 from .streams import Streams
@@ -30,11 +29,12 @@ def couple(
     labels: Labels, parameters: dict[str, Tensor], blocks: Labels | None = None
 ) -> DependencyGraph:
     """Groups of a run, and the whole blocks of that on blocks. `parameters`: under all names."""
-    layers = [Layer(labels, _components(labels))]
-    groups = _groups(layers[0], 0)
-    if blocks is not None:
-        layers.append(Layer(blocks, _components(blocks)))
-        groups += _groups(layers[1], 1)
+    layers: list[Layer] = []
+    groups: list[Group] = []
+    for number, run in enumerate([labels] if blocks is None else [labels, blocks]):
+        layer, prints = even(Layer(run, united(run.count, run.edges)), number)
+        layers.append(layer)
+        groups += _groups(layer, number, prints)
     names = _names(labels, parameters)
     shapes = {name: tuple(held.shape) for name, held in parameters.items() if names[name] == name}
     several = {told for name, told in names.items() if told != name}
@@ -52,75 +52,11 @@ def _names(labels: Labels, parameters: dict[str, Tensor]) -> dict[str, str]:
     return {name: told[id(held)] for name, held in parameters.items()}
 
 
-def _components(labels: Labels) -> np.ndarray:
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    if not labels.edges:
-        return np.arange(labels.count)
-    pairs = torch.cat(labels.edges).numpy()
-    graph = coo_array(
-        (np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])),
-        shape=(labels.count, labels.count),
-    )
-    return connected_components(graph, directed=False)[1]
-
-
-@dataclass
-class _Notes:
-    """Per component: the reason (an index, -1: none) why it is frozen, mixed or under a mean,
-    and flags.
-    """
-
-    reasons: list[str]
-    frozen: np.ndarray
-    mixed: np.ndarray
-    mean: np.ndarray
-    flags: dict[str, np.ndarray]
-    least: np.ndarray
-
-
-def _notes(layer: Layer, count: int) -> _Notes:
-    notes = _Notes(
-        [],
-        np.full(count, -1),
-        np.full(count, -1),
-        np.full(count, -1),
-        {kind: np.zeros(count, bool) for kind in ("bent", "blocked", "routed")},
-        np.ones(count, int),
-    )
-    for mark in layer.labels.marks:
-        units = layer.component[mark.labels.numpy()]
-        notes.least[units] = np.maximum(notes.least[units], mark.least)
-        if mark.kind in notes.flags:
-            notes.flags[mark.kind][units] = True
-            continue
-        table = {"frozen": notes.frozen, "mixed": notes.mixed, "mean": notes.mean}[mark.kind]
-        table[units[table[units] < 0]] = len(notes.reasons)
-        notes.reasons.append(mark.reason)
-    return notes
-
-
-def _groups(layer: Layer, number: int) -> list[Group]:
-    labels, component = layer.labels, layer.component
-    count = int(component.max()) + 1 if len(component) else 0
-    notes = _notes(layer, count)
-    owned = np.zeros(count, bool)
-    footprint = np.zeros(count, np.uint64)
-    keys = np.random.default_rng(0)
+def _groups(layer: Layer, number: int, prints: Prints) -> list[Group]:
+    labels, notes = layer.labels, prints.notes
     sources = [source for source in labels.sources if source.kind == "parameter"]
-    for source in sources:
-        units = component[source.start : source.start + source.size]
-        owned[units] = True
-        np.add.at(footprint, units, keys.integers(1, 2**62, dtype=np.uint64))
-    sites: list[tuple[Site, np.ndarray]] = []
-    for site in labels.sites:
-        units = np.unique(np.concatenate([component[_flat(o.labels)] for o in site.operands]))
-        footprint[units] += keys.integers(1, 2**62, dtype=np.uint64)
-        sites.append((site, units))
-    wanted = owned & notes.flags["blocked"] if number else owned
-    builder = _Builder(layer, number, notes, sources, sites, _fed(labels), Streams(layer))
-    return builder.build(wanted, footprint)
+    builder = _Builder(layer, number, notes, sources, prints.sites, _fed(labels), Streams(layer))
+    return builder.build(prints.wanted, prints.footprint)
 
 
 def _fed(labels: Labels) -> set[Node]:
@@ -132,15 +68,11 @@ def _fed(labels: Labels) -> set[Node]:
     return fed
 
 
-def _flat(array: Tensor) -> np.ndarray:
-    return array.reshape(-1).numpy()
-
-
 @dataclass
 class _Builder:
     layer: Layer
     number: int
-    notes: _Notes
+    notes: Notes
     sources: list[Source]
     sites: list[tuple[Site, np.ndarray]]
     fed: set[Node]

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from . import norms
 from .edit import Edit, hold
 from .errors import UnsupportedOp
-from .removal import count
+from .pointwise import DRAWN_LIKE
+from .removal import count, places
 
 aten = torch.ops.aten
 
@@ -67,7 +69,14 @@ def _repeat_interleave(edit: Edit) -> None:
     shape, dim = edit.shape(edit.source), edit.bound["dim"]
     if dim is None or dim % len(shape) not in edit.outs[0]:
         return
-    size = count(edit.outs[0][dim % len(shape)], dim % len(shape))
+    size, repeats = count(edit.outs[0][dim % len(shape)], dim % len(shape)), edit.bound["repeats"]
+    if isinstance(repeats, Node) and shape[dim] > 1:
+        times = edit.cut.value(repeats.name).const.expand(shape[dim])
+        _take(edit, dim % len(shape), torch.arange(shape[dim]).repeat_interleave(times).tolist())
+        return
+    if isinstance(repeats, Node):
+        edit.become(aten.repeat_interleave.self_int, edit.source, size, dim)
+        return
     arguments: dict[str, Any] = {"repeats": size} if shape[dim] == 1 else {}
     if edit.bound.get("output_size") is not None:
         arguments["output_size"] = size
@@ -154,9 +163,14 @@ def _index(edit: Edit) -> None:
     const = edit.cut.value(indices[indexed[0]].name).const
     if len(indexed) > 1 or const.dim() != 1:
         raise UnsupportedOp("an index table of several dims points at a pruned axis")
-    new = torch.tensor(edit.positions(indexed[0], const.tolist()), dtype=torch.long)
+    _take(edit, indexed[0], const.tolist())
+
+
+def _take(edit: Edit, dim: int, places: list[int]) -> None:
+    """Old places along a dim of the source, where they are now."""
+    new = torch.tensor(edit.positions(dim, places), dtype=torch.long)
     held = hold(edit.module, edit.node, f"_index_{edit.node.name}", new)
-    edit.become(aten.index_select.default, edit.source, indexed[0], held)
+    edit.become(aten.index_select.default, edit.source, dim, held)
 
 
 def _pad(edit: Edit) -> None:
@@ -181,53 +195,6 @@ def _convolution(edit: Edit) -> None:
         edit.change(groups=count(mask, channel))
 
 
-def _mean(edit: Edit) -> None:
-    """Divided by as many positions as there were."""
-    rank, dims = len(edit.shape(edit.source)), edit.bound.get("dim")
-    dims = range(rank) if not dims else [dims] if isinstance(dims, int) else dims
-    _rescale(edit, float(edit.cut.share(edit.source.name, {dim % rank for dim in dims})))
-
-
-def _rms_norm(edit: Edit) -> None:
-    """With n counted and k present: x / sqrt(S / n + e) = sqrt(n / k) x / sqrt(S / k + e n / k)."""
-    rank = len(edit.shape(edit.source))
-    dims = range(rank - len(edit.bound["normalized_shape"]), rank)
-    share = float(edit.cut.share(edit.source.name, dims))
-    _normalized(edit)
-    if share != 1:
-        edit.change(eps=edit.bound["eps"] / share)
-        _rescale(edit, share**-0.5)
-
-
-def _rescale(edit: Edit, factor: float) -> None:
-    """The node's result times a number; a new node before it does what it did."""
-    if factor == 1:
-        return
-    node = edit.node
-    with node.graph.inserting_before(node):
-        made = node.graph.call_function(node.target, node.args, node.kwargs)
-    made.meta = dict(node.meta)
-    edit.become(aten.mul.Tensor, made, factor)
-
-
-def _normalized(edit: Edit) -> None:
-    rank, sizes = len(edit.shape(edit.source)), list(edit.bound["normalized_shape"])
-    for dim, mask in edit.ins[edit.source].items():
-        at = dim - rank + len(sizes)
-        if at >= 0:
-            sizes[at] = count(mask, dim)
-    edit.change(normalized_shape=sizes)
-
-
-def _group_norm(edit: Edit) -> None:
-    """As many groups as before, of fewer channels; a group for every channel that stays."""
-    mask, groups = edit.ins[edit.source].get(1), edit.bound["num_groups"]
-    if mask is not None and groups == edit.shape(edit.source)[1]:
-        edit.change(num_groups=count(mask, 1))
-    elif mask is not None and count(mask, 1) % groups:
-        raise UnsupportedOp(f"{count(mask, 1)} channels would stay, no multiple of {groups} groups")
-
-
 def _attention(edit: Edit) -> None:
     """The softmax scale stays 1 / sqrt of the dense head size."""
     query = edit.bound["query"]
@@ -240,6 +207,27 @@ def _one_hot(edit: Edit) -> None:
     last = len(edit.shape(edit.source))
     if last in edit.outs[0]:
         edit.change(num_classes=count(edit.outs[0][last], last))
+
+
+def _drawn(edit: Edit) -> None:
+    """As many numbers are drawn as before; those that stay are taken."""
+    graph, shape, cuts = edit.node.graph, edit.shape(edit.node), edit.outs[0]
+    held = {
+        d: hold(edit.module, edit.node, f"_drawn_{edit.node.name}_{d}", places(mask, d))
+        for d, mask in cuts.items()
+    }
+    with graph.inserting_before(edit.node):
+        wide = edit.source
+        for dim in cuts:
+            wide = graph.call_function(aten.narrow.default, (wide, dim, 0, 1))
+        sizes = [size if dim in cuts else -1 for dim, size in enumerate(shape)]
+        wide = graph.call_function(aten.expand.default, (wide, sizes))
+        options = {**edit.node.kwargs, "memory_format": torch.contiguous_format}
+        made = graph.call_function(edit.node.target, (wide, *edit.node.args[1:]), options)
+        *before, (last, index) = held.items()
+        for dim, kept in before:
+            made = graph.call_function(aten.take_along_dim.default, (made, kept, dim))
+    edit.become(aten.take_along_dim.default, made, index, last)
 
 
 EDITS: dict[str, Callable[[Edit], None]] = {
@@ -258,10 +246,11 @@ EDITS: dict[str, Callable[[Edit], None]] = {
     ),
     **dict.fromkeys(("index", "index_select"), _index),
     **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
-    "layer_norm": _normalized,
-    "rms_norm": _rms_norm,
-    "mean": _mean,
-    "group_norm": _group_norm,
+    "layer_norm": norms.normalized,
+    "rms_norm": norms.rms_norm,
+    "mean": norms.mean,
+    **dict.fromkeys(DRAWN_LIKE, _drawn),
+    "group_norm": norms.group_norm,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),

@@ -1,7 +1,8 @@
 """Label propagation: run the captured graph on labels instead of numbers.
 
     movement   the same aten op is executed on the label arrays (passes/moves.py)
-    places     join, pad, index, write at places (passes/places.py); by data: passes/routing.py
+    places     join, pad, write at places (passes/places.py); by data: passes/indexing.py and
+               passes/routing.py
     pointwise  labels that meet in one element, on the same dim, unite (passes/pointwise.py)
     rules      passes/rules: carried axes unite, summed axes unite and end in a Site, mixed and
                fixed axes are marked (passes/axes.py)
@@ -25,13 +26,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from . import moves, pairs, places, recurrent, routing, windows
+from . import moves, places, routing
 from .axes import apply_rule
 from .capture import Args
+from .composed import SPECIAL
 from .covered import check_covered
 from .errors import where
 from .fakes import as_fake, executed, real_like
-from .pointwise import is_pointwise, meet_pointwise
+from .pointwise import draws, is_pointwise, meet_pointwise
 from .rules import table
 from .values import (
     BLOCKS,
@@ -50,7 +52,6 @@ from .visit import Visit, bind, op_name
 __all__ = ["Labels", "Mark", "Operand", "Site", "Source", "Value", "propagate"]
 
 CREATION = {"new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"}
-SPECIAL = tuple(m.HANDLERS for m in (places, routing, recurrent, pairs, windows))
 SHAPELESS = {"sym_size", "sym_numel", "sym_stride", "item", "_local_scalar_dense"}
 
 
@@ -202,9 +203,11 @@ class _Propagation:
             return places.grouped_convolution(visit)
         if name in self.rules:
             return apply_rule(visit, self.rules[name])
+        if draws(visit.node):
+            return self._unknown(visit, f"{visit.name} draws numbers one after the other")
         if is_pointwise(visit.node):
             return [meet_pointwise(visit, out) for out in visit.outs]
-        return self._unknown(visit)
+        return self._unknown(visit, f"no axis rule for {visit.node.target}")
 
     def _constant(self, node: Node, args: Any) -> Any:
         plain = pytree.tree_map(
@@ -247,10 +250,9 @@ class _Propagation:
                 fixed = self.labels.all_fixed(value.shape, visit.reason(what))
                 self.labels.values[node] = Value(value.fake, fixed)
             node = node.args[0]  # type: ignore[assignment]
-        return self._unknown(visit)
+        return self._unknown(visit, f"no axis rule for {visit.node.target}")
 
-    def _unknown(self, visit: Visit) -> list[Arrays]:
-        what = f"no axis rule for {visit.node.target}"
+    def _unknown(self, visit: Visit, what: str) -> list[Arrays]:
         for value in visit.values():
             visit.freeze(list(value.arrays.values()), what)
         return visit.all_fixed(what)
@@ -261,6 +263,8 @@ def _movable(visit: Visit, values: list[Value]) -> bool:
         return False  # a view of the bits
     if visit.name in moves.RESHAPES and math.prod(values[0].shape) != math.prod(visit.shape):
         return False  # numbers decide how many places there are
+    if visit.node.target is torch.ops.aten.repeat_interleave.Tensor:
+        return False  # places by data
     return visit.name in moves.LIKE or all(v.const is not None for v in values[1:])
 
 

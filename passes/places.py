@@ -1,8 +1,7 @@
-"""Ops that put tensors together, or read and write at places of one.
+"""Ops that put tensors together, or write into places of one (by an index: passes/indexing.py).
 
 cat, stack          labels side by side along the dim, united on the others
 pad                 constant places beside labelled ones
-index, index_put    the dims that data point at are fixed, the others carried
 slice_scatter       some places of a dim get the labels of what is written
 grouped convolution place j of every group goes together; depthwise carries the channel
 glu                 place j of both halves goes together
@@ -97,85 +96,6 @@ def pad(visit: Visit) -> list[Arrays]:
                 array = visit.labels.collapse(array, other)
         result[dim] = array
     return [{d: a for d, a in result.items() if visit.shape[d] > 1}]
-
-
-def index(visit: Visit, pointed: frozenset[int] | set[int] = frozenset()) -> list[Arrays]:
-    """Indexing by data: the indexed dims are fixed (but those `pointed` at by an index that
-    carries them), the index's own dims and the rest carried.
-    """
-    value = next(visit.values())
-    indices = list(visit.given["indices"])
-    at = [d for d, item in enumerate(indices) if isinstance(item, Value)]
-    picks = [indices[d] for d in at]
-    if any(pick.fake.dtype == torch.bool for pick in picks):
-        return _all_frozen(visit)
-    rank = max(len(pick.shape) for pick in picks)
-    together = at == list(range(at[0], at[-1] + 1))
-    start = at[0] if together else 0
-    kept = [d for d in range(len(value.shape)) if d not in at]
-    order = [d for d in kept if d < at[0]] if together else []
-    places = [*order, *([None] * rank), *[d for d in kept if d not in order]]
-    held = [value.arrays[d] for d in at if d in value.arrays and d not in pointed]
-    visit.freeze(held, "indexed by data")
-    result: Arrays = {}
-    for home, dim in enumerate(places):
-        if visit.shape[home] == 1:
-            continue
-        if dim is None:
-            held = _aligned(picks, home - start, rank, places)
-            result[home] = visit.labels.meet(held) if held else visit.fixed("an index")
-        else:
-            array = value.arrays[dim]
-            for d in at:
-                array = visit.labels.collapse(array, d)
-            result[home] = _rearranged(array, places)
-    return [result]
-
-
-def _aligned(
-    picks: list[Value], position: int, rank: int, places: list[int | None]
-) -> list[Tensor]:
-    found = []
-    for pick in picks:
-        dim = position - rank + len(pick.shape)
-        if dim in pick.arrays and pick.arrays[dim].numel() == pick.arrays[dim].shape[dim]:
-            vector = pick.arrays[dim].reshape(-1)
-            found.append(along(vector, places.index(None) + position, len(places)))
-    return found
-
-
-def _rearranged(array: Tensor, places: list[int | None]) -> Tensor:
-    order = [d for d in places if d is not None]
-    moved = array.permute([*order, *(d for d in range(array.dim()) if d not in order)])
-    moved = moved.reshape([array.shape[d] for d in order])
-    shape = iter(moved.shape)
-    return moved.reshape([1 if d is None else next(shape) for d in places])
-
-
-def _all_frozen(visit: Visit) -> list[Arrays]:
-    for value in visit.values():
-        visit.freeze(list(value.arrays.values()), f"{visit.name} by data")
-    return visit.all_fixed(f"{visit.name} by data")
-
-
-def index_put(visit: Visit) -> list[Arrays]:
-    """Writing at places given by data: those dims are fixed, the others carried."""
-    value, *_ = visit.values()
-    indices = list(visit.given["indices"])
-    at = [d for d, item in enumerate(indices) if isinstance(item, Value)]
-    source = visit.given["values"]
-    result = dict(value.arrays)
-    visit.freeze([result[d] for d in at if d in result], "written by an index")
-    if any(indices[d].fake.dtype == torch.bool for d in at) or at != list(range(len(at))):
-        return _all_frozen(visit)
-    rank = len(value.shape)
-    for dim, array in source.arrays.items():
-        home = dim - len(source.shape) + rank
-        if home >= len(at) and home in result and array.numel() == array.shape[dim]:
-            result[home] = visit.labels.meet([result[home], along(array.reshape(-1), home, rank)])
-        else:
-            visit.freeze([array], "written by an index")
-    return [result]
 
 
 def grouped_convolution(visit: Visit) -> list[Arrays]:
@@ -277,7 +197,6 @@ def glu(visit: Visit) -> list[Arrays]:
 HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), join),
     **dict.fromkeys(("constant_pad_nd", "pad"), pad),
-    **dict.fromkeys(("index_put", "_index_put_impl"), index_put),
     "glu": glu,
     **dict.fromkeys(("slice_scatter", "select_scatter"), scatter_part),
 }

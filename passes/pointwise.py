@@ -34,6 +34,7 @@ CARRY = {
 }
 LINEAR = {"add", "sub", "neg", "rsub", "to", "_to_copy", "contiguous", "clone", "type_as", "alias"}
 SCALING = {"mul", "div"}
+DRAWN_LIKE = {"rand_like", "randn_like", "randint_like"}
 LENDING = {"type_as"}  # of the second operand only the dtype is read
 
 
@@ -78,3 +79,15 @@ def is_pointwise(node: Node) -> bool:
     packet = getattr(torch.ops.aten, base, None)
     overload = getattr(packet, getattr(node.target, "_overloadname", ""), None)
     return base in CARRY or (overload is not None and torch.Tag.pointwise in overload.tags)
+
+
+def draws(node: Node) -> bool:
+    """Whether the op draws a number for each position, one after the other: all of them change
+    where there are fewer. What is drawn in the form of a contiguous tensor can be drawn as before,
+    and gathered (passes/edits.py).
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    held = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
+    plain = isinstance(held, torch.Tensor) and held.is_contiguous()
+    return not (op_name(node) in DRAWN_LIKE and plain)

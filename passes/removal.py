@@ -126,12 +126,16 @@ def removal(deps: DependencyGraph, kept: Mapping[str, Any]) -> Removal:
 
 def take(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
     """`tensor` with what stays along `dim`; every block keeps the same number."""
-    size = count(mask, dim)
-    order = (~mask).to(torch.int8).argsort(dim=dim, stable=True).narrow(dim, 0, size)
+    size, order = count(mask, dim), places(mask, dim)
     if order.numel() == order.shape[dim]:
         return tensor.index_select(dim, order.reshape(-1).to(tensor.device))
     shape = [n if k != dim else size for k, n in enumerate(tensor.shape)]
     return tensor.gather(dim, order.expand(shape).to(tensor.device))
+
+
+def places(mask: Tensor, dim: int) -> Tensor:
+    """Where what stays along `dim` stands, block by block."""
+    return (~mask).to(torch.int8).argsort(dim=dim, stable=True).narrow(dim, 0, count(mask, dim))
 
 
 def sliced(tensor: Tensor, cuts: Cuts) -> Tensor:

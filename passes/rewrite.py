@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from .choices import never
 from .constants import rejoin
 from .edit import Edit, hold, register
 from .edits import EDITS
 from .errors import UnsupportedOp, where
-from .removal import Cuts, Removal, is_constant, nodes_by_name, removal, sliced
+from .removal import Cuts, Removal, count, is_constant, nodes_by_name, places, removal, sliced
+from .values import Mark
 from .visit import bind, op_name
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "nodes_by_name",
     "removal",
     "rewrite",
+    "shrink",
+    "shrink_node",
     "sliced",
 ]
 aten = torch.ops.aten
@@ -40,26 +44,35 @@ aten = torch.ops.aten
 def rewrite(module: GraphModule, cut: Removal) -> GraphModule:
     """The compact graph. `module` holds dense (already repaired) weights and stays as it is."""
     compact = copy.deepcopy(module)
-    replaced: dict[int, Tensor] = {}
-    nodes = list(compact.graph.nodes)
-    nodes.sort(key=lambda node: is_constant(cut.value(node.name)))  # edits read them uncut
-    for node in nodes:
-        try:
-            _rewrite_node(compact, node, cut, replaced)
-        except UnsupportedOp as error:
-            raise UnsupportedOp(
-                f"{error} · {where(node)} · help: another sparsity, min_keep or align may avoid "
-                "it; please report it with the model"
-            ) from error
-    rejoin(compact)
-    compact.graph.lint()
-    compact.recompile()
+    for node, error in shrink(compact, cut).items():
+        raise UnsupportedOp(
+            f"{error} · {where(node)} · help: another sparsity, min_keep or align may avoid "
+            "it; please report it with the model"
+        ) from error
     return compact
 
 
-def _rewrite_node(
-    module: GraphModule, node: Node, cut: Removal, replaced: dict[int, Tensor]
-) -> None:
+def shrink(module: GraphModule, cut: Removal) -> dict[Node, UnsupportedOp]:
+    """Make a graph compact (in place); the nodes where that cannot be done, and why."""
+    replaced: dict[int, Tensor] = {}
+    failed: dict[Node, UnsupportedOp] = {}
+    nodes = list(module.graph.nodes)
+    nodes.sort(key=lambda node: is_constant(cut.value(node.name)))  # edits read them uncut
+    for node in nodes:
+        try:
+            shrink_node(module, node, cut, replaced)
+        except UnsupportedOp as error:
+            failed[node] = error
+    if failed:
+        return failed
+    rejoin(module)
+    module.graph.lint()
+    module.recompile()
+    return failed
+
+
+def shrink_node(module: GraphModule, node: Node, cut: Removal, replaced: dict[int, Tensor]) -> None:
+    """Edit one node, where something is cut off what it reads or makes."""
     if node.op not in ("get_attr", "call_function"):
         return
     if is_constant(cut.value(node.name)):
@@ -127,10 +140,11 @@ def masked(module: GraphModule, cut: Removal) -> GraphModule:
     """
     dense = copy.deepcopy(module)
     nodes, restricted = nodes_by_name(dense.graph.nodes), _restricted(cut)
+    mixing = {name for name, mark in restricted.items() if mark.kind != "routed"}
     masks: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = {}
     for number, layer in enumerate(cut.deps.layers):
         for site in layer.labels.sites:
-            if restricted.get(site.node.name) == "mixed":
+            if site.node.name in mixing:
                 continue
             side = ([o for o in site.operands if o.data] or list(site.operands))[0]
             keep = _keep(cut, side.node.name, side.dim, number)
@@ -139,43 +153,43 @@ def masked(module: GraphModule, cut: Removal) -> GraphModule:
                 held[side.dim, number] = keep
     for number, ((name, operand), held) in enumerate(masks.items()):
         _zero(dense, nodes[name], nodes[operand], list(held.values()), f"_mask_{number}")
-    for name in (name for name, kind in restricted.items() if kind == "routed"):
-        _exclude(dense, nodes[name], cut, f"_barred_{name}")
-    for name in reversed([name for name in nodes if restricted.get(name) == "mixed"]):
+    for name in (name for name in restricted if name not in mixing):
+        _exclude(dense, nodes[name], cut, restricted[name].node)  # type: ignore[arg-type]
+    for name in reversed([name for name in nodes if name in mixing]):
         _restrict(dense, nodes[name], cut)  # later nodes first: they still read dense ones
     dense.recompile()
     return dense
 
 
-def _restricted(cut: Removal) -> dict[str, str]:
-    """Nodes that mix an axis of which something is removed, or choose among its positions."""
-    found: dict[str, str] = {}
+def _restricted(cut: Removal) -> dict[str, Mark]:
+    """Nodes that mix an axis of which something is removed, or choose among its positions: a mark
+    of each.
+    """
+    found: dict[str, Mark] = {}
     for number, layer in enumerate(cut.deps.layers):
         for mark in layer.labels.marks:
             if mark.node is None or mark.kind not in ("mixed", "mean", "routed"):
                 continue
             gone = cut.uncounted if mark.kind == "mean" else cut.gone
             if gone[number][layer.component[mark.labels.numpy()]].any():
-                found[mark.node.name] = "routed" if mark.kind == "routed" else "mixed"
+                found[mark.node.name] = mark
     return found
 
 
-def _exclude(module: GraphModule, node: Node, cut: Removal, name: str) -> None:
+def _exclude(module: GraphModule, node: Node, cut: Removal, choice: Node) -> None:
     """A choice never falls on what is removed: -inf there (1_K of a maximum), or infinity."""
     source = node.args[0]
     assert isinstance(source, Node)
-    bound = bind(node, node.args, node.kwargs)
-    rank = len(cut.value(source.name).shape)
-    dim = -1 if bound.get("dim") is None else bound["dim"]
-    barred = torch.zeros([1] * rank, dtype=torch.bool)
+    shape = cut.value(source.name).shape
+    dim = bind(node, node.args, node.kwargs).get("dim")
+    dim = (-1 if dim is None else dim) % len(shape)
+    barred = torch.zeros([1] * len(shape), dtype=torch.bool)
     for layer in range(len(cut.gone)):
-        arrays = cut.value(source.name, layer=layer).arrays
-        barred = barred | ~cut.mask(arrays[dim % rank], layer)
-    held = hold(module, node, name, barred)
-    largest = bound.get("largest", bound.get("descending", True)) is not False
-    worst = float("-inf") if largest else float("inf")
+        barred = barred | ~cut.mask(cut.value(source.name, layer=layer).arrays[dim], layer)
+    held = hold(module, node, f"_barred_{node.name}", barred)
     with module.graph.inserting_before(node):
-        made = module.graph.call_function(aten.masked_fill.Scalar, (source, held, worst))
+        score = never(choice, shape)
+        made = module.graph.call_function(aten.masked_fill.Scalar, (source, held, score))
         made.meta = dict(source.meta)
     node.args = (made, *node.args[1:])
 
@@ -192,36 +206,23 @@ def _restrict(module: GraphModule, node: Node, cut: Removal) -> None:
     users = list(node.users)
     graph = module.graph
     for arg, cuts in ins.items():
-        with graph.inserting_before(reader):
-            short = arg
-            for dim, index in _vectors(cuts).items():
-                held = hold(module, reader, f"_in_{node.name}_{arg.name}_{dim}", index)
-                short = graph.call_function(aten.index_select.default, (short, dim, held))
+        short = arg
+        for dim, mask in cuts.items():
+            index = hold(module, reader, f"_in_{node.name}_{arg.name}_{dim}", places(mask, dim))
+            with graph.inserting_before(reader):
+                short = graph.call_function(aten.take_along_dim.default, (short, index, dim))
         reader.replace_input_with(arg, short)
-    wide = node
-    for dim, index in _vectors(outs[0]).items():
-        size = cut.value(node.name).shape[dim]
-        places = torch.full((size,), len(index)).index_copy(0, index, torch.arange(len(index)))
-        with graph.inserting_after(wide):
+    wide, after = node, node.next
+    for dim, mask in reversed(outs[0].items()):
+        back = torch.where(mask, mask.cumsum(dim) - 1, count(mask, dim))
+        index = hold(module, after, f"_out_{node.name}_{dim}", back)
+        with graph.inserting_before(after):
             zero = graph.call_function(aten.narrow.default, (wide, dim, 0, 1))
-        with graph.inserting_after(zero):
             zero = graph.call_function(aten.mul.Scalar, (zero, 0.0))
-        with graph.inserting_after(zero):
             joined = graph.call_function(aten.cat.default, ([wide, zero], dim))
-        with graph.inserting_after(joined):
-            register(module, f"_out_{node.name}_{dim}", places)
-            held = graph.get_attr(f"_out_{node.name}_{dim}")
-        with graph.inserting_after(held):
-            wide = graph.call_function(aten.index_select.default, (joined, dim, held))
+            wide = graph.call_function(aten.take_along_dim.default, (joined, index, dim))
     for user in users:
         user.replace_input_with(node, wide)
-
-
-def _vectors(cuts: Cuts) -> dict[int, Tensor]:
-    """The kept positions per dim, where they are the same in every block."""
-    if any(mask.numel() != mask.shape[dim] for dim, mask in cuts.items()):
-        raise UnsupportedOp("an axis that is mixed would be cut block by block")
-    return {dim: torch.nonzero(mask.reshape(-1)).reshape(-1) for dim, mask in cuts.items()}
 
 
 def _keep(cut: Removal, name: str, dim: int, layer: int) -> Tensor | None:

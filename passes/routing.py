@@ -15,15 +15,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from . import moves, places
+from . import indexing, moves
 from .axes import apply_rule
+from .choices import CHOICES, taken
 from .rules import table
 from .values import Arrays, Mark, Value, along
-from .visit import Visit, bind, op_name
+from .visit import Visit
 
-CHOICES = {"topk": 1, "sort": 1, "argmax": 0, "argsort": 0, "max": 1}
 PASSING = moves.MOVEMENT | moves.SELECTION | {"clamp", "clamp_min", "clamp_max", "gather", "cat"}
 COMPARED = {"eq", "ne", "lt", "le", "gt", "ge"}
 
@@ -65,7 +64,8 @@ def settle(visit: Visit) -> None:
 
 def _keeps(visit: Visit, name: str, value: Value, values: list[Value]) -> bool:
     """Whether an index stays one: looked up, compared with no position, moved as it is."""
-    picks = (visit.given.get("index"), *(visit.given.get("indices") or ()))
+    several = visit.given.get("indices")
+    picks = (visit.given.get("index"), *(several if isinstance(several, list) else [several]))
     if name in LOOKUPS and (any(value is pick for pick in picks) or name == "one_hot"):
         return True  # the handlers fix what does not meet its axis
     if name in COMPARED:
@@ -108,14 +108,14 @@ def _axis(visit: Visit, value: Value) -> Tensor | None:
 
 
 def choose(visit: Visit) -> list[Arrays]:
-    """topk, sort, argmax: the chosen places are fixed, the other dims carried."""
+    """topk, sort, argmax, argmin: the chosen places are fixed, the other dims carried."""
     value = next(visit.values())
     rank = len(value.shape)
     if visit.given.get("dim", -1) is None:
         visit.freeze(list(value.arrays.values()), f"{visit.name} over all")
         return visit.all_fixed(f"{visit.name} over all")
     dim, labels = visit.dim("dim", rank, -1), visit.labels
-    least = _taken(visit, value, dim)
+    least = int(visit.given.get("k") or abs(taken(visit.node, value.shape)))
     axis = _axis(visit, value) if least else None
     if axis is None:
         visit.freeze([value.arrays[dim]] if dim in value.arrays else [], visit.name)
@@ -140,46 +140,21 @@ def choose(visit: Visit) -> list[Arrays]:
 
 
 def largest(visit: Visit) -> list[Arrays]:
-    """max whose place is used is a choice of one; without it, a reduction."""
+    """max, min whose place is used are a choice of one; without it, a reduction."""
     placed = len(visit.outs) > 1 and any(
         user.args[1] == 1 for user in visit.node.users if user.target is operator.getitem
     )
-    return choose(visit) if placed else apply_rule(visit, table()["max"])
-
-
-def _taken(visit: Visit, value: Value, dim: int) -> int:
-    """How many of the first places of the choice are used; 0: of those that are sorted, all are, or
-    which ones depends on the size.
-    """
-    if "sort" not in visit.name:
-        return int(visit.given.get("k") or 1)
-    ends = [0]
-    for user in [user for item in _results(visit) for user in item.users]:
-        bound = bind(user, user.args, user.kwargs)
-        along_dim = bound.get("dim") is not None and bound["dim"] % len(value.shape) == dim
-        end = bound["index"] + 1 if "index" in bound else bound.get("end")
-        if not along_dim or not isinstance(end, int) or not 0 < end < value.shape[dim]:
-            return 0
-        if op_name(user) not in ("slice", "select"):
-            return 0
-        ends.append(end)
-    return max(ends)
-
-
-def _results(visit: Visit) -> list[Node]:
-    """The nodes that hold a result each."""
-    several = [user for user in visit.node.users if user.target is operator.getitem]
-    return several or [visit.node]
+    return choose(visit) if placed else apply_rule(visit, table()[visit.name])
 
 
 def look_up(visit: Visit) -> list[Arrays]:
     """index: a pick with a domain unites with the dim that it points at."""
     value = next(visit.values())
     pointed = {}
-    for dim, pick in enumerate(visit.given["indices"]):
+    for dim, pick in enumerate(indexing.by_dim(visit)):
         if isinstance(pick, Value) and _meets(visit, value, dim, pick):
             pointed[dim] = pick
-    return places.index(visit, set(pointed))
+    return indexing.index(visit, set(pointed))
 
 
 def _meets(visit: Visit, value: Value, dim: int, pick: Value) -> bool:
@@ -256,12 +231,25 @@ def index_select(visit: Visit) -> list[Arrays]:
     return [result]
 
 
-LOOKUPS = {"index", "index_select", "gather", "scatter", "scatter_add", "one_hot"}
+def embed(visit: Visit) -> list[Arrays]:
+    """embedding: a row that an index with a domain points at is carried by it."""
+    value, pick = visit.given["weight"], visit.given["indices"]
+    if not _meets(visit, value, 0, pick):
+        return apply_rule(visit, table()["embedding"])
+    rank = len(visit.shape)
+    arrays = {d: a.unsqueeze(-1) for d, a in pick.arrays.items()}
+    if 1 in value.arrays:
+        arrays[rank - 1] = along(visit.labels.alone(value.arrays[1], 1).reshape(-1), rank - 1, rank)
+    return [arrays]
+
+
+LOOKUPS = {"index", "index_select", "gather", "scatter", "scatter_add", "one_hot", "embedding"}
 HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
     "index": look_up,
     **dict.fromkeys(("gather", "scatter", "scatter_add"), gather),
     "one_hot": one_hot,
     "index_select": index_select,
-    **dict.fromkeys(("topk", "sort", "argmax", "argsort"), choose),
-    "max": largest,
+    "embedding": embed,
+    **dict.fromkeys(CHOICES, choose),
+    **dict.fromkeys(("max", "min"), largest),
 }

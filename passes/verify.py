@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Args
+from .choices import CHOICES
 from .compare import outputs
 from .errors import REPORT, VerificationError, where
 from .fresh import WAYS, doubled, fresh_inputs, in_float64
@@ -30,7 +31,6 @@ from .lazy import Lazy, replace
 from .precision import HALF, state_dtypes, widened, widened_inputs
 from .removal import Removal, is_constant, sliced
 from .rewrite import masked
-from .routing import CHOICES
 from .visit import op_name
 
 ROUNDS = 3  # a unit that one input leaves silent (ReLU) shows in another; the last is longer

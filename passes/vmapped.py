@@ -16,6 +16,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from .errors import REPORT, CaptureError
+
 OPEN, CLOSE = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 LOADING = "lazy_load_decompositions"
 
@@ -33,12 +35,13 @@ def unbatch(module: GraphModule) -> GraphModule:
             section.append(node)
         depth -= name == CLOSE
         if section and not depth:
-            _trace_again(module, section)
+            trace_again(module, section)
             section = []
     return module
 
 
-def _trace_again(module: GraphModule, section: list[Node]) -> None:
+def trace_again(module: GraphModule, section: list[Node]) -> None:
+    """Nodes that follow each other as make_fx sees them (in place)."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     inside = set(section)
@@ -58,7 +61,13 @@ def _trace_again(module: GraphModule, section: list[Node]) -> None:
 
     with torch.no_grad():
         traced = make_fx(run)(*(_value(module, node) for node in given))
+    if any(isinstance(leaf, torch.SymInt) for leaf in _arguments(traced)):
+        raise CaptureError(f"sizes were lost in tracing {section[0].name} again · {REPORT}")
     _put_in(module, traced, section, given, results)
+
+
+def _arguments(traced: GraphModule) -> list[Any]:
+    return [leaf for n in traced.graph.nodes for leaf in pytree.tree_leaves((n.args, n.kwargs))]
 
 
 def _value(module: GraphModule, node: Node) -> Any:
@@ -82,7 +91,7 @@ def _put_in(
     with module.graph.inserting_before(section[0]):
         for node in traced.graph.nodes:
             if node.op == "get_attr":
-                name = f"_vmapped_{section[0].name}_{node.target}"
+                name = f"_traced_{section[0].name}_{node.target}"
                 module.register_buffer(name, getattr(traced, str(node.target)), persistent=False)
                 known[node] = module.graph.get_attr(name)
             elif node.op == "call_function":

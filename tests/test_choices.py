@@ -57,6 +57,43 @@ def last_of_argsort(m, x):
     return m.leave(m.at(x, m.router(x).argsort(-1)[:, -1]))
 
 
+def last_two_of(descending):
+    def route(m, x):
+        values, places = m.router(x).sort(-1, descending=descending)
+        values, places = values[:, -2:], places[:, -2:]
+        return m.leave(sum(values[:, k : k + 1] * m.at(x, places[:, k]) for k in range(2)))
+
+    return route
+
+
+def smallest(m, x):
+    value, place = m.router(x).min(-1)
+    return m.leave(value[:, None] * m.at(x, place))
+
+
+def smallest_place(m, x):
+    return m.leave(m.at(x, m.router(x).argmin(-1)))
+
+
+def smallest_two(m, x):
+    values, places = m.router(x).topk(2, -1, largest=False)
+    return m.leave(sum(values[:, k : k + 1] * m.at(x, places[:, k]) for k in range(2)))
+
+
+def least_value(m, x):
+    return m.leave(x * m.router(x).amin(-1, keepdim=True) + m.router(x).min(-1)[0][:, None])
+
+
+def first_and_last(m, x):
+    places = m.router(x).argsort(-1)
+    return m.leave(m.at(x, places[:, 0]) + m.at(x, places[:, -1]))
+
+
+def from_the_front_to_the_end(m, x):
+    places = m.router(x).argsort(-1)[:, 2:]
+    return m.leave(sum(m.at(x, places[:, k]) for k in range(4)))
+
+
 def all_sorted(m, x):
     return m.read(m.router(x).sort(-1)[0])
 
@@ -69,6 +106,12 @@ def all_sorted(m, x):
         (two_of(descending=True), 2),
         (two_of(descending=False), 2),
         (first_of_argsort, 1),
+        (last_of_argsort, 1),
+        (last_two_of(descending=True), 2),
+        (last_two_of(descending=False), 2),
+        (smallest, 1),
+        (smallest_place, 1),
+        (smallest_two, 2),
     ],
 )
 def test_experts_go_with_their_routers_rows(route, least):
@@ -84,7 +127,7 @@ def test_experts_go_with_their_routers_rows(route, least):
     torch.testing.assert_close(pruned.model.router.weight, Routed(route).router.weight[kept])
 
 
-@pytest.mark.parametrize("route", [last_of_argsort, all_sorted])
+@pytest.mark.parametrize("route", [all_sorted, first_and_last, from_the_front_to_the_end])
 def test_places_that_depend_on_the_number_stay(route):
     deps = fg.analyze(Routed(route).eval(), X, check=True)
 
@@ -92,6 +135,53 @@ def test_places_that_depend_on_the_number_stay(route):
     (group,) = [g for g in deps.groups if rows in [(m.parameter, m.dim) for m in g.members]]
     assert group.kind == "frozen"
     assert "sort" in group.reason
+
+
+def test_a_minimum_without_its_place_is_a_reduction():
+    deps = fg.analyze(Routed(least_value).eval(), X, check=True)
+
+    rows = ("router.weight", 0)
+    (group,) = [g for g in deps.groups if rows in [(m.parameter, m.dim) for m in g.members]]
+    assert group.kind in ("frozen", "width")
+
+
+class Codes(nn.Module):
+    """The nearest of ten codes stands for each vector."""
+
+    def __init__(self, look_up):
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.codes, self.leave = nn.Linear(6, 4), nn.Embedding(10, 4), nn.Linear(4, 5)
+        self.look_up = look_up
+
+    def forward(self, x):
+        z, table = self.enter(x), self.codes.weight
+        far = (z * z).sum(-1, keepdim=True) - 2 * z @ table.t() + (table * table).sum(-1)
+        return self.leave(self.look_up(self.codes, far.argmin(-1)))
+
+
+def test_codes_that_an_index_picks_go_like_experts():
+    config = fg.Config(sparsity=0.2, method="magnitude", kinds=("head",), check=True)
+
+    pruned = fg.prune(Codes(lambda codes, at: codes(at)).eval(), X, None, config)
+
+    (name,) = pruned.plan.kept
+    assert [(m.parameter, m.dim) for m in pruned.deps[name].members] == [("codes.weight", 0)]
+    assert pruned.model.codes.weight.shape == (len(pruned.plan.kept[name]), 4) != (10, 4)
+
+
+def test_codes_that_other_indices_pick_as_well_stay():
+    def twice(codes, at):
+        return codes(at) + codes(torch.arange(len(at)) % 3)
+
+    deps = fg.analyze(Codes(twice).eval(), X, check=True)
+
+    (group,) = [g for g in deps.groups if ("codes.weight", 0) in _members(g)]
+    assert group.kind == "frozen" and "embedding" in group.reason
+
+
+def _members(group):
+    return [(m.parameter, m.dim) for m in group.members]
 
 
 def clamped(m, x):

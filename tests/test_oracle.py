@@ -194,6 +194,12 @@ ROWS = [
         (name, "b t", lambda x, f=f: f(x, 1)[0], "b t -> b t; mixed t")
         for name, f in {"cummax": torch.cummax, "cummin": torch.cummin, "sort": torch.sort}.items()
     ),
+    (
+        "repeat_interleave",
+        "v c",
+        lambda x: x.repeat_interleave(torch.tensor([1, 2, 0, 1, 3, 1, 1, 2, 1, 1])[: len(x)], 0),
+        "v c -> t c; fixed v",
+    ),
     ("topk", "b t", lambda x: torch.topk(x, 2, 1)[0], "b t -> b z; mixed t"),
     *(
         (name, "b t c", lambda x, f=f: f(x), "b t c -> b c; mixed t")

@@ -48,6 +48,48 @@ def written_by_mask(m, x):
     return m.b(h.index_put((h > 0.5,), torch.tensor(0.5)))
 
 
+def of_rows(m, x):
+    h = torch.relu(m.a(x))
+    return m.b(h[x[:, 0] > 0]).sum(0)
+
+
+def of_rows_and_steps(m, x):
+    h = torch.relu(m.a(x.view(2, 3, 7)))
+    return m.b(h[x.view(2, 3, 7)[..., 0] > 0]).sum(0)
+
+
+def of_steps(m, x):
+    h = torch.relu(m.a(x.view(2, 3, 7)))
+    return m.b(h[:, x[:3, 0] > 0]).sum((0, 1))
+
+
+def written_to_rows(m, x):
+    h, mask = torch.relu(m.a(x)), x[:, 0] > 0
+    h[mask] = torch.tanh(h[mask])
+    return m.b(h)
+
+
+def added_to_rows(m, x):
+    h, mask = torch.relu(m.a(x.view(2, 3, 7))), x.view(2, 3, 7)[..., 1] > 0
+    h[mask] += torch.tanh(h[mask])
+    return m.b(h)
+
+
+def a_token_in_rows(m, x):
+    h = torch.relu(m.a(x.view(2, 3, 7)))
+    h[x.view(2, 3, 7)[..., 1] > 0] = m.token
+    return m.b(h)
+
+
+def repeated_by_data(m, x):
+    h = torch.relu(m.a(x)).repeat_interleave((x[:, 0] > 0).long() + 1, 0)
+    return m.b(h).sum(0)
+
+
+def repeated_by_a_table(m, x):
+    return m.b(torch.relu(m.a(x)).repeat_interleave(torch.tensor([2] * 8), 1))
+
+
 def one_hot(m, x):
     return m.b(F.one_hot(m.a(x).argmax(-1), 8).to(x.dtype))
 
@@ -69,6 +111,18 @@ def at_places(m, x):
 
 
 CHAINS = {
+    "written by a mask": (Calls(written_by_mask), 8),
+    "rows of a mask": (Calls(of_rows), 8),
+    "rows and steps of a mask": (Calls(of_rows_and_steps), 8),
+    "steps of a mask": (Calls(of_steps), 8),
+    "written to rows of a mask": (Calls(written_to_rows), 8),
+    "added to rows of a mask": (Calls(added_to_rows), 8),
+    "a token in rows of a mask": (
+        Calls(a_token_in_rows, token=lambda: nn.Parameter(torch.ones(8))),
+        8,
+    ),
+    "repeated by data": (Calls(repeated_by_data), 8),
+    "repeated by a table": (Calls(repeated_by_a_table, b=(16, 5)), 8),
     "glu": (Calls(lambda m, x: m.b(F.glu(m.a(x))), a=(7, 16)), 8),
     "turned by a table": (Calls(lambda m, x: m.b(torch.relu(m.a(x))[:, TURNED])), 8),
     "index_select": (Calls(lambda m, x: m.b(torch.relu(m.a(x)).index_select(1, TURNED))), 8),
@@ -114,7 +168,6 @@ FROZEN = {
         Calls(lambda m, x: m.b(F.pad(torch.relu(m.a(x)), (1, 1), value=1.0)), b=(10, 5)),
         "padded by",
     ),
-    "written by a mask": (Calls(written_by_mask), "index_put by data"),
     "argmax over all": (Calls(lambda m, x: m.b(m.a(x)) * m.a(x).argmax()), "over all"),
     "an index as a number": (Calls(a_number), "used as a number"),
     "an index compared": (Calls(compared), "used as a number"),
@@ -139,6 +192,21 @@ def test_the_chain_is_found_and_pruned_exactly(name):
     expected = zeroed(model, result.deps, {group: list(units) for group, units in kept.items()})
     (found,), (wanted,) = tensors(result.graph_module(X)), tensors(expected(X))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def unequally_repeated(m, x):
+    times = torch.tensor([1, 2, 1, 2, 3, 3, 0, 1])
+    return m.b(torch.relu(m.a(x)).repeat_interleave(times, -1))
+
+
+def test_channels_that_a_table_repeats_go_with_their_copies():
+    config = fg.Config(sparsity=0.4, method="magnitude", check=True)
+
+    result = fg.prune(Calls(unequally_repeated, b=(13, 5)).eval(), X, None, config)
+
+    copies = {g.name: len(g.members[-1].indices[0]) for g in result.deps.groups}
+    assert sorted(copies[name] for name in result.plan.kept) == [1, 2, 3]
+    assert result.report.verify_max_error < 1e-9
 
 
 def test_what_an_index_points_at_goes_with_it():

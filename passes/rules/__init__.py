@@ -10,7 +10,7 @@ rest, the kinds of an axis are
     carry   in the output:                     op(S_K x) = S_K op(x)
     sum     in operands, not in the output:    op(S_K x, S_K w) = op(1_K x, w)
     mean    S_K op(1_K x, w) = c op(S_K x, S_K w), with c != 1 a function of |K| / n alone: what the
-            op divides by counts the positions (passes/edits.py puts c where they get fewer)
+            op divides by counts the positions (passes/norms.py puts c where they get fewer)
     mixed   no law holds
     fixed   the position itself has a meaning
 

@@ -46,6 +46,18 @@ def _index_add(call: Call) -> str:
     return f"{joined}, j, {' '.join(source)} -> {joined}; fixed {names[at]} j"
 
 
+def _repeated(call: Call) -> str:
+    """Each place as often as the data say."""
+    if "self" not in call.arguments:
+        return "r -> j; fixed r"
+    names = _names(call)
+    if call.get("dim") is None:
+        return f"{' '.join(names)}, r? -> j; fixed {' '.join(names)} r"
+    at = call["dim"] % len(names)
+    out = [*names[:at], "j", *names[at + 1 :]]
+    return f"{' '.join(names)}, r? -> {' '.join(out)}; fixed {names[at]} r"
+
+
 def _along(call: Call) -> str:
     names = _names(call)
     joined = " ".join(names)
@@ -73,5 +85,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("cumsum", "cumprod", "argsort", "logcumsumexp"), _along),
     **dict.fromkeys(("cummax", "cummin"), _sort),
     "topk": _topk,
+    "repeat_interleave": _repeated,
     "sort": _sort,
 }
