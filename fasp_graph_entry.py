@@ -1,17 +1,37 @@
-"""What `fasp-graph` starts: outside the package, whose libraries take seconds to load, so that an
-interrupt meanwhile is told like any other.
+"""What `fasp-graph` and `python -m fasp_graph` start: outside the package, whose libraries take
+seconds to load, so that an interrupt meanwhile is told like any other.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from itertools import pairwise
+from typing import Any
+
+
+def _leave(*_: Any) -> None:
+    """Nothing is done yet, so nothing is to be undone."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+def _told_at_once(now: bool) -> None:
+    """Whether Ctrl-C ends the process on the spot; where it is ignored it stays ignored."""
+    before, after = (signal.default_int_handler, _leave)[:: 1 if now else -1]
+    if signal.getsignal(signal.SIGINT) is before:
+        signal.signal(signal.SIGINT, after)
 
 
 def main() -> None:
     """The console entry."""
-    try:
-        from fasp_graph.cli import main as command_line
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    _told_at_once(True)
+    from fasp_graph.cli import main as command_line
+
+    _told_at_once(False)
     command_line()
+
+
+if ("-m", "fasp_graph") in pairwise(sys.orig_argv):  # which imports the package before it runs it
+    _told_at_once(True)
