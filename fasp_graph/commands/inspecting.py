@@ -39,7 +39,7 @@ def inspect_command(
 ) -> None:
     """Show which weights are coupled, and why the others are frozen.
 
-    Names that differ by layer numbers only are one row (layers.0-31, x32); --json tells each.
+    Names that differ by layer numbers only are one row (layers.{0..31}); --json tells each.
     """
     asked = {"--explain": explain, "--format or --output": format or output, "--json": json}
     one_of({name: asked[name] for name in ("--explain", "--format or --output")})
