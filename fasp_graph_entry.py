@@ -1,5 +1,7 @@
-"""What `fasp-graph` and `python -m fasp_graph` start: outside the package, whose libraries take
-seconds to load, so that an interrupt meanwhile is told like any other.
+"""What `fasp-graph` and `python -m fasp_graph` start: outside the package, since it goes before
+the libraries, which take seconds to load. An interrupt meanwhile is told like any other, and
+OpenMP, which reads its variables as it loads, is asked to sleep where it waits: on a machine that
+does other things too, threads that spin for each other make torch many times slower.
 """
 
 from __future__ import annotations
@@ -24,9 +26,14 @@ def _told_at_once(now: bool) -> None:
         signal.signal(signal.SIGINT, after)
 
 
+def _before_libraries() -> None:
+    _told_at_once(True)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main() -> None:
     """The console entry."""
-    _told_at_once(True)
+    _before_libraries()
     from fasp_graph.cli import main as command_line
 
     _told_at_once(False)
@@ -34,4 +41,4 @@ def main() -> None:
 
 
 if ("-m", "fasp_graph") in pairwise(sys.orig_argv):  # which imports the package before it runs it
-    _told_at_once(True)
+    _before_libraries()
