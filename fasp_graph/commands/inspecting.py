@@ -84,5 +84,8 @@ def _form(format: str | None, output: Path | None) -> str | None:
     form = {"mmd": "mermaid", "gv": "dot"}.get(form or "", form)
     if form is not None and form not in FORMATS:
         viewer = "--html FILE writes the viewer; " if form == "html" else ""
-        raise ConfigError(f"no format {form!r} · help: {viewer}--format {', '.join(FORMATS)}")
+        known = ", ".join(FORMATS)
+        if not form:
+            raise ConfigError(f"the ending of {output} names no format · help: one of {known}")
+        raise ConfigError(f"no format {form!r} · help: {viewer}--format {known}")
     return form

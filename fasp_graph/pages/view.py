@@ -156,7 +156,7 @@ def _group(
             entry["figures"] = {
                 key: value
                 for key, value in vars(held).items()
-                if isinstance(value, (int, float)) and key not in ("units", "kept")
+                if isinstance(value, (int, float)) and key not in ("units", "kept", "blocks")
             }
             entry["curve"] = curve_points(held.curve, stop_of(vars(held)))
     return entry
