@@ -23,8 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from benchmarks.two_pass import two_pass
 from fasp_graph import Config, Pruned, prune
-from fasp_graph.evaluate import flops, latency
+from fasp_graph.evaluate import flops
 from fasp_graph.prune import Program, read
+from fasp_graph.timing import latency
 
 SPARSITY = 0.3
 VOCABULARY = 32_000

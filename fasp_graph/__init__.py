@@ -6,6 +6,7 @@ save(pruned, folder); load(folder); export_onnx(pruned, path)
 export(pruned, path, format)                              # onnx with a cache, float16...; pt2
 """
 
+import fasp_graph_entry as fasp_graph_entry  # first: it tells of an interrupt while others load
 from passes.couple import DependencyGraph
 from passes.errors import FaspGraphError
 

@@ -1,7 +1,8 @@
 """bench: models compared fairly, on the same inputs.
 
 latency   one forward pass, median and interquartile range of runs that alternate between all
-          models and runtimes, so that a busy moment of the machine falls on all of them
+          models and runtimes (fasp_graph/timing.py)
+speedup   against the first model in the same runtime, and what these runs can tell of it
 tokens/s  tokens of the input / median latency
 memory    growth of the peak resident memory of a fresh process that loads the model and runs it
           once (on CUDA the peak of the allocator)
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,20 @@ from passes.errors import FaspGraphError
 
 from . import memory as peaks
 from .data import load_target, refuse_long
-from .evaluate import flops, latency, perplexity, size_of
+from .evaluate import flops, perplexity, size_of
 from .exports.onnx import onnx_session, run_session, write_graph
 from .targets import Target
+from .timing import rounds, speedup, summary, threads
+
+VARIED = 0.25  # interquartile range / median: torch.utils.benchmark's for a disturbed measurement
+UNTOLD = 1.1  # high / low of a speedup around 1
 
 
 @dataclass(frozen=True)
 class Result:
-    """One model in one runtime; seconds, bytes; None where it does not apply."""
+    """One model in one runtime; seconds, bytes; None where it does not apply. `speedup`: how many
+    times as fast as the first model, `speedup_range`: where it lies with about 95%.
+    """
 
     model: str
     runtime: str
@@ -45,6 +52,9 @@ class Result:
     tokens_per_second: float | None
     peak_memory: int | None
     perplexity: float | None
+    speedup: float | None = None
+    speedup_range: tuple[float, float] | None = None
+    warning: str | None = None
 
 
 def bench(
@@ -54,13 +64,16 @@ def bench(
     runs: int = 15,
     onnx: bool = True,
     memory: bool = True,
+    count: int | None = None,
     step: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
-    """Compare models that take inputs of the same form; tokens [batch, length] for decoders."""
+    """Compare models that take inputs of the same form; tokens [batch, length] for decoders;
+    `count` threads, None: as many as torch has.
+    """
     _alike(targets)
     samples = [sample_inputs(target, batch, length) for target in targets]
     calls: dict[str, Callable[[], Any]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, threads(count):
         for number, (target, sample) in enumerate(zip(targets, samples, strict=True)):
             step(f"{target.name}: set up")
             calls[f"{number} torch"] = _torch_call(target, sample)
@@ -69,10 +82,15 @@ def bench(
                 path = Path(scratch) / f"{number}.onnx"
                 calls[f"{number} onnxruntime"] = _onnx_call(target, sample, path)
         step("runs, alternating")
-        times = latency(calls, runs)
-    return [
+        times = rounds(calls, runs)
+    found = [
         _result(targets[int(key.split()[0])], key, samples, times[key], memory, batch, length, step)
         for key in calls
+    ]
+    first = {runtime: key for key in reversed(calls) for runtime in key.split()[1:]}
+    return [
+        _compared(row, targets[0].name, times[first[row.runtime]], times[key])
+        for row, key in zip(found, calls, strict=True)
     ]
 
 
@@ -80,7 +98,7 @@ def _result(
     target: Target,
     key: str,
     samples: list[Args],
-    seconds: dict[str, float],
+    seconds: list[float],
     memory: bool,
     batch: int,
     length: int,
@@ -90,17 +108,39 @@ def _result(
     sample = samples[int(number)]
     eager = runtime == "torch"
     tokens = sum(v.numel() for v in _ids(sample)[:1])
+    times = summary(seconds)
     step(f"{target.name}: memory, perplexity")
     return Result(
         target.name,
         runtime,
         *size_of(target.model),
         flops(target.model, *sample),
-        seconds["median"],
-        seconds["spread"],
-        tokens / seconds["median"] if tokens else None,
+        times["median"],
+        times["spread"],
+        tokens / times["median"] if tokens else None,
         _memory(target, batch, length) if eager and memory and target.source else None,
         perplexity(target.model, target.heldout) if eager and target.heldout is not None else None,
+    )
+
+
+def _compared(row: Result, dense: str, base: list[float], own: list[float]) -> Result:
+    """With the speedup over the first model, and what the runs are too far apart for."""
+    told = []
+    if row.spread > VARIED * row.median:
+        told.append(f"its runs vary by {row.spread / row.median:.0%} of their median")
+    if own is not base:
+        ratio, low, high = speedup(base, own)
+        row = replace(row, speedup=ratio, speedup_range=(low, high))
+        if low < 1 < high and high > UNTOLD * low:
+            told.append(
+                f"it is {low:.2f} to {high:.2f} times as fast as {dense}, which does not say "
+                "which of them is faster"
+            )
+    if not told:
+        return row
+    ways = "an idle machine, more --runs, or --threads 1"
+    return replace(
+        row, warning=f"{row.model} in {row.runtime}: {', and '.join(told)} · help: {ways}"
     )
 
 

@@ -150,6 +150,5 @@ def _in_words(hint: Any) -> str:
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(
-            f"{name}={value!r} is unknown · help: one of {', '.join(map(str, allowed))}"
-        )
+        known = ", ".join(str(held) for held in allowed if held is not None)
+        raise ConfigError(f"{name}={value!r} is unknown · help: one of {known}")

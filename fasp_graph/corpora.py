@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm"})
 TABLES = frozenset({".jsonl", ".json", ".parquet"})
 TEXTS = frozenset({".txt", ".md", ".py", ".rst"})
 BYTES = 20_000_000  # of text at most: more than any calibration or perplexity run takes
+NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ufffd]")  # control characters; not UTF-8
+MOST = 0.01  # of the characters of a text may be such
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,24 @@ def _file(path: Path) -> Iterator[str]:
         elif path.suffix.lower() in TABLES:
             yield from _lines(path)
         else:
-            yield path.read_text(encoding="utf-8", errors="replace")
+            yield _text(path)
     except OSError as error:
         raise CalibrationError(
             f"cannot read {path}: {error.strerror or error} · help: give a file that can be read"
         ) from error
+
+
+def _text(path: Path) -> str:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        text = file.read(BYTES)
+    odd = len(NO_TEXT.findall(text)) / max(1, len(text))
+    if odd > MOST:
+        raise CalibrationError(
+            f"{path} is no text in UTF-8: {odd:.0%} of its characters are control characters or "
+            "bytes that UTF-8 has not · help: convert it (iconv -t UTF-8, pdftotext), or give a "
+            "text, jsonl or parquet file"
+        )
+    return text
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -148,7 +164,7 @@ def _parquet(path: Path) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

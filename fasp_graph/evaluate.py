@@ -1,16 +1,13 @@
-"""Measures of a model: perplexity, latency, FLOPs.
+"""Measures of a model: perplexity, FLOPs; its latency is in fasp_graph/timing.py.
 
 perplexity = exp(-mean log p(x[t] | x[<t]))    over t = 1 .. T-1 of every window, not token 0
-latency    = median and interquartile range of alternating runs, in seconds
 flops      = multiply-adds of matmuls, convolutions and attention, counted twice each, for one call
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -125,32 +122,6 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def latency(
-    calls: Mapping[str, Callable[[], Any]], repeats: int = 15, warmup: int = 2
-) -> dict[str, dict[str, float]]:
-    """Seconds per call: {name: {median, spread}}; spread is the interquartile range.
-
-    Runs alternate between the calls, so a busy moment of the machine falls on all of them.
-    """
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.no_grad():
-        for _ in range(max(2, repeats)):
-            for name, call in calls.items():
-                _synchronize()
-                started = time.perf_counter()
-                call()
-                _synchronize()
-                seconds[name].append(time.perf_counter() - started)
-    result = {}
-    for name, values in seconds.items():
-        low, _, high = statistics.quantiles(values, n=4)
-        result[name] = {"median": statistics.median(values), "spread": high - low}
-    return result
-
-
 def flops(
     module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> int:
@@ -186,8 +157,3 @@ def size_of(module: nn.Module) -> tuple[int, int]:
     """(parameters, bytes) of a module; a tied parameter counts once."""
     parameters = list(module.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()

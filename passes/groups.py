@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import FaspGraphError
-from .names import folded, pattern
+from .names import folded, pattern, ranges
 from .values import Labels
 
 if TYPE_CHECKING:
@@ -182,30 +182,22 @@ class DependencyGraph:
 
 
 def _explained(group: Group, member: Member) -> list[str]:
-    lines = [
-        f"  dim {member.dim}: group {group.name} ({group.kind}, {group.size} units in "
-        f"{group.blocks} block{'s' * (group.blocks != 1)})"
-    ]
+    counts = ((group.size, "unit"), (group.blocks, "block"))
+    units, blocks = (f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
+    lines = [f"  dim {member.dim}: group {group.name} ({group.kind}, {units} in {blocks})"]
     others = folded(
-        f"{m.parameter}[{m.dim}] {_positions(m.indices[0])}"
-        for m in group.members
-        if m is not member
+        f"{m.parameter}[{m.dim}] {ranges(m.indices[0])}" for m in group.members if m is not member
     )
-    mine = _positions(member.indices[0])
-    lines.append(f"    index {mine} goes with: {', '.join(others) or 'nothing else'}")
+    first = f"    index {ranges(member.indices[0])} goes with: "
+    lines += [first + (others or ["nothing else"])[0], *(" " * len(first) + o for o in others[1:])]
     alike: dict[tuple[str, str], list[Consumer]] = {}
     for consumer in group.consumers:
         alike.setdefault((pattern(consumer.module), consumer.line), []).append(consumer)
     for (_, line), held in alike.items():
-        (module,) = folded(consumer.module for consumer in held)
-        lines.append(f"    summed away at %{held[0].node} {module} {line}".rstrip())
+        modules = ", ".join(folded(consumer.module for consumer in held))
+        lines.append(f"    summed away at %{held[0].node} {modules} {line}".rstrip())
     for mean in group.means:
         lines.append(f"    under a mean at %{mean.node} {mean.module} {mean.line}".rstrip())
     if group.reason:
         lines.append(f"    reason: {group.reason}")
     return lines
-
-
-def _positions(indices: np.ndarray) -> str:
-    shown = ", ".join(str(int(i)) for i in indices[:6])
-    return f"{shown}, ... ({len(indices)})" if len(indices) > 6 else shown

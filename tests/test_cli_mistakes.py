@@ -117,6 +117,7 @@ def test_windows_longer_than_the_models_positions(run, mine):
         (("--output", "none/graph.dot"), ("none/graph.dot", "create it first")),
         (("--html", "."), ("it is a folder",)),
         (("--output", "graph.html"), ("no format 'html'", "--html FILE")),
+        (("--output", "graph"), ("the ending of graph names no format", "one of json, dot")),
     ],
 )
 def test_inspect_refuses_before_it_loads_anything(run, mine, monkeypatch, more, words):

@@ -12,7 +12,10 @@ from fasp_graph.commands import measuring, recovering
 from fasp_graph.exports import export
 from fasp_graph.training import Training
 
-ROW = bench.Result("small", "torch", 1_234_567, 4_938_268, 2_500_000, 0.004, 0.0005, 250.0, 9, 7.5)
+ROW = bench.Result(
+    *("small", "torch", 1_234_567, 4_938_268, 2_500_000, 0.004, 0.0005, 250.0, 9, 7.5),
+    *(1.25, (0.9, 1.5), "small in torch: its runs vary"),
+)
 
 
 def cells(out):
@@ -29,28 +32,30 @@ def lines(out):
 def test_bench_puts_each_figure_under_its_heading(run, monkeypatch):
     monkeypatch.setattr(measuring, "bench", lambda *_: [ROW])
 
-    code, out, _ = run("bench", "zoo:kan")
+    code, out, error = run("bench", "zoo:kan")
 
-    assert code == 0
+    assert code == 0 and error == "warning: small in torch: its runs vary\n"
     assert dict(zip(*cells(out), strict=True)) == {
         **{"model": "small", "runtime": "torch", "parameters": "1,234,567", "weights": "4.9 MB"},
         **{"one call": "2.5 MFLOPs", "ms": "4.00", "± IQR": "0.50", "tokens/s": "250"},
-        **{"peak memory": "9 B", "perplexity": "7.500"},
+        **{"times as fast": "1.25 (0.90-1.50)", "peak memory": "9 B", "perplexity": "7.500"},
     }
 
 
 def test_bench_runs_as_often_as_asked(run, monkeypatch):
     asked = []
 
-    def latency(calls, repeats):
-        asked.append(repeats)
-        return {name: {"median": 0.25, "spread": 0.5} for name in calls}
+    def rounds(calls, repeats):
+        asked.append((repeats, torch.get_num_threads()))
+        return {name: [0.25, 0.25, 0.25] for name in calls}
 
-    monkeypatch.setattr(bench, "latency", latency)
+    monkeypatch.setattr(bench, "rounds", rounds)
+    more = ("--runs", 7, "--threads", 1, "--no-onnx", "--no-memory", "--json")
 
-    row = json.loads(run("bench", "zoo:kan", "--runs", 7, "--no-onnx", "--no-memory", "--json")[1])
+    (row,) = json.loads(run("bench", "zoo:kan", *more)[1])
 
-    assert asked == [7] and (row[0]["median"], row[0]["spread"]) == (0.25, 0.5)
+    assert asked == [(7, 1)] and (row["median"], row["spread"]) == (0.25, 0)
+    assert row["speedup"] is row["warning"] is None
 
 
 def test_prune_eval_and_export_in_words(run, tmp_path):
@@ -101,7 +106,7 @@ def test_a_dry_run_tells_layers_that_repeat_in_one_row(run):
 
     heads, *told = rows
     assert heads == ["group", "units per block", "keeps"] and len(told) == 2
-    assert told[0][0] == "model.layers.0-1.self_attn.v_proj.0 (x2)" and told[1][1] == "80"
+    assert told[0][0] == "model.layers.{0,1}.self_attn.v_proj.0" and told[1][1] == "80"
 
 
 def test_an_export_measures_on_windows_of_the_length_asked_for(run, tmp_path, monkeypatch):

@@ -40,7 +40,13 @@ def test_text_comes_from_files_and_folders(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"", "holds no text"),
+        ("a.txt", bytes(range(256)) * 9, "is no text in UTF-8: 6"),
+        ("a.bin", b"\0\1\2\3", "is no text in UTF-8: 100% of its characters"),
+        ("a.pdf", b"%PDF-1.7 obj stream" + b"\x9c\xff\x03" * 20, "help: convert it"),
+        ("a.txt", "Füße für Bären".encode("latin-1"), "is no text in UTF-8"),
+        ("a.txt", "words".encode("utf-16"), "is no text in UTF-8"),
         ("a.jsonl", b"{", "a.jsonl:1 is not JSON"),
+        ("a.jsonl", b"\xff\xfe\0", "a.jsonl:1 is not JSON"),
         ("a.jsonl", b'{"words": 1}', "no key `text`"),
         ("a.parquet", b"no", "is not parquet"),
         ("a.png", b"", "is an image"),
@@ -60,6 +66,14 @@ def test_a_missing_file_and_a_parquet_without_text(tmp_path):
         corpora.text_of(str(tmp_path / "none.txt"))
     with pytest.raises(fg.FaspGraphError, match="no column `text` but words"):
         corpora.text_of(str(tmp_path / "c.parquet"))
+
+
+def test_a_byte_order_mark_and_a_few_odd_bytes_are_no_harm(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffwords ".encode() * 50 + b"\xff\x1b")
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "words"}'.encode())
+
+    assert corpora.text_of(str(tmp_path / "a.txt")).startswith("words ")
+    assert corpora.text_of(str(tmp_path / "b.jsonl")) == "words"
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4", "ptb", "someone/texts"])

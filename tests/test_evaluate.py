@@ -9,7 +9,7 @@ from torch import nn
 
 import fasp_graph as fg
 import models_zoo
-from fasp_graph.evaluate import flops, latency, logits_of, size_of, spread
+from fasp_graph.evaluate import flops, logits_of, size_of, spread
 from passes.capture import capture
 
 
@@ -97,13 +97,3 @@ def test_tied_weights_count_once():
     model[1].weight = model[0].weight
 
     assert size_of(model) == (16, 64)
-
-
-def test_latency_alternates():
-    order = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-
-    found = latency(calls, repeats=3, warmup=1)
-
-    assert order == ["a", "b"] * 4
-    assert set(found) == {"a", "b"} and all(set(v) == {"median", "spread"} for v in found.values())

@@ -214,6 +214,7 @@ def test_the_card_states_data_and_perplexity(pruned, tmp_path):
     card = (fg.save(pruned, tmp_path / "small", facts=facts) / "README.md").read_text()
 
     assert all(f"- {key}: {value}" in card for key, value in facts.items())
+    assert "://" not in card  # nothing that may lead nowhere
 
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])

@@ -40,7 +40,8 @@ def interrupted(process, ready=lambda: True):
     return error.strip()
 
 
-@pytest.mark.parametrize(("by", "library"), [(CONSOLE, "torch"), (MODULE, "typer")])
+@pytest.mark.parametrize("library", ["torch", "typer"])
+@pytest.mark.parametrize("by", [CONSOLE, MODULE], ids=["console", "module"])
 def test_while_libraries_load(tmp_path, by, library):
     stop = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
     (tmp_path / f"{library}.py").write_text(stop)
@@ -49,6 +50,28 @@ def test_while_libraries_load(tmp_path, by, library):
 
     assert process.communicate(timeout=120) == ("", "interrupted\n")
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("by", "policy"),
+    [
+        (("-c", "import fasp_graph_entry as e; e._before_libraries(); "), "PASSIVE"),
+        (("-c", "import fasp_graph; "), "None"),
+    ],
+    ids=["command", "package"],
+)
+def test_threads_sleep_where_they_wait_for_each_other(tmp_path, by, policy, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    code = by[1] + "import os; print(os.environ.get('OMP_WAIT_POLICY'))"
+
+    assert start(tmp_path, by=("-c", code)).communicate(timeout=120)[0] == f"{policy}\n"
+
+
+def test_a_program_that_imports_the_package_keeps_its_own_handler(tmp_path):
+    code = "import signal; then = signal.getsignal(signal.SIGINT); import fasp_graph; "
+    code += "print(signal.getsignal(signal.SIGINT) is then)"
+
+    assert start(tmp_path, by=("-c", code)).communicate(timeout=120)[0] == "True\n"
 
 
 def test_a_run_that_can_go_on_says_from_where(tmp_path):

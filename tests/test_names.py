@@ -1,5 +1,6 @@
 """Layers that repeat are told once, in the terminal and in explanations; JSON tells all."""
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -8,7 +9,7 @@ from torch import nn
 import fasp_graph as fg
 from fasp_graph.commands.cells import broken
 from fasp_graph.commands.listing import groups_table
-from passes.names import folded, pattern
+from passes.names import folded, pattern, ranges
 
 LAYERS = 12
 
@@ -36,17 +37,30 @@ def deps():
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (["a.0.w", "a.1.w", "a.2.w"], ["a.0-2.w (x3)"]),
-        (["a.0.w", "b", "a.7.w"], ["a.*.w (x2)", "b"]),
+        (["a.0.w", "a.1.w", "a.2.w"], ["a.{0..2}.w"]),
+        (["a.0.w", "b", "a.7.w"], ["a.{0,7}.w", "b"]),
         (["fc1.w", "fc2.w"], ["fc1.w", "fc2.w"]),
-        (["a.0.e.0", "a.0.e.1", "a.1.e.0", "a.1.e.1"], ["a.0-1.e.0-1 (x4)"]),
-        (["a.9", "a.10", "a.9"], ["a.9-10 (x2)"]),
+        (["a.0.e.0", "a.0.e.1", "a.1.e.0", "a.1.e.1"], ["a.{0,1}.e.{0,1}"]),
+        (["a.9", "a.10", "a.9"], ["a.{9,10}"]),
+        (["0.weight", "2.weight"], ["{0,2}.weight"]),
+        (["a.0.e.1", "a.1.e.0"], ["a.0.e.1", "a.1.e.0"]),
+        (["a.0.e.0", "a.0.e.1", "a.1.e.0"], ["a.0.e.{0,1}", "a.1.e.0"]),
+        ([f"a.{n}.w" for n in (0, 1, 2, 4, 7, 8, 9)], ["a.{0..2,4,7..9}.w"]),
+        ([f"a.{2 * n}.w" for n in range(20)], ["a.{0,2,4,6,…,38}.w"]),
         ([], []),
     ],
 )
 def test_names_that_differ_by_numbers_are_one(names, told):
     assert folded(names) == told
     assert {pattern(name) for name in names} >= {pattern(name) for name in names[:1]}
+
+
+@pytest.mark.parametrize(
+    ("positions", "told"),
+    [([[3], [0], [1]], "0-1, 3"), ([7], "7"), (range(0, 20, 2), "0, 2, 4, 6, 8, 10 and 4 more")],
+)
+def test_positions_are_ranges(positions, told):
+    assert ranges(np.array(positions)) == told
 
 
 def test_the_table_has_one_row_for_the_layers(deps):
@@ -56,7 +70,7 @@ def test_the_table_has_one_row_for_the_layers(deps):
     words = said.get()
 
     assert table.row_count <= 3
-    assert "layers.0-11.up.weight (x12)" in words and "layers.0-11.down.weight (x12)" in words
+    assert "layers.{0..11}.up.weight" in words and "layers.{0..11}.down.weight" in words
     assert sum(group["kind"] == "chain" for group in deps.to_dict()["groups"]) == LAYERS
 
 
@@ -65,7 +79,7 @@ def test_the_table_has_one_row_for_the_layers(deps):
     [
         ("a.bcd.ef", 20, ["a.bcd.ef"]),
         ("a.bcd.ef", 5, ["a.bcd", ".ef"]),
-        ("a.bcd.ef (x2)", 4, ["a", ".bcd", ".ef", "(x2)"]),
+        ("a.{0..2,7}.ef x", 4, ["a", ".{0..2,7}", ".ef", "x"]),
         ("mixed by mean · node", 8, ["mixed by", "mean ·", "node"]),
         ("longer.x", 3, ["longer", ".x"]),
         ("", 3, [""]),
@@ -81,8 +95,8 @@ def test_no_part_of_a_name_is_broken_in_a_narrow_table(deps):
         console.print(table)
     words = said.get().replace("│", " ").split()
 
-    assert "layers.0-11.up.weight" not in words  # there is no room
-    for part in ("layers.0-11", ".up.weight", ".down.weight", "(x12)"):
+    assert "layers.{0..11}.up.weight" not in words  # there is no room
+    for part in ("layers", ".{0..11}.up", ".{0..11}.down", ".weight"):
         assert part in words
 
 
@@ -93,12 +107,12 @@ def test_on_a_narrow_terminal_names_are_whole_and_stand_below_each_other(deps):
     words = said.get().replace("│", " ")
 
     assert "…" not in words and max(map(len, words.splitlines())) <= 60
-    for name in ("group", "members", "consumers", "reason", "layers.0-11.up.weight (x12)"):
+    for name in ("group", "members", "consumers", "reason", "layers.{0..11}.up.weight"):
         assert name in words
 
 
 def test_an_explanation_names_the_others_once(deps):
     words = deps.explain("layers.3.down.weight")
 
-    assert "layers.*.down.weight[0] 0, 1, 2, 3, 4, 5 (x11)" in words
+    assert "\n" + " " * 25 + "layers.{0..2,4..11}.down.weight[0] 0-5\n" in words
     assert "layers.4.down.weight" not in words and len(words) < 1000

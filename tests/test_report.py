@@ -125,7 +125,7 @@ def test_every_figure_stands_under_its_heading(run):
     assert rows[""] == ["before", "after", "change"]
     before, after = report.params_before, report.params_after
     assert rows["parameters"] == [f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"]
-    assert rows["latency ms"] == ["8", "6", "-25.0%"]
+    assert rows["latency ms"] == ["8.000", "6", "-25.0%"]
     assert rows["memory of the weights"][:2] == [
         f"{held / 1000:.1f} kB" for held in (report.bytes_before, report.bytes_after)
     ]
@@ -136,6 +136,23 @@ def test_every_figure_stands_under_its_heading(run):
     for held, row in zip(report.groups, groups, strict=True):
         assert row[:4] == [held.name, held.kind, f"{held.units:,}", f"{held.kept:,}"]
         assert float(row[4].replace(",", "")) == pytest.approx(held.error_before, rel=1e-3)
+
+
+def test_columns_without_a_figure_are_left_out(run):
+    report = run[0].report.to_dict()
+    scored = [{**group, "score_kept": 0.5} for group in report["groups"]]
+
+    plain = cells(report_page("llama", report, {}), "Groups")[0]
+    more = cells(report_page("llama", {**report, "groups": scored}, {}), "Groups")[0]
+
+    assert set(more) - set(plain) == {"score kept"} and "error before repair" in plain
+
+
+def test_layers_left_alone_for_one_reason_are_one_row(run):
+    rows = cells(report_page("llama", run[0].report.to_dict(), {}), "Left alone, and why")
+
+    name = "model.layers.{0,1}.self_attn.q_proj.0.blocks"
+    assert [name, "head", "not asked for"] in rows and len(rows) < len(run[0].report.frozen) + 1
 
 
 def test_the_heat_map_is_of_what_is_kept_and_darkest_where_all_is(run):

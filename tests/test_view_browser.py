@@ -106,6 +106,8 @@ def test_a_click_on_a_group_tells_all_about_it(show, pruned):
     assert f"{len(pruned.plan.kept[group.name])} of {group.size}" in detail
     assert "error after repair" in detail and group.consumers[0].line in detail
     stopped = (group.size - len(pruned.plan.kept[group.name])) // group.blocks
+    terms = [term.text for term in find(browser, "#detail dt")]
+    assert len(terms) == len(set(terms)) and "blocks" in terms
     assert f"Stopped at {stopped}: " in detail and find(browser, "#detail .curve circle")
     assert all(member.parameter in detail for member in group.members)
 
@@ -311,6 +313,39 @@ def test_ten_thousand_weights_are_folded(show):
     find(browser, "#found .hit")[0].click()
     assert lit(browser, "chosen") == {"net.57.part3.b"}
     assert lit(browser, "member") == {"net.57.part3.a"}
+
+
+def test_a_hundred_layers_spread_out_are_a_grid_of_closed_boxes(show):
+    browser = show(many_layers(100))
+    spread = "faspGraph.act.toggle(faspGraph.model.byId.get('f:net:0'))"
+    drawn = "return faspGraph.cy.nodes().map(node => node.id())"
+
+    find(browser, "#open")[0].click()
+    browser.execute_script(spread)
+
+    assert {"m:net.0", "m:net.57", "m:net.99"} <= set(browser.execute_script(drawn))
+    assert len(browser.execute_script(drawn)) < 300
+    width, height = browser.execute_script(
+        "const b = faspGraph.cy.getElementById('f:net:0').boundingBox(); return [b.w, b.h]"
+    )
+    assert 0.25 < width / height < 4
+
+
+def test_what_stays_in_the_picture_is_kept(show, pruned):
+    browser = show(pruned.deps)
+    kept = "return faspGraph.cy.nodes().filter(node => node.scratch('old')).map(node => node.id())"
+    browser.execute_script("faspGraph.cy.nodes().forEach(node => node.scratch('old', true))")
+    before = browser.execute_script(kept)
+    toggle = "faspGraph.act.toggle(faspGraph.model.byId.get('m:model.layers.0.mlp'))"
+
+    browser.execute_script(toggle)
+    closed = browser.execute_script(kept)
+    browser.execute_script(toggle)
+
+    inner = {f"m:model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert set(before) - set(closed) == inner and browser.execute_script(kept) == closed
+    labels = browser.execute_script("return faspGraph.cy.nodes().map(node => node.data('label'))")
+    assert "mlp" in labels and len(labels) == len(before)
 
 
 def test_a_notebook_frame_draws(browser, pruned, tmp_path):

@@ -50,4 +50,5 @@ def broken(line: str, width: int) -> list[str]:
 
 
 def _parts(line: str) -> list[str]:
-    return re.findall(r"[. ]?[^. ]+|[. ]", line) or [""]
+    """What follows each other: `layers`, `.{0..11}`, `.up`; braces stay whole."""
+    return re.findall(r"[. ]?(?:\{[^{}]*\}|[^. ])+|[. ]", line) or [""]

@@ -31,13 +31,14 @@ from passes.errors import ConfigError, FaspGraphError
 
 from ..config import Config
 from ..data import load_target
-from ..evaluate import flops, latency, perplexity, size_of, spread
+from ..evaluate import flops, perplexity, size_of, spread
 from ..exports.onnx import graph_call, onnx_session, run_session, write_graph
 from ..folders.huggingface import save
 from ..jsontext import to_json
 from ..pages.view import to_html
 from ..prune import Program, Pruned, prune, read
 from ..targets import Target
+from ..timing import latency
 from .progress import progress_bar, staged
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.5)

@@ -155,7 +155,7 @@ def show_dry_run(target: Target, options: Config, json: bool) -> None:
     for name, count in found.keep.items():
         alike.setdefault((pattern(name), found.sizes[name], count), []).append(name)
     for (_, size, count), names in alike.items():
-        result.add_row(escape("".join(folded(names))), str(size), str(count))
+        result.add_row(escape("\n".join(folded(names))), str(size), str(count))
     wide_console().print(result)
     frozen = counted(len(found.frozen), "group")
     wide_console().print(

@@ -39,7 +39,7 @@ def inspect_command(
 ) -> None:
     """Show which weights are coupled, and why the others are frozen.
 
-    Names that differ by layer numbers only are one row (layers.0-31, x32); --json tells each.
+    Names that differ by layer numbers only are one row (layers.{0..31}); --json tells each.
     """
     asked = {"--explain": explain, "--format or --output": format or output, "--json": json}
     one_of({name: asked[name] for name in ("--explain", "--format or --output")})
@@ -84,5 +84,8 @@ def _form(format: str | None, output: Path | None) -> str | None:
     form = {"mmd": "mermaid", "gv": "dot"}.get(form or "", form)
     if form is not None and form not in FORMATS:
         viewer = "--html FILE writes the viewer; " if form == "html" else ""
-        raise ConfigError(f"no format {form!r} · help: {viewer}--format {', '.join(FORMATS)}")
+        known = ", ".join(FORMATS)
+        if not form:
+            raise ConfigError(f"the ending of {output} names no format · help: one of {known}")
+        raise ConfigError(f"no format {form!r} · help: {viewer}--format {known}")
     return form

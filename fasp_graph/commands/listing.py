@@ -62,9 +62,9 @@ def _cells(groups: list[Group]) -> tuple[str, ...]:
     first = groups[0]
     members = _sorted(m.parameter for group in groups for m in group.members)
     consumers = _sorted(_where(c) for group in groups for c in group.consumers)
-    (name,) = folded(group.name for group in groups)
     return (
-        *(name, first.kind, str(first.size), str(first.blocks)),
+        "\n".join(folded(_sorted(group.name for group in groups))),
+        *(first.kind, str(first.size), str(first.blocks)),
         *("\n".join(folded(names)) for names in (members, consumers)),
         first.reason,
     )

@@ -14,9 +14,9 @@ import models_zoo
 from passes.capture import as_args
 from passes.errors import ConfigError
 
-from ..bench import bench
+from ..bench import Result, bench
 from ..data import load_target
-from ..evaluate import flops, latency, shapes_of, size_of
+from ..evaluate import flops, shapes_of, size_of
 from ..exports.export import FORMATS as EXPORTS
 from ..exports.export import Options, export_source, source_of
 from ..exports.onnx import EXTERNAL_DATA_BYTES
@@ -25,6 +25,7 @@ from ..jsontext import to_json
 from ..measures import tasks
 from ..quality import Quality
 from ..targets import Target
+from ..timing import latency
 from ..units import in_bytes, in_flops
 from .cells import figures_table
 from .terminal import (
@@ -35,6 +36,7 @@ from .terminal import (
     Length,
     Model,
     Windows,
+    said,
     show,
     stages,
     wide_console,
@@ -118,20 +120,29 @@ def bench_command(
     runs: Annotated[int, typer.Option(help="Timed runs of each.", min=2)] = 15,
     onnx: Annotated[bool, typer.Option(help="Also in ONNX Runtime.")] = True,
     memory: Annotated[bool, typer.Option(help="Peak memory, in a process of its own.")] = True,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch and ONNX Runtime.", min=1)
+    ] = None,
     device: Device = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare models: alternating runs in torch and ONNX Runtime, median, spread, memory."""
+    """Compare models: alternating runs in torch and ONNX Runtime, median, spread, memory.
+
+    "times as fast" is against the first model, with the range that the runs leave open.
+    """
     with stages("load models and data"):
         targets = [load_target(model, evaluation=data, device=device) for model in models]
     with stages("bench") as step:
-        found = bench(targets, batch, length, runs, onnx, memory, step)
+        found = bench(targets, batch, length, runs, onnx, memory, threads, step)
+    for row in found:
+        said(f"warning: {row.warning}") if row.warning else None
     if json:
         print(to_json([vars(result) for result in found], indent=1))
         return
-    heads = ("model", "runtime", "parameters", "weights", "one call", "ms", "± IQR", "tokens/s")
-    result = figures_table(*heads, "peak memory", "perplexity", words=2)
+    heads = ("model", "runtime", "parameters", "weights", "one call", "ms", "± IQR")
+    more = ("times as fast", "tokens/s", "peak memory", "perplexity")
+    result = figures_table(*heads, *more, words=2)
     for row in found:
         result.add_row(
             escape(row.model),
@@ -141,11 +152,20 @@ def bench_command(
             in_flops(row.flops),
             f"{row.median * 1e3:.2f}",
             f"{row.spread * 1e3:.2f}",
+            _times(row),
             "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
             "" if row.peak_memory is None else in_bytes(row.peak_memory),
             "" if row.perplexity is None else f"{row.perplexity:.3f}",
         )
     wide_console().print(result)
+
+
+def _times(row: Result) -> str:
+    """1.25 (1.19-1.31)"""
+    if row.speedup is None or row.speedup_range is None:
+        return ""
+    low, high = row.speedup_range
+    return f"{row.speedup:.2f} ({low:.2f}-{high:.2f})"
 
 
 def export_command(

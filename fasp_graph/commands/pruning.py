@@ -17,7 +17,7 @@ from passes.lazy import is_lazy
 from ..calibration import refuse_dataless
 from ..config import Config
 from ..data import load_target
-from ..evaluate import latency, perplexity
+from ..evaluate import perplexity
 from ..folders.huggingface import refuse_foreign, refuse_undersized, save
 from ..folders.manifest import versions
 from ..inputs import refuse_unstreamable
@@ -28,6 +28,7 @@ from ..prune import Pruned, prune
 from ..scale.distributed import world
 from ..scale.journal import close, work_folder
 from ..targets import Target
+from ..timing import latency
 from ..units import counted
 from .demo import RECORD, refuse_others, run_demo, table
 from .dryrun import show_dry_run

@@ -37,8 +37,8 @@ tags: [pruning, structured-pruning]
 ---
 # {name}, pruned
 
-A smaller {name}, made by [fasp_graph](https://pypi.org/project/fasp-graph/): structured pruning
-found by analysing the model's own graph, with a repair of what stays.
+A smaller {name}, made by fasp_graph: structured pruning found by analysing the model's own graph,
+with a repair of what stays.
 
 | | before | after |
 |---|---|---|

@@ -18,7 +18,7 @@ _CAPTION = (
 
 
 def curves(groups: Iterable[Mapping[str, Any]]) -> str:
-    """A table with the curve of each group that has one."""
+    """The curve of each group that has one, side by side."""
     held = [group for group in groups if len(group.get("curve") or ()) > 1]
     if not held:
         return _NONE
@@ -30,13 +30,13 @@ def curves(groups: Iterable[Mapping[str, Any]]) -> str:
         level = (math.log(max(value, least)) - low) / ((high - low) or 1)
         return round(HEIGHT - 42 * min(level, 1), 1)
 
-    marks = f"<text x='-4' y='9'>{most:.1e}</text><text x='-4' y='{HEIGHT}'>{least:.1e}</text>"
+    marks = f"<text x='-4' y='9'>{most:.2g}</text><text x='-4' y='{HEIGHT}'>{least:.2g}</text>"
     lines = [
-        f"<tr><th scope='row'>{html.escape(str(group['name']))}</th>"
-        f"<td>{_curve(group, height, marks)}</td></tr>"
+        f"<figure><figcaption>{html.escape(str(group['name']))}</figcaption>"
+        f"{_curve(group, height, marks)}</figure>"
         for group in held
     ]
-    return f"{_CAPTION}<div class='scroll'><table>{''.join(lines)}</table></div>"
+    return f"{_CAPTION}<div class='curves'>{''.join(lines)}</div>"
 
 
 def stop_of(group: Mapping[str, Any]) -> int:

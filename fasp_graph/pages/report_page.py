@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from passes.names import folded, pattern
+
 from ..jsontext import plain, to_json
 from ..units import in_bytes
 from .curves import curves
@@ -25,7 +27,9 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #888
 th:first-child, td:first-child, .names :is(th, td) { text-align: left; }
 .map :is(th, td):not(:first-child) { text-align: center; }
 .cell { color: #06222b; min-width: 4rem; border: 2px solid Canvas; }
-.names td:not(:nth-child(2)) { overflow-wrap: anywhere; } .dim { opacity: .7; }
+.names td:first-child { white-space: nowrap; } .names td:last-child { overflow-wrap: anywhere; }
+figure { margin: 0; } figcaption { overflow-wrap: anywhere; font-size: .85em; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); gap: 1rem; }
 svg text { font-size: 9px; fill: currentColor; } svg path { stroke: currentColor; opacity: .5; }
 .scroll { overflow-x: auto; } polyline { fill: none; stroke: #0a7; stroke-width: 1.5; }
 circle { fill: #c40; }
@@ -78,7 +82,9 @@ def report_page(
         *(f"<p>{_text(note)}</p>" for note in report.get("notes", ())),
         "<h2>Before and after</h2>",
         _before_after({**report, **figures}),
-        f"<p>FLOPs and latency are those of one call at {_text(report['inputs'])}.</p>",
+        f"<p>FLOPs and latency are those of one call at {_text(report['inputs'])}; latency varies "
+        "with what else the machine does: <code>fasp-graph bench</code> tells by how much.</p>",
+        '<p>What goes together, to click on: <a href="graph.html">graph.html</a>.</p>',
         "<h2>Kept share of each group</h2>",
         _heat_map(report["groups"]),
         "<h2>Groups</h2>",
@@ -92,7 +98,7 @@ def report_page(
         "<h2>Seconds</h2>",
         _table(("stage", "seconds"), [(k, f"{v:.2f}") for k, v in report["seconds"].items()]),
         "<h2>Left alone, and why</h2>",
-        _table(("group", "kind", "reason"), [_left(held) for held in report["frozen"]], "names"),
+        _table(("group", "kind", "reason"), _left(report["frozen"]), "names"),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -114,7 +120,7 @@ def _before_after(figures: Mapping[str, Any]) -> str:
             continue
         change = f"{after / before - 1:+.1%}" if before else ""
         name = key.removesuffix("_before")
-        told = in_bytes if name == "bytes" else _figure
+        told = in_bytes if name == "bytes" else _measured
         rows.append((_title(name), told(before), told(after), change))
     return _table(("", "before", "after", "change"), rows)
 
@@ -144,6 +150,11 @@ def _number(value: Any) -> TypeGuard[int | float]:
 def _figure(value: float) -> str:
     """A number in words; whole ones with all their digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _measured(value: float) -> str:
+    """With all four digits, so that two can be compared: 5.050."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:#,.4g}"
 
 
 def _heat_map(groups: Iterable[Mapping[str, Any]]) -> str:
@@ -177,15 +188,24 @@ def _cell(percent: int | None) -> str:
 
 
 def _groups(groups: Iterable[Mapping[str, Any]]) -> str:
-    """All that the report tells of each group, in the order of its fields, but for its curve."""
+    """What the report tells of the groups, in the order of its fields, but for the curves."""
     rows = [{key: value for key, value in group.items() if key != "curve"} for group in groups]
     heads = tuple(rows[0]) if rows else ("name",)
+    heads = tuple(head for head in heads if any(_any(row.get(head)) for row in rows))
     shown = [tuple(_any(row.get(head)) for head in heads) for row in rows]
     return _table(tuple(map(_title, heads)), shown)
 
 
-def _left(held: Mapping[str, Any]) -> tuple[str, str, str]:
-    return held["name"], held["kind"], held["reason"]
+def _left(frozen: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """A row for each kind and reason; of layers that repeat the first one's."""
+    alike: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for held in frozen:
+        key = (pattern(held["name"]), held["kind"], re.sub(r"\d+", "#", held["reason"]))
+        alike.setdefault(key, []).append(held)
+    return [
+        (", ".join(folded(held["name"] for held in group)), group[0]["kind"], group[0]["reason"])
+        for group in alike.values()
+    ]
 
 
 def _any(value: Any) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from passes.groups import DependencyGraph, Group, Member
+from passes.names import ranges
 
 from ..jsontext import to_json
 from .curves import stop_of
@@ -143,7 +144,7 @@ def _group(
     kept = plan.kept.get(group.name) if plan is not None else None
     entry["kept"], entry["planned"] = group.size if kept is None else len(kept), kept is not None
     entry["members"] = [
-        {**shown, "parameter": name, "rows": indices_text(member), "unit": _unit_text(member)}
+        {**shown, "parameter": name, "rows": ranges(member.indices), "unit": _unit(member)}
         for shown, member in zip(entry["members"], group.members, strict=True)
         for name in tied.get(member.parameter, [member.parameter])
     ]
@@ -155,7 +156,7 @@ def _group(
             entry["figures"] = {
                 key: value
                 for key, value in vars(held).items()
-                if isinstance(value, (int, float)) and key not in ("units", "kept")
+                if isinstance(value, (int, float)) and key not in ("units", "kept", "blocks")
             }
             entry["curve"] = curve_points(held.curve, stop_of(vars(held)))
     return entry
@@ -173,22 +174,9 @@ def curve_points(curve: Sequence[float], stop: int, most: int = 48) -> list[list
     return [[int(k), float(f"{errors[k]:.4g}")] for k in steps]
 
 
-def indices_text(member: Member, most: int = 6) -> str:
-    """All positions that a group's units own along the member's dim, as ranges: `0-63, 96`."""
-    found = np.unique(np.asarray(member.indices))
-    starts = np.flatnonzero(np.diff(found, prepend=found[0] - 2) != 1)
-    ends = np.append(starts[1:], len(found)) - 1
-    ranges = [(int(found[a]), int(found[b])) for a, b in zip(starts, ends, strict=True)]
-    texts = [str(low) if low == high else f"{low}-{high}" for low, high in ranges[:most]]
-    return ", ".join(texts) + (f" and {len(ranges) - most} more" if len(ranges) > most else "")
-
-
-def _unit_text(member: Member, most: int = 8) -> str:
+def _unit(member: Member) -> str:
     """What the first unit owns, where that is more than one position."""
-    first = np.asarray(member.indices)[0]
-    if len(first) < 2:
-        return ""
-    return ", ".join(str(int(at)) for at in first[:most]) + ("…" if len(first) > most else "")
+    return ranges(member.indices[0]) if len(member.indices[0]) > 1 else ""
 
 
 def shapes_after(deps: DependencyGraph, plan: Any) -> dict[str, list[int]]:

@@ -1,7 +1,7 @@
 "use strict";
 // The picture: each box is laid out by Dagre on its own, from the inside out, and drawn by Cytoscape.
 const graphDraw = (() => {
-  const { shown, isBox, isOpen, standIn, sizes } = graphModel;
+  const { MANY, shown, isBox, isOpen, standIn, sizes } = graphModel;
   const PAD = 18, HEAD = 28;
   const KINDS = ["chain", "bilinear", "head", "width", "frozen"];
   const PALETTES = {
@@ -36,28 +36,37 @@ const graphDraw = (() => {
     if (!isBox(node) || !isOpen(model, node)) return measure(node);
     const children = shown(node), inner = new Map(children.map(child => [child.id, arrange(model, child, pairs, screen)]));
     const edges = flow(children, pairs.get(node.id) || []);
-    const scale = graph => Math.min(screen.w / graph.graph().width, screen.h / graph.graph().height);
+    const scale = ({ width, height }) => Math.min(screen.w / width, screen.h / height);
     const options = ["TB", "LR"].map(direction => lay(inner, edges, direction));
-    const graph = scale(options[0]) >= scale(options[1]) ? options[0] : options[1];
-    const { width, height } = graph.graph(), w = Math.max(width, node.name.length * 7 + 60) + 2 * PAD, spots = new Map();
-    for (const [id, box] of inner) {
-      const { x, y } = graph.node(id);
+    const { width, height, centres } = scale(options[0]) >= scale(options[1]) ? options[0] : options[1];
+    const w = Math.max(width, node.name.length * 7 + 60) + 2 * PAD, spots = new Map();
+    [...inner.values()].forEach((box, k) => {
+      const { x, y } = centres[k];
       for (const [leaf, [dx, dy]] of box.spots) spots.set(leaf, [x + dx - width / 2, y + dy - height / 2 + HEAD / 2]);
-    }
+    });
     return { w, h: height + 2 * PAD + HEAD, spots };
   }
 
+  // Boxes with the same things inside are laid out once: layers are alike, and most boxes stay as they were.
+  const laid = new Map();
   function lay(inner, edges, rankdir) {
+    const at = new Map([...inner.keys()].map((id, k) => [id, k])), boxes = [...inner.values()].map(({ w, h }) => [w, h]);
+    const pairs = [...new Set(edges.map(([from, to]) => `${at.get(from)} ${at.get(to)}`))];
+    const key = JSON.stringify([rankdir, boxes, pairs]);
+    if (!laid.has(key)) laid.set(key, byDagre(boxes, pairs.map(pair => pair.split(" ")), rankdir));
+    return laid.get(key);
+  }
+  function byDagre(boxes, pairs, rankdir) {
     const graph = new dagre.graphlib.Graph();
     graph.setGraph({ rankdir, nodesep: 20, ranksep: 36 });
     graph.setDefaultEdgeLabel(() => ({}));
-    for (const [id, box] of inner) graph.setNode(id, { width: box.w, height: box.h });
-    for (const [from, to] of edges) graph.setEdge(from, to);
+    boxes.forEach(([width, height], k) => graph.setNode(String(k), { width, height }));
+    pairs.forEach(([from, to]) => graph.setEdge(from, to));
     dagre.layout(graph);
-    return graph;
+    return { ...graph.graph(), centres: boxes.map((_, k) => graph.node(String(k))) };
   }
 
-  // Bands between children; parts that no band joins follow each other in the order of use.
+  // Bands between children; parts that no band joins follow each other in the order of use, many of them in columns.
   function flow(children, pairs) {
     const part = new Map(children.map(child => [child.id, child.id]));
     const find = id => { while (part.get(id) !== id) id = part.get(id); return id; };
@@ -69,9 +78,9 @@ const graphDraw = (() => {
       parts.get(key).push(child.id);
     }
     const starts = new Set(pairs.map(pair => pair[1])), ends = new Set(pairs.map(pair => pair[0]));
-    const order = [...parts.values()], found = [...pairs];
-    for (let k = 1; k < order.length; k++) {
-      for (const from of order[k - 1].filter(id => !ends.has(id))) {
+    const order = [...parts.values()], found = [...pairs], columns = order.length > MANY ? Math.ceil(Math.sqrt(order.length)) : 1;
+    for (let k = columns; k < order.length; k++) {
+      for (const from of order[k - columns].filter(id => !ends.has(id))) {
         for (const to of order[k].filter(id => !starts.has(id))) found.push([from, to]);
       }
     }
@@ -117,9 +126,9 @@ const graphDraw = (() => {
       if (box) shown(node).forEach(child => visit(child, node.id, depth + 1));
     };
     shown(model.root).forEach(child => visit(child, undefined, 0));
-    for (const { a, b, groups } of edges.values()) {
+    for (const [key, { a, b, groups }] of edges) {
       const group = model.data.groups[groups[0]];
-      found.push({ group: "edges", data: { id: `e:${found.length}`, source: a.id, target: b.id, groups,
+      found.push({ group: "edges", data: { id: `e:${key}`, source: a.id, target: b.id, groups,
         wide: 1.5 + Math.log2(1 + group.size) / 2.2 }, classes: group.kind });
     }
     return found;
@@ -161,10 +170,20 @@ const graphDraw = (() => {
     return cy;
   }
 
+  // What stays is kept: making an element costs more than moving it.
   function draw(cy, model, hidden) {
+    const wanted = elements(model, { w: cy.width(), h: cy.height() }), ids = new Set(wanted.map(({ data }) => data.id));
+    wanted.forEach(({ data, classes }) => { data.stamp = JSON.stringify([data, classes]); });
     cy.batch(() => {
-      cy.elements().remove();
-      cy.add(elements(model, { w: cy.width(), h: cy.height() }));
+      cy.remove(cy.elements().filter(held => !ids.has(held.id())));
+      cy.add(wanted.filter(({ data, classes, position }) => {
+        const held = cy.getElementById(data.id);
+        if (held.empty()) return true;
+        if (held.data("stamp") !== data.stamp) held.data(data).classes(classes);
+        if (position && (held.position("x") !== position.x || held.position("y") !== position.y)) held.position(position);
+        return false;
+      }));
+      cy.edges().removeClass("off");
       hidden.forEach(kind => cy.edges("." + kind).addClass("off"));
     });
   }

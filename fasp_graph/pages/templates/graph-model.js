@@ -3,7 +3,7 @@
 //   module  a box that opens          card  a module's own parameters
 //   fold    a run of alike modules, shown one at a time     op  a node that sums two activations
 const graphModel = (() => {
-  const FOLD_FROM = 3, OPEN_CARDS = 90;
+  const FOLD_FROM = 3, OPEN_CARDS = 90, MANY = 12;
 
   function build(data) {
     const root = { id: "m:", name: "model", path: "", kind: "module", children: [], parent: null };
@@ -152,6 +152,13 @@ const graphModel = (() => {
     }
   }
 
+  // Open all below a node; of a fold of many one item, as thousands of cards neither fit nor draw in time.
+  function openBelow(model, node) {
+    model.open.add(node.id);
+    const few = node.kind !== "fold" || node.children.length <= MANY;
+    (few ? node.children : [node.children[node.index]]).filter(isBox).forEach(child => openBelow(model, child));
+  }
+
   function every(node, visit) {
     visit(node);
     node.children.forEach(child => every(child, visit));
@@ -159,13 +166,14 @@ const graphModel = (() => {
 
   // Parameters below a node, before and after.
   function sizes(node) {
+    if (node.sizes) return node.sizes;
     let before = 0, after = 0;
     every(node, at => (at.parameters || []).filter(p => p.counted).forEach(parameter => {
       before += parameter.shape.reduce((a, b) => a * b, 1);
       after += parameter.after.reduce((a, b) => a * b, 1);
     }));
-    return { before, after };
+    return node.sizes = { before, after };
   }
 
-  return { build, shown, isBox, isOpen, standIn, turn, reveal, every, sizes };
+  return { MANY, build, shown, isBox, isOpen, standIn, turn, reveal, openBelow, every, sizes };
 })();

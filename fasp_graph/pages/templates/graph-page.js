@@ -1,7 +1,7 @@
 "use strict";
 // The page: what is chosen, the outline, search, keys.
 (() => {
-  const { isBox, shown, turn, reveal, every, standIn } = graphModel;
+  const { isBox, shown, turn, reveal, openBelow, every, standIn } = graphModel;
   const { make, at, full } = graphPanel;
   const model = graphModel.build(JSON.parse(at("data").textContent));
   const { data } = model, root = document.documentElement;
@@ -40,9 +40,11 @@
       relight();
     },
     toggle(node) {
-      if (node.kind === "fold") node.spread = !node.spread;
+      const fold = node.kind === "fold";
+      if (fold) node.spread = !node.spread;
       else if (!model.open.delete(node.id)) model.open.add(node.id);
       redraw();
+      if (fold) fit();
     },
   };
 
@@ -57,7 +59,7 @@
       item.setAttribute("aria-selected", String(item.dataset.id === chosen?.id));
     });
   }
-  const fit = () => cy.fit(undefined, 24);
+  const fit = () => cy.resize().fit(undefined, 24);
 
   // The outline: the picture for the keyboard and for screen readers. Closed boxes have no rows below.
   function outline() {
@@ -162,7 +164,7 @@
   at("theme").addEventListener("click", () => setTheme(theme === "dark" ? "light" : "dark"));
   at("earlier").addEventListener("click", () => step(-1));
   at("later").addEventListener("click", () => step(1));
-  at("open").addEventListener("click", () => { every(model.root, node => isBox(node) && model.open.add(node.id)); redraw(); fit(); });
+  at("open").addEventListener("click", () => { openBelow(model, model.root); redraw(); fit(); });
   at("close").addEventListener("click", () => { model.open = new Set([model.root.id]); redraw(); fit(); });
   document.addEventListener("keydown", event => {
     const typing = ["INPUT", "SELECT"].includes(document.activeElement?.tagName);
@@ -175,7 +177,7 @@
 
   if (data.name) document.title = at("title").textContent = `Coupled weights of ${data.name}`;
   const free = data.groups.length - (counts.frozen || 0);
-  at("count").textContent = `${full(data.modules.length)} module${data.modules.length === 1 ? "" : "s"} with weights · ${full(free)} prunable group${free === 1 ? "" : "s"}, ${full(counts.frozen || 0)} frozen · `
+  at("count").textContent = at("count").title = `${full(data.modules.length)} module${data.modules.length === 1 ? "" : "s"} with weights · ${full(free)} prunable group${free === 1 ? "" : "s"}, ${full(counts.frozen || 0)} frozen · `
     + (data.planned ? `${full(data.before)} → ${full(data.after)} parameters` : `${full(data.before)} parameters`);
   graphPanel.legend({ ...counts, planned: data.planned }, hidden, redraw);
   graphPanel.welcome(model);

@@ -8,10 +8,14 @@ const graphPanel = (() => {
   const NAMES = { error_before: "error before repair", error_after: "error after repair",
     score_kept: "median score of what stays", score_removed: "median score of what goes" };
 
+  // A long name goes on in the next line before a dot.
+  const pieces = text => /\s/.test(text) ? [text]
+    : text.split(/(?<!\d)(?=\.\w)|(?<=\d)(?=\.\D)/).flatMap((part, k) => k ? [document.createElement("wbr"), part] : [part]);
+
   function make(tag, name, text, parent) {
     const element = document.createElement(tag);
     if (name) element.className = name;
-    if (text !== undefined) element.textContent = text;
+    if (text !== undefined) element.append(...pieces(text));
     if (parent) parent.append(element);
     return element;
   }
@@ -134,10 +138,11 @@ const graphPanel = (() => {
 
   function chip(model, g, parent, act) {
     const found = model.data.groups[g];
-    const share = found.planned ? ` · ${Math.round(100 * found.kept / found.size)}% kept` : "";
+    const share = found.planned ? `, ${Math.round(100 * found.kept / found.size)}% kept` : "";
     const element = button("chip", undefined, parent, () => act.group(g));
     make("span", `dot ${found.kind}`, "", element).setAttribute("aria-hidden", "true");
-    make("span", "", `${found.name} · ${full(found.size)}${share}`, element);
+    const words = make("span", "", found.name, element);
+    make("div", "dim", `${full(found.size)} unit${found.size === 1 ? "" : "s"}${share}`, words);
     return element;
   }
 
