@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from torch import SymBool, SymInt, Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental import sym_node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -119,7 +117,7 @@ class Assumed(TorchFunctionMode):
             with _disable_current_modes():
                 read = func(every, *args[1:], **kwargs)
             return pytree.tree_map(lambda v: self._constant(v, args[0]._chosen), read)
-        unknown = func is Tensor.__len__ and free_unbacked_symbols(args[0].shape[0])
+        unknown = func is Tensor.__len__ and unknowns(args[0].shape[0])
         if unknown and self._may_be_many(unknown):
             return MANY
         result = func(*args, **kwargs)
@@ -143,9 +141,8 @@ class Assumed(TorchFunctionMode):
         for leaf in pytree.tree_leaves(result):
             sizes = leaf.shape if isinstance(leaf, Tensor) else (leaf,)
             for size in sizes:
-                if isinstance(size, (SymInt, SymBool)):
-                    for symbol in free_unbacked_symbols(size):
-                        self.made.setdefault(symbol, site)
+                for symbol in unknowns(size):
+                    self.made.setdefault(symbol, site)
 
     def _selected(self, source: Tensor, result: Any, site: Site) -> None:
         """Beside the positions that are selected, all that might be."""
@@ -181,13 +178,15 @@ class Assumed(TorchFunctionMode):
         """The context in which a branch on an unknown size takes it for MANY, and forward does what
         it does outside of a trace.
         """
+        from torch.fx.experimental import sym_node, symbolic_shapes
+
         decide, compiling = sym_node.SymNode.guard_bool, torch.compiler.is_compiling
 
         def guard_bool(node: Any, file: str, line: int) -> bool:
             try:
                 return decide(node, file, line)
-            except GuardOnDataDependentSymNode:
-                symbols = free_unbacked_symbols(node.expr)
+            except symbolic_shapes.GuardOnDataDependentSymNode:
+                symbols = symbolic_shapes.free_unbacked_symbols(node.expr)
                 if not self._may_be_many(symbols):
                     raise
                 return bool(node.expr.xreplace(dict.fromkeys(symbols, MANY)))
@@ -228,6 +227,15 @@ def is_own(node: Node) -> bool:
 def assumptions(module: GraphModule) -> list[str]:
     """What the graph asserts of the ways that forward takes."""
     return list(dict.fromkeys(str(n.args[-1]) for n in module.graph.nodes if is_own(n)))
+
+
+def unknowns(size: Any) -> set[Any]:
+    """Symbols in a size that stand for what only the numbers in tensors tell."""
+    if not isinstance(size, (SymInt, SymBool)):
+        return set()
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # slow to import
+
+    return free_unbacked_symbols(size)
 
 
 def _named(site: Site) -> str:
