@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from .capture import Args
@@ -95,6 +94,8 @@ def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift | None:
     """Cross-moments of target minus output at the consumer that the walk stands before; None where
     data decide how many rows it sees (a router), since the two paths may send it other tokens.
     """
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # brings sympy
+
     if free_unbacked_symbols(view.node.meta.get("val")):
         return None
     weight = state.weight(view.parameter)
