@@ -42,13 +42,12 @@ from .worth import Job, Progress, problems_of, told, utility_of, weight_utility
 
 @dataclass
 class Decisions:
-    """Filled group by group. `curves[name][k]`: error of removing k units per block;
-    `seen`: tokens and channels at each consumer's weight that is solved for; `untold`: tokens at
-    each whose units calibration says nothing of, and where it stands; `scores`: medians
-    of the units that stay and of those that go; `orders`: groups of
-    which each expert keeps its own units, put in front (passes/experts.py); `forward_passes`: the
-    cost, in plain forward passes over the calibration batches; `notes`: what was done otherwise
-    than asked for, and why.
+    """Filled group by group. `curves[name][k]`: error of removing k units per block; `seen`: tokens
+    and channels at each consumer's weight that is solved for; `untold`: tokens at each of which
+    calibration says nothing, and where it stands; `scores`: medians of the units that stay and of
+    those that go; `orders`: groups of which each expert keeps its own units, put in front
+    (passes/experts.py); `forward_passes`: the cost, in plain forward passes over the calibration
+    batches; `notes`: what was done otherwise than asked for, and why.
     """
 
     budget: Budget
@@ -242,7 +241,8 @@ def _repair(
     unit = unit_columns(group, view, weight)
     mask = staying(group, decided.kept[group.name], unit)
     if not found.tell(unit >= 0):
-        decided.untold[view.parameter] = (found.tokens, where(view.node))
+        place = view.parameter if not found.tokens else _columns(group, view, unit)
+        decided.untold[place] = (found.tokens, where(view.node))
         state.weights[view.parameter] = view.weight(view.matrix(weight) * mask, weight)
         return
     gap = None
@@ -261,6 +261,12 @@ def _repair(
         before + result.error_before / len(several),
         after + result.error_after / len(several),
     )
+
+
+def _columns(group: Group, view: View, unit: Tensor) -> str:
+    """The group's columns of a weight, in words."""
+    whole = bool((unit >= 0).all())
+    return view.parameter if whole else f"the columns of {group.name} in {view.parameter}"
 
 
 def _room(config: Config) -> Room:

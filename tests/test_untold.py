@@ -20,9 +20,10 @@ def two_layers():
 class Mixture(nn.Module):
     """Experts in a list, each called on the rows that the router sends it: none to one of them."""
 
-    def __init__(self):
+    def __init__(self, masked=False):
         super().__init__()
         torch.manual_seed(0)
+        self.masked = masked
         self.first, self.router = two_layers(), nn.Linear(WIDTH, 3)
         self.experts = nn.ModuleList(two_layers() for _ in range(3))
         with torch.no_grad():
@@ -32,6 +33,9 @@ class Mixture(nn.Module):
         x = x + self.first(x)
         ids, out = self.router(x).argmax(-1), torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
+            if self.masked:
+                out[ids == number] = expert(x[ids == number])
+                continue
             rows = torch.where(ids == number)[0]
             out = out.index_add(0, rows, expert(x[rows]))
         return out
@@ -105,8 +109,10 @@ def test_units_of_which_only_zeros_are_seen_go_by_their_weights(method):
     assert len(dead) < INNER and dead == heaviest(model.down.weight[:, :INNER], len(dead))
     assert len(kept["alive.0"]) < INNER
     assert torch.isfinite(pruned.model.down.weight).all()
-    (note,) = [note for note in pruned.report.notes if "only zeros reach down.weight" in note]
-    assert "help: calibrate on" in note
+    (note,) = [
+        note for note in pruned.report.notes if "only zeros reach the columns of dead.0 in" in note
+    ]
+    assert "down.weight, so that nothing is repaired there" in note and "help: calibrate on" in note
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -122,6 +128,20 @@ def test_a_reader_that_saw_nothing_has_no_say(method):
     assert len(kept) == len(expected) and set(kept) == set(expected), name
     assert torch.equal(pruned.model.right.weight, model.right.weight[:, list(kept)])
     assert any("token reaches right.weight" in note for note in pruned.report.notes)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_routed_rows_are_cut_into_pieces_of_a_budget_of_memory(masked):
+    model, batches = Mixture(masked).double().eval(), data()
+
+    whole, cut = (
+        fg.prune(model, batches[0], batches, fg.Config(method="fasp", max_memory=most))
+        for most in (None, 10_000)
+    )
+
+    assert whole.plan == cut.plan and whole.report.notes == cut.report.notes
+    for one, other in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # sums in float32
 
 
 def test_weights_need_no_data_and_no_note():

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.capture import Args, Captured
 from passes.compare import tensors
@@ -26,6 +27,7 @@ from passes.precision import widened, widened_inputs
 from passes.rewrite import attribute
 from passes.verify import difference
 
+aten = torch.ops.aten
 SAME = 1e-4  # relative; rounding of another batch size
 
 
@@ -42,12 +44,14 @@ def microbatches(captured: Captured, batches: list[Args], max_memory: int | None
 
 
 def working_set(module: GraphModule, args: Args) -> int:
-    """Largest bytes of activations that one node reads and writes, found without numbers."""
+    """Largest bytes of activations that one node reads and writes, found without numbers: where
+    these decide how many places are chosen, of all places.
+    """
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     given = iter(pytree.tree_leaves(args))
     values: dict[Node, Any] = {}
     largest = 0
-    with torch.no_grad(), fakes:
+    with torch.no_grad(), fakes, _Everywhere():
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 values[node] = pytree.tree_map(_faked(fakes), next(given))
@@ -64,6 +68,26 @@ def working_set(module: GraphModule, args: Args) -> int:
                 touched = [values[node], *(values[a] for a in ins)]
                 largest = max(largest, sum(t.nbytes for t in _tensors(touched)))
     return largest
+
+
+class _Everywhere(TorchDispatchMode):
+    """Choices by the numbers in a tensor choose all places."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.nonzero.default:
+            return _places(args[0])
+        if func is aten.index.Tensor:
+            held = [_places(i).unbind(1) if _is_mask(i) else [i] for i in args[1]]
+            args = (args[0], [index for several in held for index in several])
+        return func(*args, **(kwargs or {}))
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.numel(), mask.dim(), dtype=torch.long)
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype == torch.bool
 
 
 def _faked(fakes: FakeTensorMode) -> Any:
