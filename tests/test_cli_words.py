@@ -42,6 +42,16 @@ def test_bench_puts_each_figure_under_its_heading(run, monkeypatch):
     }
 
 
+def test_bench_has_no_column_for_what_was_not_measured(run, monkeypatch):
+    bare = dataclasses.replace(ROW, peak_memory=None, perplexity=None, speedup=None)
+    monkeypatch.setattr(measuring, "bench", lambda *_: [bare, bare])
+
+    heads, *rows = cells(run("bench", "zoo:kan")[1])
+
+    assert not {"peak memory", "perplexity", "times as fast"} & set(heads)
+    assert "tokens/s" in heads and rows[0] == rows[1]
+
+
 def test_bench_runs_as_often_as_asked(run, monkeypatch):
     asked = []
 

@@ -252,3 +252,27 @@ def test_what_has_no_cache_is_refused(tmp_path):
 
     with pytest.raises(fg.FaspGraphError, match="without a cache"):
         fg.export(result, tmp_path / "model.onnx", cache=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "outputs"),
+    [
+        (
+            "llama-random",
+            {"input_ids": ["batch_size", "sequence_length"]},
+            {"logits": ["batch_size", "sequence_length", 101]},
+        ),
+        ("kan", {"input": ["batch_size", 7]}, {"output": ["batch_size", 5]}),
+    ],
+)
+def test_inputs_outputs_and_their_axes_have_names(tmp_path, name, inputs, outputs):
+    entry = models_zoo.load(name)
+    pruned = fg.prune(entry.model, entry.inputs, None, fg.Config(method="magnitude"))
+
+    graph = onnx.load(pruned.export_onnx(tmp_path / "named.onnx")).graph
+
+    def told(values):
+        shapes = {value.name: value.type.tensor_type.shape.dim for value in values}
+        return {name: [d.dim_param or d.dim_value for d in dims] for name, dims in shapes.items()}
+
+    assert (told(graph.input), told(graph.output)) == (inputs, outputs)

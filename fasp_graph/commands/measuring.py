@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 import models_zoo
 from passes.capture import as_args
@@ -110,7 +111,7 @@ def _costs(target: Target) -> dict[str, Any]:
 
 def bench_command(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Say, the dense and the pruned one.")
+        list[str], typer.Argument(metavar="MODEL", help="Say, the dense and the pruned one.")
     ],
     data: Annotated[
         str | None, typer.Option("--data", metavar="DATA", help="Text to measure perplexity on.")
@@ -140,24 +141,34 @@ def bench_command(
     if json:
         print(to_json([vars(result) for result in found], indent=1))
         return
-    heads = ("model", "runtime", "parameters", "weights", "one call", "ms", "± IQR")
-    more = ("times as fast", "tokens/s", "peak memory", "perplexity")
-    result = figures_table(*heads, *more, words=2)
-    for row in found:
-        result.add_row(
-            escape(row.model),
-            row.runtime,
-            f"{row.parameters:,}",
-            in_bytes(row.bytes),
-            in_flops(row.flops),
-            f"{row.median * 1e3:.2f}",
-            f"{row.spread * 1e3:.2f}",
-            _times(row),
-            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-            "" if row.peak_memory is None else in_bytes(row.peak_memory),
-            "" if row.perplexity is None else f"{row.perplexity:.3f}",
-        )
-    wide_console().print(result)
+    wide_console().print(_table(found))
+
+
+def _table(found: list[Result]) -> Table:
+    """A row for each model in each runtime; what was measured of none has no column."""
+    cells = [_cells(row) for row in found]
+    heads = [head for head in cells[0] if any(row[head] for row in cells)]
+    result = figures_table(*heads, words=2)
+    for row in cells:
+        result.add_row(*(row[head] for head in heads))
+    return result
+
+
+def _cells(row: Result) -> dict[str, str]:
+    """Heading -> text."""
+    return {
+        "model": escape(row.model),
+        "runtime": row.runtime,
+        "parameters": f"{row.parameters:,}",
+        "weights": in_bytes(row.bytes),
+        "one call": in_flops(row.flops),
+        "ms": f"{row.median * 1e3:.2f}",
+        "± IQR": f"{row.spread * 1e3:.2f}",
+        "times as fast": _times(row),
+        "tokens/s": "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+        "peak memory": "" if row.peak_memory is None else in_bytes(row.peak_memory),
+        "perplexity": "" if row.perplexity is None else f"{row.perplexity:.3f}",
+    }
 
 
 def _times(row: Result) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from passes.capture import Args
@@ -45,8 +45,8 @@ EXTERNAL_DATA_BYTES = 1_800_000_000  # protobuf holds at most 2 GB
 class Form:
     """How a graph is written.
 
-    input_names, output_names   of the tensors, in order; None: the exporter's
-    axes                        input -> axis -> name of its size; None: the exporter's
+    input_names, output_names   of the tensors, in order; None: the model's own
+    axes                        input -> axis -> name of its size; empty: the usual ones
     cases                       inputs to compare at; None: the example and another size
     dtype                   float32 (the graph's own), float16 or int8 (dynamic, weights only)
     external_data_bytes         weights of more bytes than this lie in a file of their own beside
@@ -118,7 +118,7 @@ def _program(module: GraphModule, inputs: Args, dynamic_shapes: Any, form: Form)
             opset_version=OPSET,
             verbose=False,
             input_names=form.input_names,
-            output_names=form.output_names,
+            output_names=form.output_names or _own_names(module),
         )
     if program is None:
         raise FaspGraphError("torch.onnx.export returned no program · help: format='pt2' may work")
@@ -128,23 +128,51 @@ def _program(module: GraphModule, inputs: Args, dynamic_shapes: Any, form: Form)
     return program
 
 
+def _own_names(module: GraphModule) -> list[str] | None:
+    """`logits`, as the model's output calls it; without names `output`, or `output_0`..."""
+    spec, nodes = getattr(module, "_out_spec", None), list(module.graph.nodes)
+    results = pytree.tree_leaves(nodes[-1].args)
+    made = {node for node in results if isinstance(node, Node) and node.op == "call_function"}
+    if spec is None or len(made) != len(results) or len(made) != spec.num_leaves:
+        return None
+    if spec.is_leaf():
+        names = ["output"]
+    elif spec.num_children != spec.num_leaves:
+        return None
+    else:
+        keys = spec.context if isinstance(spec.context, list) else range(spec.num_children)
+        names = [key if isinstance(key, str) else f"output_{key}" for key in keys]
+    taken = {node.name for node in nodes if node.op == "placeholder"}
+    return None if taken & set(names) else names
+
+
+def _usual_axes(value: Any) -> dict[int, str]:
+    """Axes of free size: the first is the batch; of token ids and masks the second the sequence."""
+    words = ("batch_size", "sequence_length")
+    text = len(value.shape) == 2 and value.dtype is not None and not value.dtype.is_floating_point()
+    free = {dim for dim, size in enumerate(value.shape) if not isinstance(size, int)}
+    return {dim: words[dim] for dim in sorted(free) if dim == 0 or (dim == 1 and text)}
+
+
 def _name_axes(model: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
     """Give the sizes of the inputs' axes their names, everywhere in the graph."""
     import onnx_ir as ir
 
-    named = {
-        str(value.shape[dim]): name
-        for value in model.graph.inputs
-        for dim, name in axes.get(value.name, {}).items()
-    }
+    named: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for dim, name in (axes.get(value.name, {}) if axes else _usual_axes(value)).items():
+            if axes or name not in named.values():
+                named.setdefault(str(value.shape[dim]), name)
+
+    def told(size: Any) -> Any:
+        if not isinstance(size, ir.SymbolicDim) or size.value is None:
+            return size
+        return re.sub(r"\w+", lambda m: named.get(m[0], m[0]), str(size.value))
+
     results = [value for node in model.graph for value in node.outputs]
     for value in (*model.graph.inputs, *results) if named else ():
-        if value.shape is None:
-            continue
-        for dim, size in enumerate(value.shape):
-            if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                text = re.sub(r"\w+", lambda m: named.get(m[0], m[0]), str(size.value))
-                value.shape[dim] = ir.SymbolicDim(text)
+        if value.shape is not None:
+            value.shape = ir.Shape([told(size) for size in value.shape])
 
 
 def onnx_session(path: str | os.PathLike[str]) -> onnxruntime.InferenceSession:
