@@ -21,6 +21,7 @@ from passes.capture import Captured, capture
 from passes.errors import UnsupportedOp
 from passes.groups import DependencyGraph, Group
 from passes.pieces import with_every_piece
+from passes.rehearsal import rehearsed
 from passes.removal import removal
 from passes.rewrite import rewrite
 from passes.verify import verify
@@ -86,11 +87,13 @@ def _stages(model_type: str, row: dict[str, Any], dynamic: bool | None) -> None:
 
 def _analysed(program: Captured, row: dict[str, Any]) -> DependencyGraph:
     """The groups; where the engine's own check fails, the row says so and goes on unchecked."""
+    module, inputs = program.graph_module, program.inputs
     try:
-        return analysis(program.graph_module, program.inputs, check=True)
+        deps = analysis(module, inputs, check=True)
     except UnsupportedOp as error:
         row["unchecked"] = reason(error)
-        return analysis(program.graph_module, program.inputs, check=False)
+        deps = analysis(module, inputs, check=False)
+    return rehearsed(module, inputs, deps)
 
 
 def _verified(program: Captured, deps: DependencyGraph, kind: str) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .values import Arrays
-from .visit import Visit, op_name
+from .visit import Visit, bind, op_name
 
 # Pointwise ops that torch does not tag.
 CARRY = {
@@ -87,6 +87,9 @@ def draws(node: Node) -> bool:
     and gathered (passes/edits.py).
     """
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    bound = bind(node, node.args, node.kwargs)
+    if bound.get("training") is False or bound.get("train") is False:
         return False
     held = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
     plain = isinstance(held, torch.Tensor) and held.is_contiguous()

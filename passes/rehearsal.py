@@ -33,6 +33,7 @@ from .values import Value
 
 Kept = Mapping[str, Sequence[int]]
 Reasons = dict[str, str]
+WAY_OUT = "help: this group stays, the others are pruned; if it should go, report it with the model"
 
 
 def rehearsed(module: GraphModule, inputs: Args, deps: DependencyGraph) -> DependencyGraph:
@@ -99,7 +100,7 @@ def refusals(module: GraphModule, inputs: Args, deps: DependencyGraph, kept: Kep
     for node, error in failed.items():
         at = _known(node, known)
         if at is not None:
-            reason = f"it cannot be cut out: {_first_line(error)} · {where(at)}"
+            reason = f"it cannot be cut out: {_first_line(error)} · {where(at)} · {WAY_OUT}"
             found |= dict.fromkeys(_blamed(module, at, cut, kept), reason)
     return found
 

@@ -115,7 +115,7 @@ class Labels:
     edges: list[Tensor] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
-    fixed_labels: dict[str, int] = field(default_factory=dict)
+    fixed_labels: dict[tuple[str, int], int] = field(default_factory=dict)
     parts: list[Tensor] = field(default_factory=list)
     held: dict[tuple[torch.Size, int], Tensor] = field(default_factory=dict)
 
@@ -133,13 +133,16 @@ class Labels:
         self.count += size
         return torch.arange(self.count - size, self.count)
 
-    def fixed(self, reason: str, rank: int) -> Tensor:
-        """The one label of a dim whose positions never go, as an array of `rank` dims."""
-        if reason not in self.fixed_labels:
+    def fixed(self, reason: str, rank: int, dim: int = 0) -> Tensor:
+        """The one label of a dim whose positions never go, as an array of `rank` dims. `dim` tells
+        dims of one reason apart, so that each keeps the reason of what it meets.
+        """
+        key = (reason, dim)
+        if key not in self.fixed_labels:
             label = self.fresh("fixed", reason, 0, 1)
-            self.fixed_labels[reason] = int(label)
+            self.fixed_labels[key] = int(label)
             self.marks.append(Mark("frozen", label, reason))
-        return torch.full([1] * rank, self.fixed_labels[reason])
+        return torch.full([1] * rank, self.fixed_labels[key])
 
     def is_fixed(self, array: Tensor) -> bool:
         """Whether the array is a single label that was frozen from birth."""

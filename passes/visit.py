@@ -64,8 +64,15 @@ class Visit:
 
     def all_fixed(self, what: str) -> list[Arrays]:
         """Fixed labels for every dim of every result."""
+        reason = self.reason(what)
         return [
-            self.labels.all_fixed(out.shape, self.reason(what)) if isinstance(out, Tensor) else {}
+            {
+                dim: self.labels.fixed(reason, out.dim(), dim)
+                for dim, size in enumerate(out.shape)
+                if size > 1
+            }
+            if isinstance(out, Tensor)
+            else {}
             for out in self.outs
         ]
 

@@ -121,6 +121,7 @@ CHAINS = {
         Calls(a_token_in_rows, token=lambda: nn.Parameter(torch.ones(8))),
         8,
     ),
+    "a random slope, outside of training": (Calls(lambda m, x: m.b(F.rrelu(m.a(x)))), 8),
     "repeated by data": (Calls(repeated_by_data), 8),
     "repeated by a table": (Calls(repeated_by_a_table, b=(16, 5)), 8),
     "glu": (Calls(lambda m, x: m.b(F.glu(m.a(x))), a=(7, 16)), 8),
@@ -167,6 +168,14 @@ FROZEN = {
     "padded by ones": (
         Calls(lambda m, x: m.b(F.pad(torch.relu(m.a(x)), (1, 1), value=1.0)), b=(10, 5)),
         "padded by",
+    ),
+    "chances": (
+        Calls(lambda m, x: m.b(m.a(x) * torch.bernoulli(m.a(x).sigmoid()))),
+        "draws numbers",
+    ),
+    "noise in another order of memory": (
+        Calls(lambda m, x: m.b(m.a(x) + torch.randn_like(m.a(x).t()).t())),
+        "draws numbers",
     ),
     "argmax over all": (Calls(lambda m, x: m.b(m.a(x)) * m.a(x).argmax()), "over all"),
     "an index as a number": (Calls(a_number), "used as a number"),
