@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from passes.analysis import analysis
-from passes.branches import assumptions
 from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
-from passes.held import held_inputs
 from passes.kernels import widen
 from passes.lazy import is_lazy, replace
 from passes.rehearsal import frozen, refusals, rehearsed
@@ -32,7 +30,7 @@ from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
 from passes.verify import verify
 
-from .calibration import few_tokens, needs_data, refuse_dataless, untold
+from .calibration import needs_data, refuse_dataless
 from .config import Config
 from .decide import Progress, decide
 from .emit.layout import Said, uniform_groups
@@ -41,6 +39,7 @@ from .emit.standin import stand_in
 from .evaluate import flops, shapes_of
 from .inputs import refuse_modelless, refuse_unmergeable, refuse_unstreamable
 from .memory import peak_cuda, peak_host, restart
+from .notes import notes
 from .report import Frozen, GroupReport, Report
 from .walking import Decisions
 
@@ -147,7 +146,7 @@ def prune(
     with _stage("emit", seconds, progress):
         numbers = functools.partial(stand_in, model, captured, cut) if is_lazy(model) else None
         small, emission = emit_model(model, compact, deps, plan, captured.inputs, numbers)
-    decisions.notes = _notes(captured, plan, decisions, config)
+    decisions.notes = notes(captured, plan, decisions, config)
     report = _report(captured, compact, deps, plan, decisions, emission, seconds, error)
     return Pruned(
         compact,
@@ -218,32 +217,6 @@ def _with_weights(module: GraphModule, weights: dict[str, Tensor]) -> GraphModul
             if name in weights:
                 buffer.copy_(weights[name])
     return dense
-
-
-def _notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) -> tuple[str, ...]:
-    """What the user should know of: what the graph holds for alone, a budget that units are too
-    large for, what was done otherwise than asked for, data that are few.
-    """
-    found = []
-    inputs = captured.graph_module.graph.find_nodes(op="placeholder")
-    names = [inputs[k].name for k in sorted(held_inputs(captured.graph_module))]
-    if names:
-        found.append(
-            f"the graph, and an ONNX file made of it, hold for {', '.join(names)} of the example "
-            "inputs alone, since forward computes sizes from them; the model takes any"
-        )
-    found += [
-        f"{said}: it refuses the other, which an ONNX file and the model take unverified"
-        for said in assumptions(captured.graph_module)
-    ]
-    if plan.sparsity < config.sparsity / 2:
-        found.append(
-            f"sparsity {plan.sparsity:.3f} was reached of {config.sparsity:.3f}: one unit of a "
-            "group more would have removed too much · help: ask for more, or leave out a kind of "
-            "groups"
-        )
-    data = (*untold(decisions.untold), *few_tokens(decisions.seen, captured.inputs))
-    return (*found, *decisions.notes, *data)
 
 
 def _group_reports(

@@ -1,0 +1,38 @@
+"""notes: what the report says beside its figures."""
+
+from __future__ import annotations
+
+from passes.branches import assumptions
+from passes.capture import Captured
+from passes.held import held_inputs
+from passes.select import Plan
+
+from .calibration import few_tokens, untold
+from .config import Config
+from .walking import Decisions
+
+
+def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) -> tuple[str, ...]:
+    """What the user should know of: what the graph holds for alone, a budget that units are too
+    large for, what was done otherwise than asked for, data that are few.
+    """
+    found = []
+    inputs = captured.graph_module.graph.find_nodes(op="placeholder")
+    names = [inputs[k].name for k in sorted(held_inputs(captured.graph_module))]
+    if names:
+        found.append(
+            f"the graph, and an ONNX file made of it, hold for {', '.join(names)} of the example "
+            "inputs alone, since forward computes sizes from them; the model takes any"
+        )
+    found += [
+        f"{said}: it refuses the other, which an ONNX file and the model take unverified"
+        for said in assumptions(captured.graph_module)
+    ]
+    if plan.sparsity < config.sparsity / 2:
+        found.append(
+            f"sparsity {plan.sparsity:.3f} was reached of {config.sparsity:.3f}: one unit of a "
+            "group more would have removed too much · help: ask for more, or leave out a kind of "
+            "groups"
+        )
+    data = (*untold(decisions.untold), *few_tokens(decisions.seen, captured.inputs))
+    return (*found, *decisions.notes, *data)
