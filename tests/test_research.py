@@ -47,7 +47,6 @@ OTHERS = {  # kinds beside chains, and what they find
     "group norm by hand": {"scale.1.blocks"},
 }
 SPARSITY = {
-    "pointer network": 0.05,
     "hypernetwork": 0.3,
     "group norm by hand": 0.4,
     "group norm of two streams": 0.4,
