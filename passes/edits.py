@@ -154,8 +154,8 @@ def _split(edit: Edit) -> None:
 
 def _index(edit: Edit) -> None:
     """Indexing by a constant along a cut dim: the constant is recomputed."""
-    bound = edit.bound
-    indices = bound["indices"] if "indices" in bound else [None] * bound["dim"] + [bound["index"]]
+    bound, rank = edit.bound, len(edit.shape(edit.source))
+    indices = bound.get("indices") or [None] * (bound["dim"] % rank) + [bound["index"]]
     cuts = edit.ins[edit.source]
     indexed = [d for d, index in enumerate(indices) if isinstance(index, Node)]
     if not set(indexed) & set(cuts) or edit.cut.value(indices[indexed[0]].name).const is None:

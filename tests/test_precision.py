@@ -8,7 +8,7 @@ from torch import nn
 
 import fasp_graph as fg
 from fasp_graph.emit import cases
-from passes import capture, verify
+from passes import capture, compare, verify
 from passes.errors import VerificationError
 from passes.lazy import is_lazy
 from passes.precision import is_half, widened
@@ -79,7 +79,7 @@ def test_rounding_alone_refuses_neither_a_capture_nor_a_class():
     x = torch.randn(4, 24).bfloat16()
     captured = capture.capture(model, x).graph_module
     expected = model(x).float()
-    assert float((captured(x) - expected).abs().max() / expected.abs().max()) > capture.HALF
+    assert float((captured(x) - expected).abs().max() / expected.abs().max()) > compare.HALF
     pruned = fg.prune(model, x, [x] * 8, fg.Config(method="fasp", sparsity=0.4))
     assert set(pruned.emission.ways.values()) == {"native"}
 

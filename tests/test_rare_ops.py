@@ -127,6 +127,10 @@ CHAINS = {
     "glu": (Calls(lambda m, x: m.b(F.glu(m.a(x))), a=(7, 16)), 8),
     "turned by a table": (Calls(lambda m, x: m.b(torch.relu(m.a(x))[:, TURNED])), 8),
     "index_select": (Calls(lambda m, x: m.b(torch.relu(m.a(x)).index_select(1, TURNED))), 8),
+    "index_select from the end": (
+        Calls(lambda m, x: m.b(torch.relu(m.a(x)).index_select(-1, TURNED))),
+        8,
+    ),
     "written by an index": (Calls(written_by_index), 8),
     "rows repeated": (
         Calls(lambda m, x: m.b(torch.relu(m.a(x)).repeat_interleave(2, 0).roll(1, 0).flip([0]))),
