@@ -3,7 +3,8 @@
     python -m benchmarks.analysis [--layers 2,4,8,16] [--full] [--output build/analysis.json]
 
 Full-width configurations of LLaMA-3-70B and DeepSeek-V3. Each point is a process of its own:
-seconds of CPU and of the clock for building, capture and coupling, and the peak of its memory.
+seconds of CPU and of the clock for building, capture, coupling and the rehearsal of a rewrite, and
+the peak of its memory.
 The exponent e is fitted to seconds = a * layers^e over the points. --full adds full depth.
 """
 
@@ -31,7 +32,7 @@ from rich.table import Table
 from benchmarks.plots import lines
 
 DEPTH = {"llama-70b": 80, "deepseek-v3": 61}
-STAGES = ("build", "capture", "couple")
+STAGES = ("build", "capture", "couple", "rehearse")
 
 
 def config(name: str, layers: int) -> Any:
@@ -57,6 +58,7 @@ def measure(name: str, layers: int) -> dict[str, Any]:
     from fasp_graph.scale.skeleton import from_config
     from passes.analysis import analysis
     from passes.capture import capture
+    from passes.rehearsal import rehearsed
 
     torch.set_num_threads(1)
     row: dict[str, Any] = {"model": name, "layers": layers}
@@ -68,6 +70,8 @@ def measure(name: str, layers: int) -> dict[str, Any]:
     row["nodes"] = len(program.graph_module.graph.nodes)
     with _timed(row, "couple"):
         deps = analysis(program.graph_module, program.inputs)
+    with _timed(row, "rehearse"):
+        deps = rehearsed(program.graph_module, program.inputs, deps)
     row["groups"] = {
         k: sum(g.kind == k for g in deps.groups) for k in {g.kind for g in deps.groups}
     }

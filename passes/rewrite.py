@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ __all__ = [
     "sliced",
 ]
 aten = torch.ops.aten
+Holders = dict[int, list[tuple[dict[str, Any], str]]]
 
 
 def rewrite(module: GraphModule, cut: Removal) -> GraphModule:
@@ -54,13 +56,13 @@ def rewrite(module: GraphModule, cut: Removal) -> GraphModule:
 
 def shrink(module: GraphModule, cut: Removal) -> dict[Node, UnsupportedOp]:
     """Make a graph compact (in place); the nodes where that cannot be done, and why."""
-    replaced: dict[int, Tensor] = {}
+    holders = _holders(module)
     failed: dict[Node, UnsupportedOp] = {}
     nodes = list(module.graph.nodes)
     nodes.sort(key=lambda node: is_constant(cut.value(node.name)))  # edits read them uncut
     for node in nodes:
         try:
-            shrink_node(module, node, cut, replaced)
+            shrink_node(module, node, cut, holders)
         except UnsupportedOp as error:
             failed[node] = error
     if failed:
@@ -71,14 +73,14 @@ def shrink(module: GraphModule, cut: Removal) -> dict[Node, UnsupportedOp]:
     return failed
 
 
-def shrink_node(module: GraphModule, node: Node, cut: Removal, replaced: dict[int, Tensor]) -> None:
+def shrink_node(module: GraphModule, node: Node, cut: Removal, holders: Holders) -> None:
     """Edit one node, where something is cut off what it reads or makes."""
     if node.op not in ("get_attr", "call_function"):
         return
     if is_constant(cut.value(node.name)):
         _gather_constant(module, node, cut)
     elif node.op == "get_attr":
-        _slice_attribute(module, str(node.target), cut.cuts(node.name), replaced)
+        _slice_attribute(module, str(node.target), cut.cuts(node.name), holders)
     elif edit := EDITS.get(op_name(node)):
         outs = [cut.cuts(node.name, slot) for slot in range(cut.results(node.name))]
         ins = {arg: cut.cuts(arg.name) for arg in node.all_input_nodes}
@@ -86,22 +88,27 @@ def shrink_node(module: GraphModule, node: Node, cut: Removal, replaced: dict[in
             edit(Edit(module, node, ins, outs, cut))
 
 
-def _slice_attribute(
-    module: GraphModule, target: str, cuts: Cuts, replaced: dict[int, Tensor]
-) -> None:
+def _holders(module: GraphModule) -> Holders:
+    """Of each tensor of a module: the tables that hold it, and under which names."""
+    found: Holders = defaultdict(list)
+    for holder in module.modules():
+        for table in (holder._parameters, holder._buffers, vars(holder)):
+            for key, held in table.items():
+                if isinstance(held, Tensor):
+                    found[id(held)].append((table, key))
+    return found
+
+
+def _slice_attribute(module: GraphModule, target: str, cuts: Cuts, holders: Holders) -> None:
     """Slice a parameter, a buffer or a plain tensor under all the names that it has."""
     old = attribute(module, target)
-    if not cuts or id(old) in replaced:
+    if not cuts or id(old) not in holders:  # or it was sliced under another name
         return
     new: Tensor = sliced(old.detach(), cuts).clone()
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
-    replaced[id(new)] = new
-    for holder in module.modules():
-        for table in (holder._parameters, holder._buffers, vars(holder)):
-            for key, held in list(table.items()):
-                if held is old:
-                    table[key] = new  # type: ignore[assignment]
+    for table, key in holders.pop(id(old)):
+        table[key] = new
 
 
 def _gather_constant(module: GraphModule, node: Node, cut: Removal) -> None:
