@@ -24,6 +24,12 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
             f"the graph, and an ONNX file made of it, hold for {', '.join(names)} of the example "
             "inputs alone, since forward computes sizes from them; the model takes any"
         )
+    if captured.branches:
+        found.append(
+            f"forward branches on numbers at {', '.join(captured.branches)}: the graph, and an "
+            "ONNX file made of it, take one way for both, which changed no number in any run that "
+            "was compared"
+        )
     found += [
         f"{said}: it refuses the other, which an ONNX file and the model take unverified"
         for said in assumptions(captured.graph_module)

@@ -1,4 +1,4 @@
-"""branches: forward branches on the numbers in tensors, and one way serves for both.
+"""branches: a forward branches on the numbers in tensors, and one way serves for both.
 
     if hit.any(): out[hit] += expert(x[hit])      the work is done, on no rows as well
     if rows.numel() == 0: continue                nothing is skipped
@@ -6,18 +6,17 @@
     if h.isnan().any(): h = repaired(h)           never seen: the graph asserts that it is not so
 
 First the model runs on the example inputs, and on inputs that are alike in all rows, so that most
-experts have nothing to do; what was decided where is noted. Then it is traced with one way at each
-place. A way other than the one that was taken must change no number: all these runs are compared.
-Where only one way was seen the graph asserts it.
+experts have nothing to do; what was decided where is noted (passes/watch.py). Then it is traced
+with one way at each place where both were seen, and compared with the model on these runs and on
+fresh ones; the report names the lines. Where one way was seen the graph asserts it. What tells more
+of a number than whether there is any (rows.numel() < 2) is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,154 +27,120 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import CaptureError
-from .tracing import CONSTANTS, real_or_complex
+from .tracing import CONSTANTS
 from .visit import op_name
+from .watch import Site, Watch, is_truth, named, selects, site_of_call
 
-Site = tuple[str, int]  # file and line of the user's code
-MANY = 1009  # rows of a selection of unknown size, where a branch asks for their number
-_SELECTING = (torch.nonzero, Tensor.nonzero, torch.where, torch.Tensor.argwhere, torch.argwhere)
-_ALONG = {  # calls that give as many rows as they get
+MANY = 1009  # rows of a selection of unknown size, where forward asks for their number
+LOOPS = 64  # a truth is asked for so many times more often in a trace than in a run at most
+_ALONG = {  # calls that may give a row for each row
     *(Tensor.squeeze, Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.unsqueeze),
     *(Tensor.__getitem__, Tensor.to, Tensor.cpu, Tensor.int, Tensor.long, Tensor.contiguous),
     *(torch.squeeze, torch.flatten, torch.reshape, torch.unsqueeze, Tensor.detach),
 }
-_READING = {
-    *(Tensor.tolist, Tensor.unbind, torch.unbind),
-    *(Tensor.item, Tensor.__index__, Tensor.__int__, Tensor.__format__),
-}
+_VISITING = {Tensor.tolist, Tensor.unbind, torch.unbind}
+_READING = {*_VISITING, Tensor.item, Tensor.__index__, Tensor.__int__, Tensor.__format__}
 ASSUMED = "the graph holds for one way of a branch on numbers alone, that of"
-_OUTSIDE = (*(str(Path(held).parent) for held in (torch.__file__, __file__)), "<eval", "<frozen")
-
-
-def _site() -> Site:
-    """The nearest line outside torch and this package."""
-    frame = sys._getframe(2)
-    while frame.f_back and frame.f_code.co_filename.startswith(_OUTSIDE):
-        frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
-
-
-class Watch(TorchFunctionMode):
-    """What is decided at every line while a model runs: `ways` holds the truth of tensors, `rows`
-    whether anything was selected, `partly` lines that selected some of all positions.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ways: dict[Site, set[bool]] = defaultdict(set)
-        self.rows: dict[Site, set[bool]] = defaultdict(set)
-        self.partly: set[Site] = set()
-
-    @property
-    def undecided(self) -> bool:
-        """Whether a tensor was seen to be true and to be false at one place."""
-        return any(len(ways) == 2 for ways in self.ways.values())
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        site = _site()
-        if _is_truth(func, args):
-            self.ways[site].add(result)
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.rows[site].add(leaf.numel() > 0)
-            elif type(leaf) is int:
-                self.rows[site].add(leaf > 0)
-        if _selects(func, args, kwargs):
-            found = result if isinstance(result, Tensor) else result[0]
-            if len(found) < args[0].numel():
-                self.partly.add(site)
-        return result
 
 
 class Assumed(TorchFunctionMode):
-    """The way to trace at every place; `doing`: what is taken where both ways were seen."""
+    """The way to trace at every place. `doing`: what is taken where both ways were seen; `runs`:
+    those that were watched; `many`: the number of rows where forward asks for one.
+    """
 
-    def __init__(self, watch: Watch, doing: bool, runs: list[Any]) -> None:
+    def __init__(self, watch: Watch, doing: bool, runs: list[Any], many: int = MANY) -> None:
         super().__init__()
-        self.watch, self.doing, self.runs = watch, doing, runs
+        self.watch, self.doing, self.runs, self.many = watch, doing, runs, many
         self.made: dict[Any, Site] = {}  # unbacked symbol -> where it came from
         self.beyond = False  # positions are visited that no run selected
+        self.counted = False  # forward asked for a number of rows
+        self.both: set[Site] = set()  # where one way serves for both
+        self._asked: Counter[Site] = Counter()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Where one way serves for both, in words."""
+        return tuple(sorted({named(site) for site in self.both}))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        site = _site()
-        if _is_truth(func, args) and (ways := self.watch.ways.get(site)):
+        if is_truth(func, args) and (ways := self.watch.ways.get(site := site_of_call())):
             return self._way(args[0], ways, site)
-        every = getattr(args[0], "_every", None) if args else None
-        if every is not None and func in _READING:
-            if args[0]._chosen not in self.watch.partly:
-                raise CaptureError(
-                    f"every position was selected at {_named(args[0]._chosen)} · help: example "
-                    "inputs that select some"
-                )
-            self.beyond = True
+        if func is Tensor.__len__ and self._may_be_many(unknowns(args[0].shape[0])):
+            self.counted = True
+            return self.many
+        every, exact, chosen = getattr(args[0] if args else None, "_every", (None, False, ()))
+        if every is not None and func in (_READING if exact else _VISITING):
+            self._visit(chosen)
             with _disable_current_modes():
                 read = func(every, *args[1:], **kwargs)
-            return pytree.tree_map(lambda v: self._constant(v, args[0]._chosen), read)
-        unknown = func is Tensor.__len__ and unknowns(args[0].shape[0])
-        if unknown and self._may_be_many(unknown):
-            return MANY
+            return pytree.tree_map(lambda v: _constant(v, chosen), read)
         result = func(*args, **kwargs)
-        self._note(result, site)
+        self._note(result, site_of_call())
         if every is not None and func in _ALONG:
             with _disable_current_modes():
-                self._mark(result, func(every, *args[1:], **kwargs), args[0]._chosen)
-        elif _selects(func, args, kwargs):
-            self._selected(args[0], result, site)
+                along = func(every, *args[1:], **kwargs)
+            if exact or (_keeps_rows(func, args) and along.shape[:1] == every.shape[:1]):
+                _mark(result, along, exact, chosen)
+        elif selects(func, args):
+            self._selected(args[0], result, site_of_call())
         return result
 
     def _way(self, condition: Tensor, ways: set[bool], site: Site) -> bool:
+        self._asked[site] += 1
+        if self._asked[site] > LOOPS * self.watch.most[site]:
+            raise CaptureError(
+                f"a loop goes on for as long as numbers say at {named(site)} · help: give it a "
+                "number of steps"
+            )
         if len(ways) == 2:
+            self.both.add(site)
             return self.doing
         (way,) = ways
-        said = f"{ASSUMED} {_named(site)}, where it was {way} in the example inputs"
-        torch._assert_async(condition if way else ~condition.bool(), said)
+        said = f"{ASSUMED} {named(site)}, where it was {way} in the example inputs"
+        torch._assert_async((condition if way else ~condition.bool()).cpu(), said)
         return way
+
+    def _visit(self, site: Site) -> None:
+        if site not in self.watch.partly:
+            raise CaptureError(
+                f"every position was selected at {named(site)} · help: example inputs that select "
+                "some"
+            )
+        self.beyond = True
+        self.both.add(site)
 
     def _note(self, result: Any, site: Site) -> None:
         for leaf in pytree.tree_leaves(result):
-            sizes = leaf.shape if isinstance(leaf, Tensor) else (leaf,)
-            for size in sizes:
+            for size in leaf.shape if isinstance(leaf, Tensor) else (leaf,):
                 for symbol in unknowns(size):
                     self.made.setdefault(symbol, site)
 
     def _selected(self, source: Tensor, result: Any, site: Site) -> None:
         """Beside the positions that are selected, all that might be."""
         shape = tuple(source.shape)
-        if len(shape) != 1 or not isinstance(shape[0], int) or shape[0] > CONSTANTS:
+        found = result if isinstance(result, Tensor) else result[0]
+        if found.dtype != torch.int64 or len(shape) != 1 or not isinstance(shape[0], int):
             return
-        with _disable_current_modes():
-            positions = torch.arange(shape[0])
-            rows = positions.unsqueeze(1)
-        if isinstance(result, Tensor):
-            self._mark(result, rows, site)
-        else:
-            self._mark(result[0], positions, site)
-
-    def _constant(self, held: Any, site: Site) -> Any:
-        if not isinstance(held, Tensor):
-            return held
-        made = torch.tensor(held.tolist(), dtype=held.dtype).reshape(held.shape)
-        self._mark(made, held, site)
-        return made
-
-    def _mark(self, result: Any, every: Any, site: Site) -> None:
-        if isinstance(result, Tensor) and isinstance(every, Tensor) and result.dim() == every.dim():
-            result._every, result._chosen = every, site  # type: ignore[attr-defined]
+        if shape[0] <= CONSTANTS:
+            with _disable_current_modes():
+                every = torch.arange(shape[0])
+                every = every.unsqueeze(1) if isinstance(result, Tensor) else every
+            _mark(found, every, False, site)
 
     def _may_be_many(self, symbols: set[Any]) -> bool:
-        """Whether the sizes were seen to be none and to be more, or will be."""
-        sites = [self.made.get(symbol, ("", 0)) for symbol in symbols]
-        return self.beyond or all(self.watch.rows.get(site) == {True, False} for site in sites)
+        """Whether one size was seen to be none and to be more, or will be."""
+        sites = [self.made.get(symbol, ()) for symbol in symbols]
+        if len(sites) != 1 or not (self.beyond or self.watch.rows.get(sites[0]) == {True, False}):
+            return False
+        self.both.update(sites)
+        return True
 
     @contextlib.contextmanager
     def assuming(self) -> Iterator[None]:
-        """The context in which a branch on an unknown size takes it for MANY, and forward does what
+        """The context in which a branch on whether there are rows finds some, and forward does what
         it does outside of a trace.
         """
         from torch.fx.experimental import sym_node, symbolic_shapes
@@ -187,9 +152,12 @@ class Assumed(TorchFunctionMode):
                 return decide(node, file, line)
             except symbolic_shapes.GuardOnDataDependentSymNode:
                 symbols = symbolic_shapes.free_unbacked_symbols(node.expr)
-                if not self._may_be_many(symbols):
+                found = {
+                    bool(node.expr.xreplace(dict.fromkeys(symbols, n))) for n in (1, 2, 3, MANY)
+                }
+                if len(found) > 1 or not self._may_be_many(symbols):
                     raise
-                return bool(node.expr.xreplace(dict.fromkeys(symbols, MANY)))
+                return found.pop()
 
         sym_node.SymNode.guard_bool = guard_bool
         torch.compiler.is_compiling = lambda: False
@@ -209,14 +177,25 @@ class Assumed(TorchFunctionMode):
         return decided
 
 
-def _is_truth(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call asks if a tensor is true."""
-    return func is Tensor.__bool__ or (func is Tensor.item and args[0].dtype == torch.bool)
+def _mark(result: Any, every: Any, exact: bool, site: Site) -> None:
+    """Note the positions that `result` holds, or at most holds; and where they were selected."""
+    if isinstance(result, Tensor) and isinstance(every, Tensor) and result.dim() == every.dim():
+        result._every = (every, exact, site)  # type: ignore[attr-defined]
 
 
-def _selects(func: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
-    """Whether a call gives the positions where its one argument is true."""
-    return func in _SELECTING and len(args) == 1 and not (kwargs or {}).keys() - {"as_tuple"}
+def _constant(held: Any, site: Site) -> Any:
+    if not isinstance(held, Tensor):
+        return held
+    made = torch.tensor(held.tolist(), dtype=held.dtype).reshape(held.shape)
+    _mark(made, held, True, site)
+    return made
+
+
+def _keeps_rows(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the first dim stays whole."""
+    if func is not Tensor.__getitem__:
+        return True
+    return isinstance(args[1], tuple) and args[1][:1] == (slice(None),)
 
 
 def is_own(node: Node) -> bool:
@@ -236,35 +215,3 @@ def unknowns(size: Any) -> set[Any]:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # slow to import
 
     return free_unbacked_symbols(size)
-
-
-def _named(site: Site) -> str:
-    return f"{Path(site[0]).name}:{site[1]}"
-
-
-def alike(args: Any) -> list[Any]:
-    """Inputs with the same numbers in all rows: those of the first, a middle and the last one.
-    The last axis of real numbers (features) stays as it is.
-    """
-
-    def repeated(value: Any, share: float) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        axes = range(value.dim() - (real_or_complex(value) and value.dim() > 1))
-        for axis in axes:
-            if value.shape[axis] > 1:
-                place = round(share * (value.shape[axis] - 1))
-                value = value.narrow(axis, place, 1).expand_as(value)
-        return value.contiguous()
-
-    return [pytree.tree_map(lambda v, s=share: repeated(v, s), args) for share in (0.0, 0.5, 1.0)]
-
-
-def watched(call: Callable[[Any], Any], runs: list[Any]) -> tuple[Watch, list[Any]]:
-    """What `call` decides in `runs`, and those which it takes."""
-    watch, taken = Watch(), []
-    for args in runs:
-        with contextlib.suppress(Exception), watch:
-            call(args)
-            taken.append(args)
-    return watch, taken

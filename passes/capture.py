@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import copyreg
+import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from .branches import Assumed, alike, watched
+from .branches import Assumed
 from .clean import clean
 from .compare import compare, outputs, plain, without_cache
 from .composed import take_apart
@@ -40,6 +41,7 @@ from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
 from .tracing import traceable, with_whole_numbers
 from .visit import op_name
 from .vmapped import unbatch
+from .watch import alike, further, watched
 
 # All leaves of torch's tree specs are one object, of a class that is deprecated to build anew. A
 # graph holds its specs, so that a copy of a graph would build it: a copy of the leaf is the leaf.
@@ -54,13 +56,15 @@ class Captured:
 
     `graph_module` holds parameters under the user's names (tied ones as one object) and is called
     like the model; `inputs` are the fresh copies it was captured with; `dynamic_shapes` is what
-    torch.export accepted (None: static); `compared`: its numbers were seen to equal the model's.
+    torch.export accepted (None: static); `compared`: its numbers were seen to equal the model's;
+    `branches`: lines where the model branches on numbers and the graph takes one way for both.
     """
 
     graph_module: GraphModule
     inputs: Args
     dynamic_shapes: Any
     compared: bool = True
+    branches: tuple[str, ...] = ()
 
 
 def as_args(inputs: Any) -> Args:
@@ -152,10 +156,28 @@ def _with_assumed(model: nn.Module, args: Args, asking: list[Any]) -> Captured |
         lambda run: outputs(without_cache(reference, run), run), [args, *alike(args)]
     )
     for asked in asking:
+        differs = False
         for doing in (True, False) if watch.undecided else (True,):
-            with contextlib.suppress(Exception):
-                return _export(model, args, asked, assumed=Assumed(watch, doing, runs))
+            try:
+                return _in_one_way(model, args, asked, Assumed(watch, doing, runs))
+            except CaptureError:
+                differs = True
+            except Exception:  # torch.export raises errors of many unrelated types
+                continue
+        if differs:
+            return None  # at other sizes as well
     return None
+
+
+def _in_one_way(model: nn.Module, args: Args, asked: Any, assumed: Assumed) -> Captured:
+    found = _export(model, args, asked, assumed=assumed)
+    if assumed.counted:  # another number of rows must make the same graph
+        other = Assumed(assumed.watch, assumed.doing, assumed.runs, many=1)
+        if _export(model, args, asked, assumed=other).graph_module.code != found.graph_module.code:
+            raise CaptureError(
+                "forward computes from the length of a selection · help: use shape, which is traced"
+            )
+    return dataclasses.replace(found, branches=assumed.lines)
 
 
 def _reads_sizes(module: GraphModule) -> bool:
@@ -192,7 +214,7 @@ def _export(
         own = dict(model.named_parameters(remove_duplicate=False))
         replace(module, lambda name, _: own.get(name))
     if compared:
-        compare(module, model, args, free, assumed.runs if assumed else [])
+        compare(module, model, args, free, [*assumed.runs, *further(args)] if assumed else [])
     return Captured(module, args, shapes if free else None, compared)
 
 

@@ -5,6 +5,7 @@ What a model returns is made plain first: dataclasses are dicts, complex numbers
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from .branches import ASSUMED
 from .errors import CaptureError
 from .free_axes import Args, enlarged
 from .precision import is_half, widened, widened_inputs
@@ -23,6 +25,10 @@ from .skeleton import shared_copy
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
 HALF = 2e-2
+_OTHER = (
+    "the captured graph computes other numbers than the model, %s · help: take out what forward "
+    "draws at random or remembers from call to call, or report it with the model"
+)
 
 
 def compare(
@@ -33,31 +39,44 @@ def compare(
     runs: list[Args],
 ) -> None:
     """Equal numbers at the sample size and, where axes stayed dynamic, at twice that size; and in
-    other `runs`.
+    other `runs`, but those which the model or an assertion of the graph refuses.
     """
     reference = shared_copy(model).eval()
-    grown = [(factor, enlarged(args, factor, free)) for factor in ((1, 2) if free else (1,))]
-    for factor, sizes in (*grown, *((1, run) for run in runs)):
-        given = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, sizes)
-        try:
-            expected = outputs(without_cache(reference, sizes), sizes)
-        except Exception:
-            if factor == 1:
-                raise
-            continue  # the model itself refuses that size (a table of positions ends, say)
-        if not all(map(_equal, tensors(given), tensors(sizes))):
-            raise CaptureError(
-                "the model writes into its inputs, which a graph does not repeat · help: clone "
-                "them at the start of forward"
-            )
-        if not _all_equal(expected, outputs(module, sizes)) and not _equal_when_wide(
-            module, reference, sizes
-        ):
-            raise CaptureError(
-                f"the captured graph computes other numbers than the model, at {factor} times the "
-                "sample size · help: take out what forward draws at random or remembers from call "
-                "to call, or report it with the model"
-            )
+    if not _same(module, reference, args):
+        raise CaptureError(_OTHER % "at 1 times the sample size")
+    for sizes, where in (
+        *([(enlarged(args, 2, free), "at 2 times the sample size")] if free else []),
+        *((run, "where it branches on numbers") for run in runs),
+    ):
+        with contextlib.suppress(_Refused):
+            if not _same(module, reference, sizes, refusing=True):
+                raise CaptureError(_OTHER % where)
+
+
+class _Refused(Exception):
+    """A size or numbers that the model itself refuses (a table of positions ends, say)."""
+
+
+def _same(module: GraphModule, model: nn.Module, args: Args, refusing: bool = False) -> bool:
+    given = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, args)
+    try:
+        expected = outputs(without_cache(model, args), args)
+    except Exception as error:
+        if refusing:
+            raise _Refused from error
+        raise
+    if not all(map(_equal, tensors(given), tensors(args))):
+        raise CaptureError(
+            "the model writes into its inputs, which a graph does not repeat · help: clone "
+            "them at the start of forward"
+        )
+    try:
+        found = outputs(module, args)
+    except RuntimeError as error:
+        if refusing and ASSUMED in str(error):
+            raise _Refused from error
+        raise
+    return _all_equal(expected, found) or _equal_when_wide(module, model, args)
 
 
 def _equal_when_wide(module: GraphModule, model: nn.Module, args: Args) -> bool:

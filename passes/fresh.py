@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .capture import Args
+from .free_axes import Args
 
 WAYS = ("drawn", "shuffled", "rows", "same")
 

@@ -199,10 +199,85 @@ class NotNothing(Routed):
         return out
 
 
-@pytest.mark.parametrize("model, x", [(Either(), signs()), (NotNothing(), drawn())])
-def test_ways_that_differ_are_refused(model, x):
-    with pytest.raises(CaptureError, match=r"test_branches.py:\d+ in (forward|mixed)"):
+class Calls(nn.Module):
+    """A forward of its own around an expert."""
+
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.expert, self.router, self.call = Expert(), nn.Linear(WIDTH, 2, bias=False), forward
+        self.tokens = nn.Embedding(20, WIDTH)
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def limited(m, x):
+    h = m.expert(x)
+    return h.clamp(max=3) if x.mean() > 0 else h
+
+
+def few(m, x):
+    rows = (m.router(x)[:, 0] > 0).nonzero()[:, 0]
+    if rows.numel() < 2:
+        return x
+    return x.index_add(0, rows, m.expert(x[rows]))
+
+
+def mean_of_four(m, x):
+    rows = (m.router(x)[:, 0] > 0).nonzero()[:, 0]
+    return x + m.expert(x[rows])[:4].sum(0) / max(1, min(4, len(rows)))
+
+
+def first_of_all(m, x):
+    place, start = torch.arange(len(x)), x.ne(0).nonzero()[0, 0]
+    if int(start) > 0:
+        place = (place - start).clamp(min=0)
+    return m.expert(m.tokens(x) + m.tokens(place))
+
+
+def until_small(m, x):
+    h = x + m.expert(x)
+    while h.abs().max() > 1:
+        h = h / 2
+    return h
+
+
+LEFT = torch.tensor([0, 0, 3, 4, 5, 6, 7])
+REFUSED = {
+    "ways that differ": (Either(), signs()),
+    "work on nothing": (NotNothing(), drawn()),
+    "a limit that the example hardly reaches": (Calls(limited), 0.1 * signs()),
+    "fewer than two": (Calls(few), drawn()[:, :1].expand(9, WIDTH) + signs()[:1, :1]),
+    "a number of rows": (Calls(mean_of_four), torch.cat([drawn(), drawn(seed=2)], 1)[:, :WIDTH]),
+    "the first that is chosen": (Calls(first_of_all), LEFT.flip(0)),
+    "a loop on numbers": (Calls(until_small), drawn(5).repeat(1, 2)[:, :WIDTH]),
+}
+
+
+@pytest.mark.parametrize("model, x", REFUSED.values(), ids=REFUSED)
+def test_what_one_way_does_not_serve_for_is_refused(model, x):
+    with pytest.raises(CaptureError, match=r"test_branches.py:\d+ in \w+"):
         capture(model.double().eval(), x)
+
+
+def test_two_questions_of_one_line_are_two_places():
+    def loud(m, x):
+        h = m.expert(x)
+        return h.clamp(max=50) if x.mean() > 0 and h.amax() > 50 else h
+
+    model = Calls(loud).double().eval()
+    graph = capture(model, signs()).graph_module
+    torch.testing.assert_close(graph(-signs()), model(-signs()))
+    with pytest.raises(RuntimeError, match="one way of a branch"):
+        graph(1e4 * signs())
+
+
+def test_the_report_names_the_lines_where_one_way_serves_for_both():
+    x = drawn(40)
+    pruned = fg.prune(NumelBranch().double().eval(), x, [x], fg.Config(0.3, method="fasp"))
+    (note,) = [note for note in pruned.report.notes if "branches on numbers" in note]
+    assert "test_branches.py" in note
 
 
 class Eager(nn.Module):
