@@ -263,6 +263,8 @@ def _movable(visit: Visit, values: list[Value]) -> bool:
         return False  # a view of the bits
     if visit.name in moves.RESHAPES and math.prod(values[0].shape) != math.prod(visit.shape):
         return False  # numbers decide how many places there are
+    if visit.name == "as_strided" and not values[0].fake.is_contiguous():
+        return False  # strides count in memory
     if visit.node.target is torch.ops.aten.repeat_interleave.Tensor:
         return False  # places by data
     return visit.name in moves.LIKE or all(v.const is not None for v in values[1:])

@@ -116,7 +116,9 @@ def _executor(visit: Visit, value: Value) -> Callable[[Tensor], list[Tensor]]:
     def execute(array: Tensor) -> list[Tensor]:
         if along_dims and not set(varying(array)).intersection(_dims(visit, rank)):
             return [array]
-        arguments = {**given, first: array.expand(value.shape)}
+        whole = array.expand(value.shape)
+        whole = whole.contiguous() if visit.name == "as_strided" else whole
+        arguments = {**given, first: whole}
         result = visit.node.target(**arguments)  # type: ignore[operator]
         return [result] if isinstance(result, Tensor) else list(result)
 

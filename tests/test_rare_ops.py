@@ -131,6 +131,10 @@ CHAINS = {
         Calls(lambda m, x: m.b(torch.relu(m.a(x)).index_select(-1, TURNED))),
         8,
     ),
+    "windows in memory": (
+        Calls(lambda m, x: m.b(torch.relu(m.a(x))).as_strided((2, 2, 5), (5, 5, 1)).sum(1)),
+        8,
+    ),
     "written by an index": (Calls(written_by_index), 8),
     "rows repeated": (
         Calls(lambda m, x: m.b(torch.relu(m.a(x)).repeat_interleave(2, 0).roll(1, 0).flip([0]))),
