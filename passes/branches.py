@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import SymBool, SymInt, Tensor
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import CaptureError
+from .fakes import unknowns
 from .tracing import CONSTANTS
 from .visit import op_name
 from .watch import Site, Watch, is_truth, named, selects, site_of_call
@@ -113,10 +114,8 @@ class Assumed(TorchFunctionMode):
         self.both.add(site)
 
     def _note(self, result: Any, site: Site) -> None:
-        for leaf in pytree.tree_leaves(result):
-            for size in leaf.shape if isinstance(leaf, Tensor) else (leaf,):
-                for symbol in unknowns(size):
-                    self.made.setdefault(symbol, site)
+        for symbol in unknowns(result):
+            self.made.setdefault(symbol, site)
 
     def _selected(self, source: Tensor, result: Any, site: Site) -> None:
         """Beside the positions that are selected, all that might be."""
@@ -206,12 +205,3 @@ def is_own(node: Node) -> bool:
 def assumptions(module: GraphModule) -> list[str]:
     """What the graph asserts of the ways that forward takes."""
     return list(dict.fromkeys(str(n.args[-1]) for n in module.graph.nodes if is_own(n)))
-
-
-def unknowns(size: Any) -> set[Any]:
-    """Symbols in a size that stand for what only the numbers in tensors tell."""
-    if not isinstance(size, (SymInt, SymBool)):
-        return set()
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # slow to import
-
-    return free_unbacked_symbols(size)

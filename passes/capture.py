@@ -3,7 +3,9 @@
 torch.export, non-strict, under no_grad, on a copy in eval mode, without caches and with experts as
 batched matrix products. Integer inputs (tokens, masks) are dynamic in every axis, other inputs in
 the first; what the model specialises is taken as it is. The result is accepted only if it equals
-eager at the sample size and, where an axis stayed dynamic, at twice that size.
+eager at the sample size and, where an axis stayed dynamic, at twice that size. Where numbers decide
+sizes or branches, integer inputs are held as constants (passes/held.py), then one way is taken at
+each branch (passes/branches.py). Ops without a rule that torch composes of others are taken apart.
 
 Parameters without numbers (meta or fake) are captured as fake CPU tensors: the same graph, to be
 analysed but not run; then nothing can be compared, and all axes are static.
@@ -121,32 +123,48 @@ def capture(
     refuse(model, args)
     dynamic = has_numbers(model) if dynamic is None else dynamic
     asking = list(attempts(model, args) if dynamic else (None,)) if shapes is None else [shapes]
-    failure: Exception | None = None
-    spare, branches = None, False
+    found, failure, decide = _at_sizes(model, args, asking)
+    if decide and shapes is None:
+        found = _with_constants(model, args) or found
+    if found is None and has_numbers(model) and not is_lazy(model):
+        with contextlib.suppress(Exception):  # `failure` says more
+            found = _with_assumed(model, args, asking)
+    if found is None:
+        assert failure is not None
+        raise CaptureError(explain(model, failure)) from failure
+    return found
+
+
+def _at_sizes(
+    model: nn.Module, args: Args, asking: list[Any]
+) -> tuple[Captured | None, Exception | None, bool]:
+    """Captured as it is, with the first dynamic axes that may be; the last failure; whether numbers
+    decide sizes or branches.
+    """
+    found, failure, decide = None, None, False
     for asked in asking:
-        if branches and asked is not None:
+        if decide and asked is not None:
             continue  # where numbers decide, other sizes do not help
         try:
-            found = _export(model, args, asked)
+            made = _export(model, args, asked)
         except Exception as error:  # torch.export raises errors of many unrelated types
             failure = error
-            branches = branches or depends_on_data(error)
+            decide = decide or depends_on_data(error)
         else:
-            if not _reads_sizes(found.graph_module):
-                return found
-            spare, branches = spare or found, True
-    for held in holdable(args) if branches and shapes is None else ():
+            if not _reads_sizes(made.graph_module):
+                return made, None, False
+            found, decide = found or made, True
+    return found, failure, decide
+
+
+def _with_constants(model: nn.Module, args: Args) -> Captured | None:
+    """Captured with integer inputs held as constants, if no size is then read from numbers."""
+    for held in holdable(args):
         with contextlib.suppress(Exception):
             found = _export(model, args, None, held)
             if not _reads_sizes(found.graph_module):
                 return found
-    if spare is None and has_numbers(model) and not is_lazy(model):
-        with contextlib.suppress(Exception):  # `failure` says more
-            spare = _with_assumed(model, args, asking)
-    if spare is None:
-        assert failure is not None
-        raise CaptureError(explain(model, failure)) from failure
-    return spare
+    return None
 
 
 def _with_assumed(model: nn.Module, args: Args, asking: list[Any]) -> Captured | None:
@@ -171,6 +189,8 @@ def _with_assumed(model: nn.Module, args: Args, asking: list[Any]) -> Captured |
 
 def _in_one_way(model: nn.Module, args: Args, asked: Any, assumed: Assumed) -> Captured:
     found = _export(model, args, asked, assumed=assumed)
+    if _reads_sizes(found.graph_module):
+        raise CaptureError("sizes are read from numbers · help: compute with tensors")
     if assumed.counted:  # another number of rows must make the same graph
         other = Assumed(assumed.watch, assumed.doing, assumed.runs, many=1)
         if _export(model, args, asked, assumed=other).graph_module.code != found.graph_module.code:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from . import indexing, moves, pairs, places, recurrent, routing, windows
+from .fakes import unknowns
 from .pointwise import is_pointwise
 from .rules import table
 from .visit import op_name
@@ -41,12 +42,10 @@ def _is_composed(node: Node) -> bool:
     """Whether torch has no kernel of its own for a call, whose results have sizes that are known
     before.
     """
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
     if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
         return False
     leaves = pytree.tree_leaves(node.meta.get("val"))
     tensors = bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
-    if not tensors or node.target._schema.is_mutable or any(map(free_unbacked_symbols, leaves)):
+    if not tensors or node.target._schema.is_mutable or unknowns(leaves):
         return False
     return node.target.has_kernel_for_dispatch_key(COMPOSED)

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Args
+from .fakes import unknowns
 from .observe import Walk, environments
 from .views import View
 
@@ -94,9 +95,7 @@ def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift | None:
     """Cross-moments of target minus output at the consumer that the walk stands before; None where
     data decide how many rows it sees (a router), since the two paths may send it other tokens.
     """
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # brings sympy
-
-    if free_unbacked_symbols(view.node.meta.get("val")):
+    if unknowns(view.node.meta.get("val")):
         return None
     weight = state.weight(view.parameter)
     now = view.matrix(weight).double()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymBool, SymInt, Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
@@ -83,7 +83,16 @@ def _hint(size: Any) -> int | None:
     if isinstance(size, int) or size.node.hint is not None:
         return size if isinstance(size, int) else size.node.hint
     from sympy import Integer
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    at = size.node.expr.xreplace(dict.fromkeys(free_unbacked_symbols(size), Integer(ANY)))
+    at = size.node.expr.xreplace(dict.fromkeys(unknowns(size), Integer(ANY)))
     return int(at) if at.is_number else None
+
+
+def unknowns(held: Any) -> set[Any]:
+    """Symbols in sizes, or in those of tensors, for what only numbers in tensors tell."""
+    leaves = pytree.tree_leaves(held)
+    if not any(isinstance(leaf, (Tensor, SymInt, SymBool)) for leaf in leaves):
+        return set()
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # slow to import
+
+    return set().union(*map(free_unbacked_symbols, leaves))
