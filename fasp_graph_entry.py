@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from itertools import pairwise
 from typing import Any
 
 
@@ -40,5 +39,5 @@ def main() -> None:
     command_line()
 
 
-if ("-m", "fasp_graph") in pairwise(sys.orig_argv):  # which imports the package before it runs it
-    _before_libraries()
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("fasp_graph", "-mfasp_graph"):
+    _before_libraries()  # Python looks for the module to run: it imports the package before

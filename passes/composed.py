@@ -11,6 +11,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -24,6 +25,8 @@ from .vmapped import trace_again
 SPECIAL = tuple(m.HANDLERS for m in (places, indexing, routing, recurrent, pairs, windows))
 """Ops whose labels are a function of their own."""
 COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd
+DECOMPOSED = get_decompositions([torch.ops.aten.channel_shuffle])
+"""Ops with a kernel of their own that torch also knows how to compose."""
 
 
 def take_apart(module: GraphModule) -> GraphModule:
@@ -34,13 +37,13 @@ def take_apart(module: GraphModule) -> GraphModule:
         known = name in rules or name in moves.MOVEMENT or any(name in held for held in SPECIAL)
         if not known and _is_composed(node) and not is_pointwise(node):
             with contextlib.suppress(Exception):  # an op may refuse to be traced in any way
-                trace_again(module, [node])
+                trace_again(module, [node], DECOMPOSED)
     return module
 
 
 def _is_composed(node: Node) -> bool:
-    """Whether torch has no kernel of its own for a call, whose results have sizes that are known
-    before.
+    """Whether torch has no kernel of its own for a call (or one of no need), whose results have
+    sizes that are known before.
     """
     if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
         return False
@@ -48,4 +51,4 @@ def _is_composed(node: Node) -> bool:
     tensors = bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
     if not tensors or node.target._schema.is_mutable or unknowns(leaves):
         return False
-    return node.target.has_kernel_for_dispatch_key(COMPOSED)
+    return node.target in DECOMPOSED or node.target.has_kernel_for_dispatch_key(COMPOSED)

@@ -101,9 +101,7 @@ def index_put(visit: Visit) -> list[Arrays]:
     visit.freeze([result[d] for d in at if d in result], "written by an index")
     visit.freeze([a for d in at for a in indices[d].arrays.values()], "written by an index")
     if at != list(range(len(at))):
-        for item in (value, source):
-            visit.freeze(list(item.arrays.values()), f"{visit.name} by data")
-        return visit.all_fixed(f"{visit.name} by data")
+        return visit.unknown(f"{visit.name} by data")
     for dim, array in source.arrays.items():
         home = dim - len(source.shape) + rank
         if home >= len(at) and home in result and array.numel() == array.shape[dim]:

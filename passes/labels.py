@@ -204,10 +204,10 @@ class _Propagation:
         if name in self.rules:
             return apply_rule(visit, self.rules[name])
         if draws(visit.node):
-            return self._unknown(visit, f"{visit.name} draws numbers one after the other")
+            return visit.unknown(f"{visit.name} draws numbers one after the other")
         if is_pointwise(visit.node):
             return [meet_pointwise(visit, out) for out in visit.outs]
-        return self._unknown(visit, f"no axis rule for {visit.node.target}")
+        return visit.unknown(f"no axis rule for {visit.node.target}")
 
     def _constant(self, node: Node, args: Any) -> Any:
         plain = pytree.tree_map(
@@ -250,12 +250,7 @@ class _Propagation:
                 fixed = self.labels.all_fixed(value.shape, visit.reason(what))
                 self.labels.values[node] = Value(value.fake, fixed)
             node = node.args[0]  # type: ignore[assignment]
-        return self._unknown(visit, f"no axis rule for {visit.node.target}")
-
-    def _unknown(self, visit: Visit, what: str) -> list[Arrays]:
-        for value in visit.values():
-            visit.freeze(list(value.arrays.values()), what)
-        return visit.all_fixed(what)
+        return visit.unknown(f"no axis rule for {visit.node.target}")
 
 
 def _movable(visit: Visit, values: list[Value]) -> bool:

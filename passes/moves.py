@@ -23,7 +23,7 @@ MOVEMENT = {
     *("permute", "transpose", "t", "movedim", "swapaxes", "squeeze", "unsqueeze", "numpy_T"),
     *("expand", "expand_as", "select", "slice", "narrow", "split", "split_with_sizes", "chunk"),
     *("unbind", "roll", "flip", "repeat", "tile", "repeat_interleave", "index_select", "index"),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "diagonal", "tensor_split"),
+    *("pixel_shuffle", "pixel_unshuffle", "unfold", "diagonal", "tensor_split"),
     *(
         "broadcast_to",
         "adjoint",

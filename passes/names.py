@@ -59,6 +59,8 @@ def _part(values: list[str]) -> str:
 def ranges(positions: np.ndarray) -> str:
     """Each position once: `0-63, 96`."""
     found = np.unique(positions)
+    if not len(found):
+        return ""
     starts = np.flatnonzero(np.diff(found, prepend=found[0] - 2) != 1)
     ends = np.append(starts[1:], len(found)) - 1
     pairs = [(int(found[a]), int(found[b])) for a, b in zip(starts, ends, strict=True)]

@@ -34,7 +34,7 @@ CARRY = {
 }
 LINEAR = {"add", "sub", "neg", "rsub", "to", "_to_copy", "contiguous", "clone", "type_as", "alias"}
 SCALING = {"mul", "div"}
-DRAWN_LIKE = {"rand_like", "randn_like", "randint_like"}
+DRAWN_LIKE = {"rand_like", "randn_like"}
 LENDING = {"type_as"}  # of the second operand only the dtype is read
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import os
 import re
 import traceback
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from torch.utils import _pytree as pytree
 from .errors import CaptureError, brief
 from .tracing import real_or_complex
 
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_HERE = str(Path(__file__).parent) + os.sep
 _PACKING = str(Path(nn.utils.rnn.__file__))
 _PACKED = "the numbers in a tensor decide how many rows each step of a packed sequence has"
 _PADDED = (

@@ -11,22 +11,22 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Args
-from .errors import UnsupportedOp, where
+from .errors import UnsupportedOp, brief, where
 from .groups import KINDS, DependencyGraph, Group
 from .lazy import Lazy
-from .removal import Removal, removal
+from .removal import Removal, count, removal
 from .rewrite import shrink, shrink_node
 from .select import least, select
 from .values import Value
@@ -94,19 +94,15 @@ def refusals(module: GraphModule, inputs: Args, deps: DependencyGraph, kept: Kep
     compact = _shapes_of(module, fakes)
     with torch.no_grad():
         failed: dict[Node, Exception] = dict(shrink(compact, cut))
-    failed = failed or _misfit(compact, module, inputs, fakes)
+    failed = failed or _misfits(compact, module, inputs, cut, fakes)
     found: dict[str, str] = {}
     known = {node.name: node for node in module.graph.nodes}
     for node, error in failed.items():
         at = _known(node, known)
         if at is not None:
-            reason = f"it cannot be cut out: {_first_line(error)} · {where(at)} · {WAY_OUT}"
-            found |= dict.fromkeys(_blamed(module, at, cut, kept), reason)
+            reason = f"it cannot be cut out: {brief(error, 200)} · {where(at)} · {WAY_OUT}"
+            found |= dict.fromkeys(_blamed(module, at, cut, kept, found), reason)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 def _known(node: Node, known: Mapping[str, Node]) -> Node | None:
@@ -139,36 +135,50 @@ def _shape_of(tensor: Tensor, fakes: FakeTensorMode) -> Tensor:
 
 
 class _Runner(Interpreter):
-    """Remembers where it is."""
+    """Goes on behind a node that does not take its sizes, with what was promised of its results."""
 
-    at: Node | None = None
+    def __init__(self, compact: GraphModule, cut: Removal) -> None:
+        super().__init__(compact)
+        self.cut, self.failed = cut, dict[Node, Exception]()
 
     def run_node(self, n: Node) -> Any:
-        self.at = n
-        return super().run_node(n)
+        try:
+            return super().run_node(n)
+        except Exception as error:  # any op may refuse sizes in any way
+            self.failed[n] = error
+            leaves, form = pytree.tree_flatten(n.meta["val"])
+            made = [self._promised(n, slot, leaf) for slot, leaf in enumerate(leaves)]
+            return pytree.tree_unflatten(made, form)
+
+    def _promised(self, node: Node, slot: int, dense: Tensor) -> Tensor:
+        sizes = list(self.cut.value(node.name, slot).shape)
+        with unset_fake_temporarily():
+            for dim, mask in self.cut.cuts(node.name, slot).items():
+                sizes[dim] = count(mask, dim)
+        device = "cpu" if dense.device.type == "meta" else dense.device
+        return torch.empty(sizes, dtype=dense.dtype, device=device)
 
 
-def _misfit(
-    compact: GraphModule, dense: GraphModule, inputs: Args, fakes: FakeTensorMode
+def _misfits(
+    compact: GraphModule, dense: GraphModule, inputs: Args, cut: Removal, fakes: FakeTensorMode
 ) -> dict[Node, Exception]:
-    """The node where the compact graph does not take the sizes; {} where the dense one does not
+    """The nodes where the compact graph does not take the sizes; {} where the dense one does not
     run on shapes either, so that nothing is told by it.
     """
     given = [
         _shape_of(v, fakes) if isinstance(v, Tensor) and v.is_floating_point() else v
         for v in pytree.tree_leaves(inputs)
     ]
-    runner = _Runner(compact)
+    runner = _Runner(compact, cut)
     with fakes, torch.no_grad(), _quiet():
-        try:
+        with suppress(Exception):  # of some nodes nothing is promised: the run ends there
             runner.run(*given)
-        except Exception as error:  # any op may refuse sizes in any way
-            try:
+        try:
+            if runner.failed:
                 Interpreter(_shapes_of(dense, fakes)).run(*given)
-            except Exception:
-                return {}
-            return {runner.at: error} if runner.at is not None else {}
-    return {}
+        except Exception:
+            return {}
+    return runner.failed
 
 
 @contextmanager
@@ -182,13 +192,15 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
-def _blamed(module: GraphModule, node: Node, cut: Removal, kept: Kept) -> list[str]:
-    """The groups that are cut at a node: those that it refuses by themselves, else all."""
+def _blamed(module: GraphModule, node: Node, cut: Removal, kept: Kept, found: Reasons) -> list[str]:
+    """The groups that are cut at a node: those that it refuses by themselves, else all, if none of
+    them was `found` already: the others may do without it.
+    """
     layers = [_standing(node, cut, number) for number in range(len(cut.gone))]
     groups = [cut.deps[name] for name in kept]
     here = [g.name for g in groups if np.isin(g.components, layers[g.layer]).any()]
     alone = [name for name in here if _refuses(module, node, removal(cut.deps, {name: kept[name]}))]
-    return alone or here
+    return alone or ([] if any(name in found for name in here) else here)
 
 
 def _standing(node: Node, cut: Removal, layer: int) -> np.ndarray:

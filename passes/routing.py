@@ -112,8 +112,9 @@ def choose(visit: Visit) -> list[Arrays]:
     value = next(visit.values())
     rank = len(value.shape)
     if visit.given.get("dim", -1) is None:
-        visit.freeze(list(value.arrays.values()), f"{visit.name} over all")
-        return visit.all_fixed(f"{visit.name} over all")
+        return visit.unknown(f"{visit.name} over all")
+    if not value.fake.is_floating_point():  # nothing is less than all integers of a type
+        return visit.unknown(f"{visit.name} of integers")
     dim, labels = visit.dim("dim", rank, -1), visit.labels
     least = int(visit.given.get("k") or abs(taken(visit.node, value.shape)))
     axis = _axis(visit, value) if least else None

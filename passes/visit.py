@@ -76,6 +76,12 @@ class Visit:
             for out in self.outs
         ]
 
+    def unknown(self, what: str) -> list[Arrays]:
+        """All that the op touches stays: its operands are frozen, its results fixed."""
+        for value in self.values():
+            self.freeze(list(value.arrays.values()), what)
+        return self.all_fixed(what)
+
 
 def op_name(node: Node) -> str:
     """`linear` of `aten.linear.default`; `mylib.scan` for ops outside aten; '' for no call."""

@@ -40,8 +40,10 @@ def unbatch(module: GraphModule) -> GraphModule:
     return module
 
 
-def trace_again(module: GraphModule, section: list[Node]) -> None:
-    """Nodes that follow each other as make_fx sees them (in place)."""
+def trace_again(module: GraphModule, section: list[Node], table: Any = None) -> None:
+    """Nodes that follow each other as make_fx sees them (in place); `table`: op -> of which others
+    it is made.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     inside = set(section)
@@ -60,7 +62,7 @@ def trace_again(module: GraphModule, section: list[Node]) -> None:
         return [known[node] for node in results]
 
     with torch.no_grad():
-        traced = make_fx(run)(*(_value(module, node) for node in given))
+        traced = make_fx(run, table)(*(_value(module, node) for node in given))
     if any(isinstance(leaf, torch.SymInt) for leaf in _arguments(traced)):
         raise CaptureError(f"sizes were lost in tracing {section[0].name} again · {REPORT}")
     _put_in(module, traced, section, given, results)

@@ -94,6 +94,14 @@ def from_the_front_to_the_end(m, x):
     return m.leave(sum(m.at(x, places[:, k]) for k in range(4)))
 
 
+def of_integers(m, x):
+    return m.leave(m.at(x, (m.router(x) * 4).round().long().argmax(-1)))
+
+
+def of_truths(m, x):
+    return m.leave(m.at(x, (m.router(x) > 0).int().argmin(-1)))
+
+
 def all_sorted(m, x):
     return m.read(m.router(x).sort(-1)[0])
 
@@ -137,12 +145,21 @@ def test_places_that_depend_on_the_number_stay(route):
     assert "sort" in group.reason
 
 
+@pytest.mark.parametrize("route", [of_integers, of_truths])
+def test_choices_among_integers_stay(route):
+    """No integer is less than all others, so none can stand for what is removed."""
+    deps = fg.analyze(Routed(route).eval(), X, check=True)
+
+    (group,) = [g for g in deps.groups if ("experts", 0) in _members(g)]
+    assert group.kind == "frozen" and "of integers" in group.reason
+
+
 def test_a_minimum_without_its_place_is_a_reduction():
     deps = fg.analyze(Routed(least_value).eval(), X, check=True)
 
     rows = ("router.weight", 0)
     (group,) = [g for g in deps.groups if rows in [(m.parameter, m.dim) for m in g.members]]
-    assert group.kind in ("frozen", "width")
+    assert group.kind == "frozen" and "mixed by amin" in group.reason
 
 
 class Codes(nn.Module):

@@ -71,7 +71,10 @@ def test_a_program_that_imports_the_package_keeps_its_own_handler(tmp_path):
     code = "import signal; then = signal.getsignal(signal.SIGINT); import fasp_graph; "
     code += "print(signal.getsignal(signal.SIGINT) is then)"
 
-    assert start(tmp_path, by=("-c", code)).communicate(timeout=120)[0] == "True\n"
+    (tmp_path / "my_program.py").write_text(code)
+    for by in (("-c", code), ("my_program.py", "-m", "fasp_graph"), ("-m", "my_program")):
+        process = start(tmp_path, "-m", "fasp_graph", by=by)
+        assert process.communicate(timeout=120)[0] == "True\n"
 
 
 def test_a_run_that_can_go_on_says_from_where(tmp_path):

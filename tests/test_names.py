@@ -57,7 +57,12 @@ def test_names_that_differ_by_numbers_are_one(names, told):
 
 @pytest.mark.parametrize(
     ("positions", "told"),
-    [([[3], [0], [1]], "0-1, 3"), ([7], "7"), (range(0, 20, 2), "0, 2, 4, 6, 8, 10 and 4 more")],
+    [
+        ([[3], [0], [1]], "0-1, 3"),
+        ([7], "7"),
+        ([], ""),
+        (range(0, 20, 2), "0, 2, 4, 6, 8, 10 and 4 more"),
+    ],
 )
 def test_positions_are_ranges(positions, told):
     assert ranges(np.array(positions)) == told

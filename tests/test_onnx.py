@@ -276,3 +276,25 @@ def test_inputs_outputs_and_their_axes_have_names(tmp_path, name, inputs, output
         return {name: [d.dim_param or d.dim_value for d in dims] for name, dims in shapes.items()}
 
     assert (told(graph.input), told(graph.output)) == (inputs, outputs)
+
+
+class Named(torch.nn.Module):
+    """Calls its outputs as an op, a weight and a buffer are called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = torch.nn.Linear(6, 16), torch.nn.Linear(16, 3)
+        self.weight, self.shift = torch.nn.Parameter(torch.randn(3)), torch.nn.Buffer(torch.ones(3))
+
+    def forward(self, x):
+        y = self.down(torch.relu(self.up(x))) * self.weight + self.shift
+        return {"linear": y.softmax(-1), "softmax": y, "weight": y * 2, "shift": y.mean()}
+
+
+def test_outputs_may_be_called_as_other_values_are(tmp_path):
+    pruned = fg.prune(Named(), torch.randn(5, 6), None, fg.Config(0.3, method="magnitude"))
+
+    session = emitter.onnx_session(fg.export_onnx(pruned, tmp_path / "small.onnx"))
+    names = " ".join(entry.name for entry in session.get_outputs())
+    assert names == "linear softmax weight shift"

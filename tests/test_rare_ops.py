@@ -154,6 +154,12 @@ CHAINS = {
         Calls(lambda m, x: m.b(F.pixel_shuffle(m.a(x).view(6, 8, 1, 1), 2).flatten(1)), b=(8, 5)),
         2,
     ),
+    "channel_shuffle": (
+        Calls(
+            lambda m, x: m.b(F.channel_shuffle(torch.relu(m.a(x)).view(-1, 8, 1, 1), 4).flatten(1))
+        ),
+        2,
+    ),
     "the type of another": (
         Calls(lambda m, x: m.b(torch.relu(m.a(x)).double().type_as(m.b.bias))),
         8,

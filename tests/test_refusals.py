@@ -2,6 +2,8 @@
 sequences, ops without an ONNX function.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.nn.utils import rnn
 
 import fasp_graph as fg
 from passes.errors import CalibrationError, CaptureError, FaspGraphError, brief, causes
+from passes.refuse import source_line
 
 CONFIG = fg.Config(sparsity=0.3, method="magnitude")
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
@@ -147,3 +150,13 @@ def test_the_first_cause_comes_first_and_no_line_is_cut():
 def test_a_batch_that_does_not_run_is_told_up_to_a_word(mlp):
     with pytest.raises(CalibrationError, match=r"does not run: [^·]*[^ ·] · node"):
         fg.prune(mlp, torch.randn(3, 7), [torch.randn(3, 9)], fg.Config())
+
+
+@pytest.mark.parametrize(("folder", "told"), [("torchvision", "ops.py:1 in make"), ("torch", "")])
+def test_the_line_of_an_error_is_the_last_outside_torch_itself(folder, told):
+    path, names = Path(torch.__file__).parents[1] / folder / "ops.py", {}
+    exec(compile("def make(): return 1 / 0", str(path), "exec"), names)
+    with pytest.raises(ZeroDivisionError) as caught:
+        names["make"]()
+
+    assert (source_line(caught.value) == told) is bool(told)

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 import fasp_graph as fg
+from passes.analysis import analysis
+from passes.capture import capture
 from passes.edits import EDITS
 from passes.errors import VerificationError
+from passes.rehearsal import refusals
 from passes.rules import CUSTOM, register
 
 DRIVER = importlib.import_module("fasp_graph.prune")
@@ -92,6 +95,18 @@ def test_a_group_whose_sizes_a_node_does_not_take_stays_and_says_why():
     assert list(result.plan.kept) == ["c.0"]
     assert "eight channels, please" in result.deps["a.0"].reason
     assert "%eight" in result.deps["a.0"].reason
+
+
+@pytest.mark.usefixtures("insistent")
+def test_all_nodes_that_do_not_take_their_sizes_are_found_in_one_run():
+    blocks = [nn.Sequential(Insistent(), nn.Linear(5, 7)) for _ in range(3)]
+    found = capture(nn.Sequential(*blocks).double().eval(), X)
+    deps = analysis(found.graph_module, found.inputs)
+    kept = {g.name: (0, 2, 3) for g in deps.groups if g.name.endswith((".a.0", ".c.0"))}
+
+    told = refusals(found.graph_module, found.inputs, deps, kept)
+
+    assert len(kept) == 6 and set(told) == {f"{k}.0.a.0" for k in range(3)}
 
 
 def test_what_shows_only_for_the_chosen_units_is_decided_anew(monkeypatch):

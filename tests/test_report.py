@@ -125,7 +125,7 @@ def test_every_figure_stands_under_its_heading(run):
     assert rows[""] == ["before", "after", "change"]
     before, after = report.params_before, report.params_after
     assert rows["parameters"] == [f"{before:,}", f"{after:,}", f"{after / before - 1:+.1%}"]
-    assert rows["latency ms"] == ["8.000", "6", "-25.0%"]
+    assert rows["latency ms"] == ["8.000", "6.000", "-25.0%"]
     assert rows["memory of the weights"][:2] == [
         f"{held / 1000:.1f} kB" for held in (report.bytes_before, report.bytes_after)
     ]

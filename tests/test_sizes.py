@@ -88,7 +88,8 @@ class Table(nn.Module):
 def test_a_tuple_that_is_the_weights_shape_is_the_new_one():
     assert own_sizes(Table((4, 4)), (4, 4), (4, 3)) == {"shape": (4, 3)}
     assert own_sizes(Table(4), (4, 4), (4, 3)) == {}
-    assert own_sizes(Table([4, 9]), (4, 5), (3, 5)) == {"shape": (3, 9)}
+    assert own_sizes(Table([5, 4]), (9, 5, 4), (9, 5, 3)) == {"shape": (5, 3)}
+    assert own_sizes(Table([4, 9]), (4, 5), (3, 5)) == {} == own_sizes(Table((4,)), (4, 5), (3, 5))
     assert own_sizes(nn.Conv2d(3, 3, 3), (3, 3, 3, 3), (3, 2, 3, 3)) == {"in_channels": 2}
 
 

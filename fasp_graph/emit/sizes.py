@@ -52,7 +52,9 @@ def both(old: Size, first: Size, second: Size) -> Size:
 
 
 def own_sizes(module: nn.Module, old: tuple[int, ...], new: tuple[int, ...]) -> dict[str, Size]:
-    """What a leaf module states of the size of its own weights."""
+    """What a leaf module states of the size of its own weights: an integer that is one of them, a
+    tuple that is the last of them, or all.
+    """
     for kind, sizes in SIZES.items():
         if isinstance(module, kind):
             if len(old) < len(sizes):  # a bias, of which its weight says all
@@ -64,11 +66,14 @@ def own_sizes(module: nn.Module, old: tuple[int, ...], new: tuple[int, ...]) -> 
         return {}
     stays = {size for size, left in zip(old, new, strict=True) if size == left}
     moved = {size: left for size, left in zip(old, new, strict=True) if size not in stays}
-    return {
-        name: new if size == old else _changed(size, moved)
-        for name, size in _stated(module)
-        if _changed(size, moved) != size or (size == old != new)
-    }
+    stated: dict[str, Size] = {}
+    for name, size in _stated(module):
+        last = slice(-len(_each(size)), None)
+        if isinstance(size, int) and size in moved:
+            stated[name] = moved[size]
+        elif size == old[last] != new[last]:
+            stated[name] = new[last]
+    return stated
 
 
 def attribute_sets(model: nn.Module, family: list[Group]) -> list[tuple[str, ...]]:

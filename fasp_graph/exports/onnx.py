@@ -122,6 +122,7 @@ def _program(module: GraphModule, inputs: Args, dynamic_shapes: Any, form: Form)
         )
     if program is None:
         raise FaspGraphError("torch.onnx.export returned no program · help: format='pt2' may work")
+    _rename_others(program.model)
     _name_axes(program.model, form.axes)
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces: half of a small file, and this machine's paths
@@ -144,6 +145,21 @@ def _own_names(module: GraphModule) -> list[str] | None:
         names = [key if isinstance(key, str) else f"output_{key}" for key in keys]
     taken = {node.name for node in nodes if node.op == "placeholder"}
     return None if taken & set(names) else names
+
+
+def _rename_others(model: Any) -> None:
+    """A weight, or what an op makes, may have the name that an output was given."""
+    import onnx_ir as ir
+
+    outputs = {value.name: value for value in model.graph.outputs}
+    made = [v for node in ir.traversal.RecursiveGraphIterator(model.graph) for v in node.outputs]
+    others = [*model.graph.initializers.values(), *made]
+    taken = {value.name for value in others} | outputs.keys()
+    for value in others:
+        if value is not outputs.get(value.name, value):
+            while value.name in taken:
+                value.name += "_"
+            taken.add(value.name)
 
 
 def _usual_axes(value: Any) -> dict[int, str]:

@@ -120,8 +120,8 @@ def _before_after(figures: Mapping[str, Any]) -> str:
             continue
         change = f"{after / before - 1:+.1%}" if before else ""
         name = key.removesuffix("_before")
-        told = in_bytes if name == "bytes" else _measured
-        rows.append((_title(name), told(before), told(after), change))
+        pair = (in_bytes(before), in_bytes(after)) if name == "bytes" else _pair(before, after)
+        rows.append((_title(name), *pair, change))
     return _table(("", "before", "after", "change"), rows)
 
 
@@ -152,9 +152,10 @@ def _figure(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
-def _measured(value: float) -> str:
-    """With all four digits, so that two can be compared: 5.050."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:#,.4g}"
+def _pair(*values: float) -> tuple[str, ...]:
+    """Two that can be compared: both whole, or with all four digits: 5.050."""
+    whole = all(isinstance(value, int) for value in values)
+    return tuple(f"{value:,}" if whole else f"{value:#,.4g}" for value in values)
 
 
 def _heat_map(groups: Iterable[Mapping[str, Any]]) -> str:
