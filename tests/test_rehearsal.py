@@ -69,9 +69,22 @@ def insistent():
             raise ValueError("eight channels, please")
         return torch.empty_like(x)
 
+    @torch.library.custom_op("rehearsal::beside", mutates_args=())
+    def beside(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != 8:
+            raise ValueError("eight channels beside others, please")
+        return y.clone()
+
+    @beside.register_fake
+    def _(x, y):
+        if x.shape[-1] != 8:
+            raise ValueError("eight channels beside others, please")
+        return torch.empty_like(y)
+
     register("rehearsal.eight", "... c -> ... c")
+    register("rehearsal.beside", "... c, ... d -> ... d")
     yield
-    del CUSTOM["rehearsal.eight"]
+    del CUSTOM["rehearsal.eight"], CUSTOM["rehearsal.beside"]
 
 
 class Insistent(nn.Module):
@@ -107,6 +120,22 @@ def test_all_nodes_that_do_not_take_their_sizes_are_found_in_one_run():
     told = refusals(found.graph_module, found.inputs, deps, kept)
 
     assert len(kept) == 6 and set(told) == {f"{k}.0.a.0" for k in range(3)}
+
+
+class Beside(Insistent):
+    def forward(self, x):
+        h = torch.ops.rehearsal.eight(self.a(x))
+        y = torch.ops.rehearsal.beside(h, torch.relu(self.c(x)))
+        return self.b(h) + self.d(y)
+
+
+@pytest.mark.usefixtures("insistent")
+def test_what_stays_anyway_takes_no_other_group_with_it():
+    config = fg.Config(sparsity=0.3, method="magnitude")
+
+    result = fg.prune(Beside().double().eval(), X, None, config)
+
+    assert list(result.plan.kept) == ["c.0"] and "%eight" in result.deps["a.0"].reason
 
 
 def test_what_shows_only_for_the_chosen_units_is_decided_anew(monkeypatch):
