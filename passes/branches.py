@@ -79,7 +79,7 @@ class Assumed(TorchFunctionMode):
                 read = func(every, *args[1:], **kwargs)
             return pytree.tree_map(lambda v: _constant(v, chosen), read)
         result = func(*args, **kwargs)
-        self._note(result, site_of_call())
+        self._note(result)
         if every is not None and func in _ALONG:
             with _disable_current_modes():
                 along = func(every, *args[1:], **kwargs)
@@ -113,9 +113,9 @@ class Assumed(TorchFunctionMode):
         self.beyond = True
         self.both.add(site)
 
-    def _note(self, result: Any, site: Site) -> None:
-        for symbol in unknowns(result):
-            self.made.setdefault(symbol, site)
+    def _note(self, result: Any) -> None:
+        for symbol in unknowns(result) - self.made.keys():
+            self.made[symbol] = site_of_call()
 
     def _selected(self, source: Tensor, result: Any, site: Site) -> None:
         """Beside the positions that are selected, all that might be."""

@@ -25,10 +25,6 @@ from .skeleton import shared_copy
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
 HALF = 2e-2
-_OTHER = (
-    "the captured graph computes other numbers than the model, %s · help: take out what forward "
-    "draws at random or remembers from call to call, or report it with the model"
-)
 
 
 def compare(
@@ -43,14 +39,21 @@ def compare(
     """
     reference = shared_copy(model).eval()
     if not _same(module, reference, args):
-        raise CaptureError(_OTHER % "at 1 times the sample size")
+        raise _different("at 1 times the sample size")
     for sizes, where in (
         *([(enlarged(args, 2, free), "at 2 times the sample size")] if free else []),
         *((run, "where it branches on numbers") for run in runs),
     ):
         with contextlib.suppress(_Refused):
             if not _same(module, reference, sizes, refusing=True):
-                raise CaptureError(_OTHER % where)
+                raise _different(where)
+
+
+def _different(where: str) -> CaptureError:
+    return CaptureError(
+        f"the captured graph computes other numbers than the model, {where} · help: take out what "
+        "forward draws at random or remembers from call to call, or report it with the model"
+    )
 
 
 class _Refused(Exception):
