@@ -76,17 +76,17 @@ class NumelBranch(Routed):
     def visited(self, weight, index):
         for number in range(EXPERTS):
             rows, place = torch.where(index == number)
-            if rows.numel() == 0:
+            if self.empty(rows):
                 continue
             yield number, rows, weight[rows, place, None]
 
+    def empty(self, rows):
+        return rows.numel() == 0
 
-class LengthBranch(Routed):
-    def visited(self, weight, index):
-        for number in range(EXPERTS):
-            rows, place = torch.where(index == number)
-            if len(rows) > 0:
-                yield number, rows, weight[rows, place, None]
+
+class LengthBranch(NumelBranch):
+    def empty(self, rows):
+        return len(rows) == 0
 
 
 class HitOnly(Routed):
