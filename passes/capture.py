@@ -34,6 +34,7 @@ from .compare import compare, outputs, plain, without_cache
 from .composed import take_apart
 from .constants import mark_literals
 from .errors import CaptureError
+from .flex import open_flex
 from .free_axes import Args, attempts, free_axes
 from .held import assert_constants, assert_held, holdable, with_held
 from .lazy import is_lazy, replace
@@ -225,7 +226,7 @@ def _export(
     assert isinstance(module, GraphModule)
     free = free_axes(module, args)
     mark_literals(module)
-    module = normalize(clean(take_apart(unbatch(module))))
+    module = normalize(clean(take_apart(open_flex(unbatch(module)))))
     assert_held(module, args, held or frozenset())
     assert_constants(module, args)
     if not real:

@@ -14,8 +14,12 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
+
+from .visit import bind
 
 aten = torch.ops.aten
+PLACES = {"index", "indices"}  # arguments that say where
 
 
 def functionalise(graph: Graph) -> None:
@@ -115,8 +119,9 @@ def _new_value(graph: Graph, node: Node, base: Node) -> Node | None:
 
 def _same_type(node: Node, base: Node) -> bool:
     """In-place ops keep the dtype; their functional forms may promote it."""
-    held = base.meta.get("val")
-    others = [a.meta.get("val") for a in node.all_input_nodes if a is not base]
+    held, bound = base.meta.get("val"), bind(node, node.args, node.kwargs)
+    read = [leaf for name, a in bound.items() if name not in PLACES for leaf in tree_leaves(a)]
+    others = [a.meta.get("val") for a in read if isinstance(a, Node) and a is not base]
     if held is None:
         return False
     return all(

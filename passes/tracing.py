@@ -3,6 +3,7 @@
 self.router.to(self.dtype)       a cast to what the weights are already changes nothing
 int(self.stride), a buffer       a whole number that sizes are computed from is a constant
 lengths.tolist()                 what is computed from constants is one (inputs: passes/held.py)
+flex_attention(...)              compiles itself: with dynamic sizes, whatever it saw before
 log lines, printed graphs        silenced: where torch.export fails, the error says enough
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,9 +26,11 @@ CONSTANTS = 1 << 16  # elements of a tensor of constants whose numbers the trace
 @contextlib.contextmanager
 def traceable() -> Iterator[None]:
     """The context in which torch.export runs."""
+    from torch._dynamo import config as dynamo_config
     from torch._subclasses import fake_tensor
     from torch.fx.experimental import proxy_tensor
 
+    _forget_flex()
     cast = nn.Module.to
     before = logging.root.manager.disable
     limits = [(module, module.CONSTANT_NUMEL_LIMIT) for module in (fake_tensor, proxy_tensor)]
@@ -34,13 +39,26 @@ def traceable() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     nn.Module.to = _cast_once(cast)  # type: ignore[method-assign]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        sizes = dynamo_config.patch(assume_static_by_default=False)
+        with contextlib.redirect_stderr(io.StringIO()), sizes:
             yield
     finally:
         nn.Module.to = cast  # type: ignore[method-assign]
         logging.disable(before)
         for module, limit in limits:
             module.CONSTANT_NUMEL_LIMIT = limit  # type: ignore[attr-defined]
+
+
+def _forget_flex() -> None:
+    """Drops what flex_attention has compiled: each piece would be tried on the sizes of this trace,
+    and a piece for one size would make them that size.
+    """
+    from torch._dynamo.eval_frame import reset_code
+
+    loaded = sys.modules.get("torch.nn.attention.flex_attention")
+    for held in loaded.flex_attention.__code__.co_consts if loaded else ():
+        if isinstance(held, types.CodeType):
+            reset_code(held)
 
 
 def _cast_once(cast: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,9 +10,13 @@ than its values. The section is run once more under make_fx, which sees the ops 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
+from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -40,29 +44,39 @@ def unbatch(module: GraphModule) -> GraphModule:
     return module
 
 
-def trace_again(module: GraphModule, section: list[Node], table: Any = None) -> None:
+def trace_again(
+    module: GraphModule,
+    section: list[Node],
+    table: Any = None,
+    calls: Mapping[Any, Callable[..., Any]] | None = None,
+) -> None:
     """Nodes that follow each other as make_fx sees them (in place); `table`: op -> of which others
-    it is made.
+    it is made; `calls`: op -> a function to call in its place, whose composed ops stay whole.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     inside = set(section)
-    given = list(dict.fromkeys(a for n in section for a in n.all_input_nodes if a not in inside))
+    outside = dict.fromkeys(a for n in section for a in n.all_input_nodes if a not in inside)
+    values = {node: _value(module, node) for node in outside}
+    given = [node for node, value in values.items() if not isinstance(value, nn.Module)]
     results = [n for n in section if any(user not in inside for user in n.users)]
 
-    def run(*values: Any) -> list[Any]:
-        known = dict(zip(given, values, strict=True))
+    def run(*traced: Any) -> list[Any]:
+        known = {**values, **dict(zip(given, traced, strict=True))}
         for node in section:
             args, kwargs = pytree.tree_map(
                 lambda a: known[a] if isinstance(a, Node) else a,
                 (node.args, dict(node.kwargs)),
                 is_leaf=lambda a: isinstance(a, Node),
             )
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            known[node] = (calls or {}).get(node.target, node.target)(*args, **kwargs)
         return [known[node] for node in results]
 
-    with torch.no_grad():
-        traced = make_fx(run, table)(*(_value(module, node) for node in given))
+    fake = detect_fake_mode(list(values.values())) or nullcontext()
+    with torch.no_grad(), fake:  # so that what is made of sizes is fake as well
+        traced = make_fx(run, table, pre_dispatch=calls is not None)(
+            *map(values.__getitem__, given)
+        )
     if any(isinstance(leaf, torch.SymInt) for leaf in _arguments(traced)):
         raise CaptureError(f"sizes were lost in tracing {section[0].name} again · {REPORT}")
     _put_in(module, traced, section, given, results)
