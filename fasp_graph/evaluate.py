@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from passes.compare import tensors
 from passes.errors import FaspGraphError
+from passes.state import steady
 
 
 def perplexity(
@@ -129,7 +130,8 @@ def flops(
     of a scan or a while loop does not count: torch's counter refuses them.
     """
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter, _Uncounted():
+    kernel = sdpa_kernel(SDPBackend.MATH)
+    with steady(module), torch.no_grad(), kernel, counter, _Uncounted():
         module(*args, **(kwargs or {}))
     return int(counter.get_total_flops())
 

@@ -28,6 +28,7 @@ from passes.rehearsal import frozen, refusals, rehearsed
 from passes.removal import removal
 from passes.rewrite import attribute, rewrite
 from passes.select import Plan, scope
+from passes.state import steady
 from passes.verify import verify
 
 from .calibration import needs_data, refuse_dataless
@@ -135,7 +136,8 @@ def prune(
     captured, seconds = program.captured, dict(program.seconds)
     with _stage("prune", seconds, progress):
         folder = None if work is None else Path(work)
-        deps, decisions = _decided(model, program, calibration, config, progress, folder)
+        with steady(captured.graph_module):
+            deps, decisions = _decided(model, program, calibration, config, progress, folder)
     dense = _with_weights(captured.graph_module, decisions.weights)
     cut = removal(deps, decisions.kept)
     with _stage("rewrite", seconds, progress):

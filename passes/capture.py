@@ -256,7 +256,7 @@ def _prepared(
         twin.set_attn_implementation("sdpa")
     forward = without_cache(twin.forward, args)
     signature = inspect.signature(forward)
-    forward = with_whole_numbers(forward, twin)
+    forward = with_whole_numbers(forward, twin, args)
     forward = forward if held is None else with_held(forward, args, held)
     forward = forward if assumed is None else assumed(forward)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.random import fork_rng
 from torch.utils import _pytree as pytree
 
 from .branches import ASSUMED
@@ -22,6 +23,7 @@ from .errors import CaptureError
 from .free_axes import Args, enlarged
 from .precision import is_half, widened, widened_inputs
 from .skeleton import shared_copy
+from .state import steady
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
 HALF = 2e-2
@@ -99,8 +101,13 @@ def _all_equal(left: list[Tensor], right: list[Tensor]) -> bool:
 
 
 def outputs(call: Callable[..., Any], args: Args) -> list[Tensor]:
-    """All tensors that a call gives, without gradients; what it draws at random is always alike."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    """All tensors that a call gives, without gradients; what it draws at random is always alike,
+    and what it remembers is forgotten.
+    """
+    owner: Any = call
+    while isinstance(owner, functools.partial):
+        owner = owner.func
+    with steady(getattr(owner, "__self__", owner)), torch.no_grad(), fork_rng(devices=[]):
         torch.manual_seed(0)
         return tensors(call(*args[0], **args[1]))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .capture import Args
-from .compare import tensors
+from .compare import outputs
 from .consumers import TURNS
 from .groups import Consumer, DependencyGraph, Group, Member
 from .lazy import Lazy, replace
@@ -131,7 +131,7 @@ def _holds(
     other = shared_copy(module)
     replace(other, turned)
     other = widened(other)
-    pair = (tensors(graph(*given[0], **given[1])) for graph in (plain, other))
+    pair = (outputs(graph, given) for graph in (plain, other))
     return all(difference(a, b) <= SAME for a, b in zip(*pair, strict=True))
 
 

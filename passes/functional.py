@@ -50,6 +50,12 @@ def is_inplace(node: Node) -> bool:
     )
 
 
+def written(graph: Graph) -> set[str]:
+    """Names of buffers (or other attributes) that the graph writes into."""
+    targets = [node.args[0] for node in graph.nodes if is_inplace(node)]
+    return {str(t.target) for t in targets if isinstance(t, Node) and t.op == "get_attr"}
+
+
 def _aliases(node: Node) -> bool:
     """Whether the op's result may share memory with an argument."""
     if not isinstance(node.target, torch._ops.OpOverload):

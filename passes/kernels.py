@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Args
+from .state import steady
 
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
@@ -68,7 +69,8 @@ def widen(module: GraphModule, inputs: Args) -> GraphModule:
         return module
     wide = copy.deepcopy(module)
     runner = _Operands(wide)
-    runner.run(*pytree.tree_leaves(inputs))
+    with steady(wide):
+        runner.run(*pytree.tree_leaves(inputs))
     if not runner.widths and not any(runner.odd.values()):
         return module
     for node, operands in runner.odd.items():

@@ -33,6 +33,7 @@ from .composed import SPECIAL
 from .covered import check_covered
 from .errors import where
 from .fakes import as_fake, executed, real_like
+from .functional import written
 from .pointwise import draws, is_pointwise, meet_pointwise
 from .rules import table
 from .values import (
@@ -79,6 +80,7 @@ class _Propagation:
         self.rules = table()
         self.labels = Labels()
         self.seen: dict[int, Value] = {}
+        self.written = written(module.graph)
 
     def run(self) -> Labels:
         given = iter(enumerate(self.inputs))
@@ -123,9 +125,10 @@ class _Propagation:
         if node.meta.get("literal"):
             return Value(as_fake(self.fakes, tensor), {}, tensor.cpu())
         if not tensor.is_floating_point() and not tensor.is_complex():
-            if isinstance(tensor, FakeTensor):
-                reason = f"an index table without numbers: {node.target}"
-                fixed = self.labels.all_fixed(tensor.shape, reason)
+            unknown = "an index table without numbers" * isinstance(tensor, FakeTensor)
+            unknown = "a table that forward writes" if node.target in self.written else unknown
+            if unknown:
+                fixed = self.labels.all_fixed(tensor.shape, f"{unknown}: {node.target}")
                 return Value(as_fake(self.fakes, tensor), fixed)
             return Value(as_fake(self.fakes, tensor), {}, tensor.cpu())
         if id(tensor) not in self.seen:

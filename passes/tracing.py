@@ -19,6 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .skeleton import has_numbers
+from .state import steady
 
 CONSTANTS = 1 << 16  # elements of a tensor of constants whose numbers the trace may use
 
@@ -61,6 +65,26 @@ def _forget_flex() -> None:
             reset_code(held)
 
 
+def _written(
+    forward: Callable[..., Any], model: nn.Module, args: Any, whole: list[tuple[nn.Module, str]]
+) -> set[tuple[nn.Module, str]]:
+    """Which of the buffers `whole` a call changes."""
+    if not whole or not has_numbers(model):
+        return set()
+    before = [module._buffers[name] for module, name in whole]
+    versions = [held._version for held in before]  # type: ignore[union-attr]
+    given = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, args)
+    with steady(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with contextlib.suppress(Exception):  # torch.export will say it with the line
+            forward(*given[0], **given[1])
+        after = [module._buffers[name] for module, name in whole]
+        return {
+            place
+            for place, was, version, held in zip(whole, before, versions, after, strict=True)
+            if held is not was or held._version != version  # type: ignore[union-attr]
+        }
+
+
 def _cast_once(cast: Callable[..., Any]) -> Callable[..., Any]:
     """Module.to that leaves a module alone whose tensors are what is asked for: traced parameters
     cannot be exchanged.
@@ -82,15 +106,23 @@ def real_or_complex(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def with_whole_numbers(forward: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
-    """`forward` that finds the integers which `model` holds as buffers without a dim as constants
-    of the trace, so that sizes computed from them are numbers.
+def with_whole_numbers(
+    forward: Callable[..., Any], model: nn.Module, args: Any
+) -> Callable[..., Any]:
+    """`forward` that finds the integers which `model` holds as buffers without a dim, and does not
+    write, as constants of the trace, so that sizes computed from them are numbers.
     """
-    numbers = [
-        (module, name, held.item(), held.dtype)
+    whole = [
+        (module, name)
         for module in model.modules()
         for name, held in module._buffers.items()
         if held is not None and held.dim() == 0 and not real_or_complex(held) and not held.is_meta
+    ]
+    written = _written(forward, model, args, whole)
+    numbers = [
+        (module, name, module._buffers[name].item(), module._buffers[name].dtype)  # type: ignore
+        for module, name in whole
+        if (module, name) not in written
     ]
 
     def with_constants(*args: Any, **kwargs: Any) -> Any:

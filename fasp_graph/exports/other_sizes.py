@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from passes.capture import Args
+from passes.compare import outputs
 
 
 def other_sizes(
@@ -35,8 +36,7 @@ def other_sizes(
             lambda v, fresh=fresh: next(fresh) if isinstance(v, Tensor) else v, inputs
         )
         try:
-            with torch.no_grad():
-                module(*case[0], **case[1])
+            outputs(module, case)
         except (RuntimeError, IndexError):
             continue  # a table of positions ends here, say
         yield case

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from passes.capture import Args
-from passes.compare import tensors
+from passes.compare import outputs
 from passes.errors import FaspGraphError, VerificationError
 from passes.verify import difference
 
@@ -59,10 +59,7 @@ def _compare(
 ) -> float:
     worst = 0.0
     for args in (inputs, *other_sizes(module, inputs, _shapes(program))):
-        expected, actual = (
-            tensors(module(*args[0], **args[1])),
-            tensors(loaded(*args[0], **args[1])),
-        )
+        expected, actual = outputs(module, args), outputs(loaded, args)
         for number, (left, right) in enumerate(zip(expected, actual, strict=True)):
             error = difference(left, right)
             worst = max(worst, error)

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.capture import Args, Captured
-from passes.compare import tensors
+from passes.compare import outputs
 from passes.precision import widened, widened_inputs
 from passes.rewrite import attribute
 from passes.verify import difference
@@ -118,20 +118,15 @@ def rows_apart(captured: Captured) -> bool:
         return False
     inputs, module = widened_inputs(captured.inputs), widened(captured.graph_module)
     first = cut(inputs, rows)[0]
-    with torch.no_grad():
-        try:
-            alone = _run(module, first)
-        except RuntimeError:  # sizes that the capture specialised
-            return False
-        together = _run(module, inputs)
+    try:
+        alone = outputs(module, first)
+    except RuntimeError:  # sizes that the capture specialised
+        return False
+    together = outputs(module, inputs)
     return all(
         whole.dim() > 0 and len(whole) == rows and difference(whole[:1], one) <= SAME
         for whole, one in zip(together, alone, strict=True)
     )
-
-
-def _run(module: GraphModule, args: Args) -> list[Tensor]:
-    return tensors(module(*args[0], **args[1]))
 
 
 def cut(args: Args, pieces: int) -> list[Args]:

@@ -1,0 +1,95 @@
+"""A model that remembers: what it remembers is the user's, whatever the compiler ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasp_graph
+from fasp_graph import Config
+from passes.state import steady
+
+
+class Counting(nn.Module):
+    """Counts its calls and follows the mean of its inputs and of its hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 20), nn.Linear(20, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.randn(6))
+        self.register_buffer("level", torch.rand(20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean.lerp_(x.mean(0), 0.1)
+        hidden = torch.relu(self.up(x - self.mean))
+        self.level.mul_(0.9).add_(0.1 * hidden.detach().mean(0))
+        return self.down(hidden / (1 + self.level))
+
+
+def counting() -> Counting:
+    torch.manual_seed(0)
+    model = Counting().double().eval()
+    model(torch.randn(5, 6).double())
+    return model
+
+
+def pruned_counting(model: Counting, **options: Any) -> fasp_graph.Pruned:
+    data = [torch.randn(30, 6).double() for _ in range(3)]
+    return fasp_graph.prune(model, data[0][:4], data, Config(sparsity=0.4, **options))
+
+
+@pytest.mark.parametrize("method", ["best", "fasp", "magnitude"])
+def test_the_result_stands_where_the_model_stood(method: str) -> None:
+    model = counting()
+    pruned = pruned_counting(model, method=method)
+    kept = pruned.plan.kept["up.0"]
+    assert pruned.emission.ways == {"up.0": "native"}
+    for held in (model, pruned.model, pruned.graph_module):
+        state = dict(held.named_buffers())
+        assert state["calls"] == 1
+        torch.testing.assert_close(state["mean"], model.mean, rtol=0, atol=0)
+        units = range(20) if held is model else kept
+        torch.testing.assert_close(state["level"], model.level[list(units)], rtol=0, atol=0)
+
+
+def test_the_result_goes_on_to_remember() -> None:
+    pruned = pruned_counting(counting(), method="fasp")
+    for _ in range(3):
+        x = torch.randn(5, 6).double()
+        torch.testing.assert_close(pruned.model(x), pruned.graph_module(x))
+    assert pruned.model.calls == pruned.graph_module.calls == 4
+
+
+def test_an_export_leaves_the_result_as_it_is(tmp_path: Path) -> None:
+    pruned = pruned_counting(counting(), method="fasp")
+    fasp_graph.save(pruned, tmp_path / "folder")
+    fasp_graph.export(pruned, tmp_path / "model.pt2", format="pt2")
+    assert pruned.model.calls == pruned.graph_module.calls == 1
+
+
+def test_attributes_buffers_and_tensors_come_back() -> None:
+    class Noting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(2))
+            self.plain, self.number = torch.zeros(2), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.number += 1
+            self.plain.add_(x)
+            self.seen = self.seen + x
+            self.last = x
+            return x
+
+    module = Noting()
+    with steady(module):
+        module(torch.ones(2))
+        assert module.number == 1 and module.last.sum() == 2
+    assert module.number == 0 and not hasattr(module, "last")
+    assert module.plain.sum() == module.seen.sum() == 0
