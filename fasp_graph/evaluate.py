@@ -50,7 +50,7 @@ def perplexity(
     total, count = 0.0, 0
     try:
         model.eval() if training else None
-        with torch.no_grad():
+        with steady(model), torch.no_grad():
             for chunk in tokens.to(device).tensor_split(math.ceil(len(tokens) / batch)):
                 logits = logits_of(call_with_tokens(model, chunk))[:, :-1]
                 losses = F.cross_entropy(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from passes.capture import as_args, beside
 from passes.compare import tensors
 from passes.errors import CalibrationError, FaspGraphError
+from passes.state import steady
 
 
 @torch.no_grad()
@@ -27,7 +28,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> float:
     hits, count = 0, 0
     for inputs, labels in batches:
         args, kwargs = beside(model, as_args(inputs))
-        logits = tensors(model(*args, **kwargs))[0]
+        with steady(model):
+            logits = tensors(model(*args, **kwargs))[0]
         if logits.dim() != 2 or labels.shape != logits.shape[:1]:
             raise FaspGraphError(
                 f"accuracy needs logits [batch, classes] and labels [batch], not "
@@ -47,7 +49,8 @@ def embeddings(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     rows = []
     for batch in batches:
         args, kwargs = beside(model, as_args(batch))
-        states = tensors(model(*args, **kwargs))[0].float()
+        with steady(model):
+            states = tensors(model(*args, **kwargs))[0].float()
         if states.dim() == 3:
             mask = kwargs.get("attention_mask")
             weight = torch.ones_like(states[..., :1]) if mask is None else mask[..., None].float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from passes.bounds import bounds
 from passes.branches import assumptions
 from passes.capture import Captured
 from passes.held import held_inputs
@@ -23,6 +24,13 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
         found.append(
             f"the graph, and an ONNX file made of it, hold for {', '.join(names)} of the example "
             "inputs alone, since forward computes sizes from them; the model takes any"
+        )
+    sizes = bounds(captured.graph_module)
+    if sizes:
+        found.append(
+            f"the graph holds for {', '.join(sizes)} and refuses other sizes, where forward "
+            "computes otherwise or not at all; what an ONNX file and the model do there was not "
+            "verified"
         )
     if captured.branches:
         found.append(

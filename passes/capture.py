@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from .bounds import assert_sizes
 from .branches import Assumed
 from .clean import clean
 from .compare import compare, outputs, plain, without_cache
@@ -234,6 +235,7 @@ def _export(
     if compared and not real:
         own = dict(model.named_parameters(remove_duplicate=False))
         replace(module, lambda name, _: own.get(name))
+    assert_sizes(module, model.forward, args, program._guards_code)
     if compared:
         compare(module, model, args, free, [*assumed.runs, *further(args)] if assumed else [])
     return Captured(module, args, shapes if free else None, compared)

@@ -18,9 +18,10 @@ from torch.fx import GraphModule
 from torch.random import fork_rng
 from torch.utils import _pytree as pytree
 
+from .bounds import BOUND, assert_axes
 from .branches import ASSUMED
 from .errors import CaptureError
-from .free_axes import Args, enlarged
+from .free_axes import Args, cut, enlarged, static_axes
 from .precision import is_half, widened, widened_inputs
 from .skeleton import shared_copy
 from .state import steady
@@ -37,11 +38,20 @@ def compare(
     runs: list[Args],
 ) -> None:
     """Equal numbers at the sample size and, where axes stayed dynamic, at twice that size; and in
-    other `runs`, but those which the model or an assertion of the graph refuses.
+    other `runs`, but those which the model or an assertion of the graph refuses. Where a size of
+    one, or half of a static size, gives other numbers, the graph asserts that it is not so.
     """
     reference = shared_copy(model).eval()
     if not _same(module, reference, args):
         raise _different("at 1 times the sample size")
+    static = static_axes(args, free)
+    for axes, divisor in (
+        *((axes, None) for axes in _by_axis(free)),
+        *((axes, 2) for axes in _by_axis(static)),
+    ):
+        with contextlib.suppress(Exception):  # the model, or else the graph, refuses this size
+            if not _same(module, reference, cut(args, axes, divisor)):
+                assert_axes(module, args, axes, more_than_one=divisor is None)
     for sizes, where in (
         *([(enlarged(args, 2, free), "at 2 times the sample size")] if free else []),
         *((run, "where it branches on numbers") for run in runs),
@@ -49,6 +59,14 @@ def compare(
         with contextlib.suppress(_Refused):
             if not _same(module, reference, sizes, refusing=True):
                 raise _different(where)
+
+
+def _by_axis(axes: dict[int, list[int]]) -> list[dict[int, list[int]]]:
+    """The same axis of all inputs, one after the other; then those behind the second together."""
+    every = sorted({axis for dims in axes.values() for axis in dims})
+    found = [{at: [axis] for at, dims in axes.items() if axis in dims} for axis in every]
+    space = {at: [axis for axis in dims if axis > 1] for at, dims in axes.items()}
+    return [*found, space] if sum(axis > 1 for axis in every) > 1 else found
 
 
 def _different(where: str) -> CaptureError:
@@ -78,7 +96,7 @@ def _same(module: GraphModule, model: nn.Module, args: Args, refusing: bool = Fa
     try:
         found = outputs(module, args)
     except RuntimeError as error:
-        if refusing and ASSUMED in str(error):
+        if refusing and any(said in str(error) for said in (ASSUMED, BOUND)):
             raise _Refused from error
         raise
     return _all_equal(expected, found) or _equal_when_wide(module, model, args)

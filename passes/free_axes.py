@@ -52,6 +52,25 @@ def free_axes(module: GraphModule, args: Args) -> dict[int, list[int]]:
     return found
 
 
+def static_axes(args: Args, free: dict[int, list[int]]) -> dict[int, list[int]]:
+    """Axes longer than one that did not stay dynamic, by the position of the input."""
+    return {
+        position: [a for a, n in enumerate(leaf.shape) if n > 1 and a not in free.get(position, ())]
+        for position, leaf in enumerate(pytree.tree_leaves(args))
+        if isinstance(leaf, Tensor)
+    }
+
+
+def cut(args: Args, axes: dict[int, list[int]], divisor: int | None = None) -> Args:
+    """The inputs with the first 1/divisor of these axes, by default with one position."""
+    leaves, spec = pytree.tree_flatten(args)
+    for position, dims in axes.items():
+        for dim in dims:
+            size = leaves[position].shape[dim] // divisor if divisor else 1
+            leaves[position] = leaves[position].narrow(dim, 0, size).contiguous()
+    return pytree.tree_unflatten(leaves, spec)
+
+
 def enlarged(args: Args, factor: int, free: dict[int, list[int]]) -> Args:
     """The inputs, `factor` times as long along their free axes (repeated)."""
     leaves, spec = pytree.tree_flatten(args)

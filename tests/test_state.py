@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import fasp_graph
 from fasp_graph import Config
+from fasp_graph.evaluate import flops
+from fasp_graph.measures import accuracy, embeddings
 from passes.state import steady
 
 
@@ -71,6 +73,15 @@ def test_an_export_leaves_the_result_as_it_is(tmp_path: Path) -> None:
     fasp_graph.save(pruned, tmp_path / "folder")
     fasp_graph.export(pruned, tmp_path / "model.pt2", format="pt2")
     assert pruned.model.calls == pruned.graph_module.calls == 1
+
+
+def test_measures_leave_a_model_as_it_is() -> None:
+    model = counting()
+    batches = [(torch.randn(4, 6).double(), torch.zeros(4, dtype=torch.int64))]
+    accuracy(model, batches)
+    embeddings(model, [batches[0][0]])
+    flops(model, (batches[0][0],))
+    assert model.calls == 1
 
 
 def test_attributes_buffers_and_tensors_come_back() -> None:

@@ -9,8 +9,8 @@ file) in which the class's own code computes the same as the compact graph. It i
 A family is the same group of every layer; if it has no common way, its groups are tried one by
 one. What is not yet decided keeps its old size with zeros in place of removed units, which
 computes the same, so each trial judges one family alone and their number is linear. A trial is
-accepted only if its numbers equal the compact graph's at several inputs of several sizes, so a
-guess can never be silently wrong. Trials are copies that share the weights; the user's model is
+accepted only if its numbers equal the compact graph's at several inputs of several sizes that the
+graph takes; the report names the sizes that it refuses. Trials are copies that share the weights; the user's model is
 never touched.
 """
 

@@ -1,6 +1,7 @@
 """sayable: a captured graph without what ONNX, or torch's exporter to it, has no words for.
 
 inputs that the graph asserts to be what they were    constants, and no inputs
+sizes that the graph asserts                          said nowhere
 attention on [heads, tokens, channels]                on [1, heads, tokens, channels]
 """
 
@@ -14,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from passes.bounds import is_bound
 from passes.capture import Args
 from passes.held import held_inputs
 from passes.visit import op_name
@@ -25,9 +27,14 @@ def sayable(module: GraphModule, inputs: Args) -> tuple[GraphModule, Args]:
     """A copy that ONNX has words for, and its inputs; the graph itself if it needs no change."""
     held = held_inputs(module)
     attention = [node.name for node in module.graph.nodes if _missing(node)]
-    if not held and not attention:
+    bound = [node for node in module.graph.nodes if is_bound(node)]
+    if not held and not attention and not bound:
         return module, inputs
     plain = copy.deepcopy(module)
+    for node in list(plain.graph.nodes):
+        if is_bound(node):
+            plain.graph.erase_node(node)
+    plain.graph.eliminate_dead_code()
     nodes = {node.name: node for node in plain.graph.nodes}
     for name in attention:
         _widen(nodes[name])
