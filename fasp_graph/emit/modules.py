@@ -10,8 +10,8 @@ A family is the same group of every layer; if it has no common way, its groups a
 one. What is not yet decided keeps its old size with zeros in place of removed units, which
 computes the same, so each trial judges one family alone and their number is linear. A trial is
 accepted only if its numbers equal the compact graph's at several inputs of several sizes that the
-graph takes; the report names the sizes that it refuses. Trials are copies that share the weights; the user's model is
-never touched.
+graph takes; the report names the sizes that it refuses. Trials are copies that share the weights;
+the user's model is never touched.
 """
 
 from __future__ import annotations
