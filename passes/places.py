@@ -19,13 +19,9 @@ from .visit import Visit
 
 
 def join(visit: Visit) -> list[Arrays]:
-    """cat and stack: labels side by side along the dim, united on the others. The sizes of an
-    empty constant must fit as well.
-    """
+    """cat and stack: labels side by side along the dim, united on the others."""
     rank = len(visit.shape)
     parts = [value for value in visit.values() if value.fake.numel()] or list(visit.values())
-    made = [v for v in visit.values() if v.const is not None and len(v.shape) == rank]
-    empty = [value for value in made if not value.fake.numel()]
     dim = visit.dim("dim", rank)
     stacked = visit.name == "stack"
     arrays = [_unsqueezed(value, dim) if stacked else dict(value.arrays) for value in parts]
@@ -40,7 +36,6 @@ def join(visit: Visit) -> list[Arrays]:
         elif any(array.shape[dim] > 1 for array in held) and len(held) == len(parts):
             result[axis] = _beside(held, sizes, dim)
         else:
-            held += [value.arrays[axis] for value in empty if axis in value.arrays]
             held = [visit.labels.collapse(array, dim) for array in held if array.numel()]
             result[axis] = visit.labels.meet(held)
     return [result]

@@ -231,9 +231,15 @@ def also_of_another_table(m, x):
     return m.leave(m.at(x, place)) + torch.arange(9.0)[place][:, None]
 
 
+def also_the_last_one(m, x):
+    place = m.router(x).argmax(-1)
+    return m.leave(m.at(x, place)) * torch.where(place == 5, 2.0, 1.0)[:, None]
+
+
 @pytest.mark.parametrize(
     "route",
     [
+        also_the_last_one,
         clamped,
         beside_a_shared_one,
         also_a_number,
@@ -264,7 +270,12 @@ def of_two_routers(m, x):
     return m.leave(sum(m.at(x, both[:, k]) for k in range(2)))
 
 
-@pytest.mark.parametrize("route", [selected, clamped_beyond, of_two_routers])
+def none_beyond(m, x):
+    place = m.router(x).argmax(-1)
+    return m.leave(m.at(x, place)) * torch.where(place == 6, 2.0, 1.0)[:, None]
+
+
+@pytest.mark.parametrize("route", [selected, clamped_beyond, of_two_routers, none_beyond])
 def test_an_index_that_is_only_moved_and_looked_up_frees_its_axis(route):
     config = fg.Config(sparsity=0.4, method="magnitude", kinds=("head",), check=True)
 

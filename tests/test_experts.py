@@ -1,6 +1,7 @@
 """Each expert keeps its own best units; what experts share keeps the same positions in all."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,15 @@ def without(model, units):
             gone = sorted(set(range(INNER)) - set(kept))
             dense.down[expert][:, gone] = 0
     return dense
+
+
+@pytest.mark.parametrize(("blocks", "stands"), [(1, True), (2, False)])
+def test_experts_with_heads_inside_choose_together(blocks, stands):
+    members = [Member("up", 1, ()), Member("down", 2, ())]
+    group = SimpleNamespace(kind="chain", blocks=blocks, consumers=(1,), members=members)
+    deps = SimpleNamespace(parameters={"up": (3, 10, 6), "down": (3, 6, 10)})
+
+    assert stacked(group, deps) is stands
 
 
 def test_each_expert_keeps_its_own_heaviest_units():

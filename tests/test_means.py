@@ -312,6 +312,19 @@ def test_what_is_summed_onto_zeros_stays_zero():
     assert group.kind == "chain" and len(group.means) == 1
 
 
+def onto_ones(m, x):
+    y = torch.relu(m.a(x))
+    total = y.new_ones(y.shape[0], 3, 12)
+    total[:, 1:] = y[:, 1:]
+    return m.b(rms(total))
+
+
+def test_what_stands_beside_ones_is_none():
+    group = fg.analyze(Net(onto_ones), data(1, 4, 3, 8), check=True)["a.0"]
+
+    assert group.kind == "width" and not group.means
+
+
 def reads(m, x):
     y = torch.relu(m.a(x))
     return m.b(y), y.mean(-1), m.d(torch.relu(m.c(x)))

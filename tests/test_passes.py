@@ -354,3 +354,23 @@ def test_outputs_with_infinities_verify():
     assert result.report.verify_max_error < 1e-9
     nan, inf = torch.tensor([float("nan")]), torch.tensor([float("inf")])
     assert difference(nan, nan) == float("inf") == difference(inf, -inf)
+
+
+def conv(*sizes, **options):
+    return nn.Conv1d(*sizes, **options)
+
+
+@pytest.mark.parametrize(
+    ("between", "symmetry"),
+    [
+        ([], "invertible"),
+        ([nn.ReLU()], "permutation"),
+        ([conv(12, 12, 3, groups=12)], "permutation"),
+    ],
+    ids=["nothing", "bent", "depthwise"],
+)
+def test_what_may_be_inserted_between_two_layers(between, symmetry):
+    model = nn.Sequential(conv(5, 12, 1), *between, conv(12, 4, 1))
+    (chain,) = [g for g in analyze(model, torch.randn(2, 5, 9)).groups if g.kind == "chain"]
+
+    assert chain.symmetry == symmetry

@@ -3,15 +3,16 @@
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import models_zoo
-from fasp_graph import analyze
+from fasp_graph import Config, analyze, prune
 from fasp_graph.config import METHODS, Passes
 from passes.errors import BudgetError
-from passes.select import _count, allocate, scope, select
+from passes.select import _count, allocate, removed_parameters, scope, select
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,27 @@ def test_every_block_keeps_its_own_best_units():
     assert sorted(select(group, utility, 2)) == [0, 2, 5, 7]
     assert sorted(select(group, utility, 1)) == [0, 5]
     assert sorted(select(group, torch.ones(8), 1)) == [0, 4]  # ties go to the lower index
+
+
+def test_no_piece_of_an_axis_is_left_empty():
+    pieces = (np.array([0, 1]), np.array([2]), np.array([3, 4]))
+    group = SimpleNamespace(blocks=1, block_of=[0] * 5, size=5, pieces=pieces)
+
+    assert select(group, torch.tensor([5.0, 4.0, 0.5, 3.0, 0.1]), 3) == (0, 2, 3)
+    assert select(group, torch.tensor([0.3, 0.2, 4.0, 3.0, 2.0]), 3) == (0, 2, 3)
+
+
+def test_what_heads_and_channels_remove_together_is_counted_once():
+    entry = models_zoo.load("gqa-qk-norm")
+    config = Config(0.5, "magnitude", kinds=("chain", "bilinear", "head"))
+    pruned = prune(entry.model, entry.inputs, None, config)
+    groups = [group for group in pruned.deps.groups if group.name in pruned.plan.kept]
+    keep = {g.name: len(pruned.plan.kept[g.name]) // g.blocks for g in groups}
+
+    counted = removed_parameters(pruned.deps, groups, keep)
+
+    assert {group.kind for group in groups} == {"chain", "bilinear", "head"}
+    assert counted == pruned.report.params_before - pruned.report.params_after
 
 
 def test_the_scope_is_all_parameters_of_the_modules_that_groups_go_through():
