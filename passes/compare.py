@@ -22,6 +22,7 @@ from .bounds import BOUND, assert_axes
 from .branches import ASSUMED
 from .errors import CaptureError
 from .free_axes import Args, cut, enlarged, static_axes
+from .lazy import is_lazy
 from .precision import is_half, widened, widened_inputs
 from .skeleton import shared_copy
 from .state import steady
@@ -44,14 +45,8 @@ def compare(
     reference = shared_copy(model).eval()
     if not _same(module, reference, args):
         raise _different("at 1 times the sample size")
-    static = static_axes(args, free)
-    for axes, divisor in (
-        *((axes, None) for axes in _by_axis(free)),
-        *((axes, 2) for axes in _by_axis(static)),
-    ):
-        with contextlib.suppress(Exception):  # the model, or else the graph, refuses this size
-            if not _same(module, reference, cut(args, axes, divisor)):
-                assert_axes(module, args, axes, more_than_one=divisor is None)
+    if not is_lazy(model):  # every run would read all weights
+        _bound(module, reference, args, free)
     for sizes, where in (
         *([(enlarged(args, 2, free), "at 2 times the sample size")] if free else []),
         *((run, "where it branches on numbers") for run in runs),
@@ -59,6 +54,17 @@ def compare(
         with contextlib.suppress(_Refused):
             if not _same(module, reference, sizes, refusing=True):
                 raise _different(where)
+
+
+def _bound(module: GraphModule, model: nn.Module, args: Args, free: dict[int, list[int]]) -> None:
+    """Let the graph assert the sizes that matter to the model alone."""
+    for axes, divisor in (
+        *((axes, None) for axes in _by_axis(free)),
+        *((axes, 2) for axes in _by_axis(static_axes(args, free))),
+    ):
+        with contextlib.suppress(Exception):  # the model, or else the graph, refuses this size
+            if not _same(module, model, cut(args, axes, divisor)):
+                assert_axes(module, args, axes, more_than_one=divisor is None)
 
 
 def _by_axis(axes: dict[int, list[int]]) -> list[dict[int, list[int]]]:
