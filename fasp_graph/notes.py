@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from passes.bounds import bounds
 from passes.branches import assumptions
 from passes.capture import Captured
@@ -11,6 +13,8 @@ from passes.select import Plan
 from .calibration import few_tokens, untold
 from .config import Config
 from .walking import Decisions
+
+_ALIKE = re.compile(r"\S+\.shape\[\d+\] == \S+\.shape\[\d+\]")  # two inputs of one batch
 
 
 def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) -> tuple[str, ...]:
@@ -25,7 +29,7 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
             f"the graph, and an ONNX file made of it, hold for {', '.join(names)} of the example "
             "inputs alone, since forward computes sizes from them; the model takes any"
         )
-    sizes = bounds(captured.graph_module)
+    sizes = [said for said in bounds(captured.graph_module) if not _ALIKE.fullmatch(said)]
     if sizes:
         found.append(
             f"the graph holds for {', '.join(sizes)} and refuses other sizes, where forward "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fasp_graph
+import models_zoo
 from fasp_graph import Config
 from passes.bounds import bounds
 from passes.capture import capture
@@ -101,6 +102,13 @@ def test_inputs_of_any_form_are_named() -> None:
     graph({"x": [x[:3]]}, [x[:3]])
     with pytest.raises(RuntimeError, match="captured for"):
         graph({"x": [x.repeat(2, 1)]}, [x.repeat(2, 1)])
+
+
+def test_that_inputs_are_of_one_batch_needs_no_note() -> None:
+    entry = models_zoo.load("t5")
+    pruned = fasp_graph.prune(entry.model, entry.inputs, None, Config(method="magnitude"))
+    assert bounds(pruned.graph_module) == ["decoder_input_ids.shape[0] == input_ids.shape[0]"]
+    assert not [note for note in pruned.report.notes if "shape" in note]
 
 
 class Pictures(nn.Module):
