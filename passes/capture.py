@@ -33,6 +33,7 @@ from .clean import clean
 from .compare import compare, outputs, plain, without_cache
 from .composed import take_apart
 from .constants import mark_literals
+from .control import leave_control, open_control
 from .errors import CaptureError
 from .flex import open_flex
 from .free_axes import Args, attempts, free_axes
@@ -212,9 +213,10 @@ def _export(
     shapes: Any,
     held: frozenset[int] | None = None,
     assumed: Assumed | None = None,
+    whole: bool = False,
 ) -> Captured:
     """`held`: integer inputs to take for constants, beside all that is made of none. `assumed`:
-    which way to take where numbers decide.
+    which way to take where numbers decide. `whole`: whether calls of control flow stay calls.
     """
     args = pytree.tree_map(_fresh, args)  # torch.export writes what it asked for onto tensors
     compared = has_numbers(model)
@@ -226,6 +228,7 @@ def _export(
     assert isinstance(module, GraphModule)
     free = free_axes(module, args)
     mark_literals(module)
+    opened = bool(leave_control(module) if whole else open_control(module))
     module = normalize(clean(take_apart(open_flex(unbatch(module)))))
     assert_held(module, args, held or frozenset())
     assert_constants(module, args)
@@ -235,7 +238,13 @@ def _export(
         own = dict(model.named_parameters(remove_duplicate=False))
         replace(module, lambda name, _: own.get(name))
     if compared:
-        compare(module, model, args, free, [*assumed.runs, *further(args)] if assumed else [])
+        runs = [*assumed.runs, *further(args)] if assumed else []
+        try:
+            compare(module, model, args, free, runs)
+        except Exception:
+            if not opened:
+                raise
+            return _export(model, args, shapes, held, assumed, whole=True)
     return Captured(module, args, shapes if free else None, compared)
 
 

@@ -30,6 +30,7 @@ from . import moves, places, routing
 from .axes import apply_rule
 from .capture import Args
 from .composed import SPECIAL
+from .control import WHY
 from .covered import check_covered
 from .errors import where
 from .fakes import as_fake, executed, real_like
@@ -207,7 +208,8 @@ class _Propagation:
             return visit.unknown(f"{visit.name} draws numbers one after the other")
         if is_pointwise(visit.node):
             return [meet_pointwise(visit, out) for out in visit.outs]
-        return visit.unknown(f"no axis rule for {visit.node.target}")
+        why = visit.node.meta.get(WHY)
+        return visit.unknown(f"no axis rule for {visit.node.target}" + (f": {why}" if why else ""))
 
     def _constant(self, node: Node, args: Any) -> Any:
         plain = pytree.tree_map(

@@ -29,6 +29,15 @@ def _half(x, n):
     return [size // 2 for size in x.shape[-n:]]
 
 
+def grouped(x, w, ends):
+    """Of whole numbers, which bfloat16 holds, in rows of 16 bytes, which the kernel wants."""
+    wide = w.shape[-1]
+    x, w = (F.pad(t.round(), (0, 16 - t.shape[-1])).bfloat16() for t in (x, w))
+    w = F.pad(w, (0, 0, 0, 16 - w.shape[-2]))
+    offs = torch.tensor(ends, dtype=torch.int32) if ends else None
+    return torch._grouped_mm(x, w, offs=offs)[..., :wide].double()
+
+
 # op, shapes of the tensors by axis, call on the tensors, rule
 ROWS = [
     ("linear", "b t i, o i, o", lambda x, w, b: F.linear(x, w, b), "b t i, o i, o -> b t o"),
@@ -57,6 +66,20 @@ ROWS = [
         lambda x, w: torch.einsum("...i,io->...o", x, w),
         "b t i, i o -> b t o",
     ),
+    (
+        "_grouped_mm",
+        "t i, h i o",
+        lambda x, w: grouped(x, w, [1, 2, 2, 5]),
+        "t i, h i o -> t o; fixed t h",
+    ),
+    (
+        "_grouped_mm",
+        "h t i, i u",
+        lambda x, w: grouped(x, w, [1, 2, 2, 7]),
+        "h t i, i u -> t u; fixed h u",
+    ),
+    ("_grouped_mm", "t i, i o", lambda x, w: grouped(x, w, [2, 6]), "t i, i o -> z t o; fixed i"),
+    ("_grouped_mm", "h t i, h i o", lambda x, w: grouped(x, w, []), "h t i, h i o -> h t o"),
     ("bilinear", "b i, b j, o i j, o", F.bilinear, "b i, b j, o i j, o -> b o"),
     ("outer", "n, o", torch.outer, "n, o -> n o"),
     (
