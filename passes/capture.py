@@ -228,7 +228,9 @@ def _export(
     assert isinstance(module, GraphModule)
     free = free_axes(module, args)
     mark_literals(module)
-    opened = bool(leave_control(module) if whole else open_control(module))
+    opened = not whole and open_control(module)
+    if whole:
+        leave_control(module)
     module = normalize(clean(take_apart(open_flex(unbatch(module)))))
     assert_held(module, args, held or frozenset())
     assert_constants(module, args)

@@ -67,7 +67,9 @@ def test_a_rule_that_is_none(text, message):
 
 @pytest.mark.parametrize("text", ["a b b -> a b", "a b -> a, a a", "..., ... c -> ... c ..."])
 def test_a_rule_with_an_axis_twice_in_one_tensor(text):
-    with pytest.raises(FaspGraphError, match=r"names the axis (\w|\.{3}) twice .* · help: give each"):
+    with pytest.raises(
+        FaspGraphError, match=r"names the axis (\w|\.{3}) twice .* · help: give each"
+    ):
         rules.parse(text)
 
 

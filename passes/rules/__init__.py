@@ -74,8 +74,8 @@ def parse(rule: str) -> Axes:
             raise ValueError(f"the rule {rule!r} names the kind {kind!r}; kinds are {KINDS}")
         kinds |= dict.fromkeys(names, kind)
     sides = (_sides(left), _sides(right))
-    for names in (side for held in sides for side in held):
-        twice = {name for name in names if names.count(name) > 1} - {"1"}
+    for axes in (axes for side in sides for axes in side):
+        twice = {axis for axis in axes if axes.count(axis) > 1} - {"1"}
         if twice:
             raise FaspGraphError(
                 f"the rule {rule!r} names the axis {min(twice)} twice in one tensor · help: give "
