@@ -40,7 +40,14 @@ from .free_axes import Args, attempts, free_axes
 from .held import assert_constants, assert_held, holdable, with_held
 from .lazy import is_lazy, replace
 from .normalize import normalize
-from .refuse import depends_on_data, explain, refuse, refuse_packed
+from .refuse import (
+    autocast_line,
+    depends_on_data,
+    explain,
+    refuse,
+    refuse_packed,
+    under_autocast,
+)
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
 from .tracing import traceable, with_whole_numbers
 from .visit import op_name
@@ -226,7 +233,7 @@ def _export(
         program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
-    free = free_axes(module, args)
+    free, mixed = free_axes(module, args), autocast_line(module)
     mark_literals(module)
     opened = not whole and open_control(module)
     if whole:
@@ -235,19 +242,26 @@ def _export(
     assert_held(module, args, held or frozenset())
     assert_constants(module, args)
     if not real:
-        restore_buffers(module, model)
-    if compared and not real:
-        own = dict(model.named_parameters(remove_duplicate=False))
-        replace(module, lambda name, _: own.get(name))
+        _restore(module, model)
     if compared:
         runs = [*assumed.runs, *further(args)] if assumed else []
         try:
             compare(module, model, args, free, runs)
-        except Exception:
-            if not opened:
-                raise
-            return _export(model, args, shapes, held, assumed, whole=True)
+        except Exception as error:
+            if opened:
+                return _export(model, args, shapes, held, assumed, whole=True)
+            if mixed:
+                raise CaptureError(under_autocast(mixed)) from error
+            raise
     return Captured(module, args, shapes if free else None, compared)
+
+
+def _restore(module: GraphModule, model: nn.Module) -> None:
+    """Put what the model holds in place of what is fake."""
+    restore_buffers(module, model)
+    if has_numbers(model):
+        own = dict(model.named_parameters(remove_duplicate=False))
+        replace(module, lambda name, _: own.get(name))
 
 
 def _prepared(
