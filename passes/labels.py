@@ -98,7 +98,8 @@ class _Propagation:
     def _input(self, node: Node, position: int, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        arrays = self.labels.all_fixed(value.shape, f"an axis of the input {node.name}")
+        reason = f"an axis of the input {node.name} · {where(node)}"
+        arrays = self.labels.all_fixed(value.shape, reason)
         free = [d for d in self.open_axes.inputs.get(position, ()) if value.shape[d] > 1]
         return Value(as_fake(self.fakes, value), arrays | self._open(node, value.shape, free))
 
@@ -125,7 +126,7 @@ class _Propagation:
             return Value(as_fake(self.fakes, tensor), {}, tensor.cpu())
         if not tensor.is_floating_point() and not tensor.is_complex():
             if isinstance(tensor, FakeTensor):
-                reason = f"an index table without numbers: {node.target}"
+                reason = f"an index table without numbers: {node.target} · {where(node)}"
                 fixed = self.labels.all_fixed(tensor.shape, reason)
                 return Value(as_fake(self.fakes, tensor), fixed)
             return Value(as_fake(self.fakes, tensor), {}, tensor.cpu())
@@ -133,18 +134,19 @@ class _Propagation:
             arrays = self.labels.arrays_for("parameter", str(node.target), tensor.shape)
             self.seen[id(tensor)] = Value(as_fake(self.fakes, tensor), arrays, weight=True)
             if tensor.is_complex() and isinstance(tensor, nn.Parameter):
-                reason = f"the complex weight {node.target}"
+                reason = f"the complex weight {node.target} · {where(node)}"
                 self.labels.mark("frozen", arrays.values(), reason, node)
         return self.seen[id(tensor)]
 
     def _output(self, node: Node) -> None:
-        values = pytree.tree_map(self._value, node.args, is_leaf=_is_node)
-        for position, value in enumerate(pytree.tree_leaves(values, is_leaf=_is_value)):
+        for position, leaf in enumerate(pytree.tree_leaves(node.args)):
+            value = self._value(leaf)
             if isinstance(value, Value):
                 free = self.open_axes.outputs.get(position, ())
                 arrays = [array for dim, array in value.arrays.items() if dim not in free]
                 arrays += [value.domain] if value.domain is not None else []
-                self.labels.mark("frozen", arrays, "reaches the model's output", node)
+                reason = f"reaches the model's output · {where(leaf)}"
+                self.labels.mark("frozen", arrays, reason, node)
 
     # ---------------------------------------------------------------- calls
     def _value(self, item: Any) -> Any:
