@@ -190,8 +190,24 @@ def test_a_budget_outside_its_range(plain):
         allocate(plain.deps, list(plain.deps.groups), 1.5)
 
 
+def test_weights_that_are_plain_tensors_are_no_parameters():
+    model = nn.Module()
+    model.up, model.down = torch.randn(16, 7), torch.randn(5, 16)
+    model.forward = lambda x: torch.relu(x @ model.up.T) @ model.down.T
+
+    with pytest.raises(BudgetError, match="they are plain tensors · help: make them"):
+        fg.prune(model, torch.randn(3, 7), None, fg.Config(sparsity=0.4, method="magnitude"))
+
+
 RAISED = ("BudgetError", "CalibrationError", "CaptureError", "ConfigError", "FaspGraphError")
-MADE_ELSEWHERE = ("explain(", "{reason}", "_lacking(", "_mute(")  # with the way out
+MADE_ELSEWHERE = (
+    "explain(",
+    "{reason}",
+    "_lacking(",
+    "_mute(",
+    "fault(",
+    "under_autocast(",
+)  # with the way out
 
 
 def errors_raised(source):

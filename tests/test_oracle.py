@@ -458,6 +458,47 @@ def test_a_custom_op_is_probed_registered_and_pruned():
     assert pruned.report.verify_max_error < 1e-9
 
 
+@torch.library.custom_op("fasp_test::running", mutates_args=())
+def running(x: torch.Tensor) -> torch.Tensor:
+    """[n, i] -> [n, i]: the running sum along i."""
+    return x.cumsum(-1)
+
+
+@running.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Running(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(6, 20), torch.nn.Linear(20, 3)
+
+    def forward(self, x):
+        return self.down(running(self.up(x)))
+
+
+def test_a_wrong_rule_is_told_to_whoever_registered_it(monkeypatch):
+    model, config = Running().eval(), fg.Config(sparsity=0.4, method="magnitude")
+    monkeypatch.setitem(rules.CUSTOM, "fasp_test.running", "... c -> ... c")
+
+    words = "differ by .* help: the rule that was registered for fasp_test.running may be wrong"
+    with pytest.raises(FaspGraphError, match=words) as caught:
+        fg.prune(model, torch.randn(4, 6), None, config)
+    assert "a bug of fasp_graph" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["a b c -> a b c", "c -> c", "a c -> a c d", "a c -> c"])
+def test_a_rule_of_other_axes_than_the_tensors_have_is_refused(rule, monkeypatch):
+    monkeypatch.setitem(rules.CUSTOM, "fasp_test.running", rule)
+
+    words = (
+        r"registered for fasp_test.running names the axes .* \[4, 20\] · node .* · help: one name"
+    )
+    with pytest.raises(FaspGraphError, match=words):
+        fg.analyze(Running().eval(), torch.randn(4, 6))
+
+
 def test_probe_refuses_a_sample_that_names_no_axes():
     with pytest.raises(FaspGraphError, match="size of its own"):
         rules.probe(torch.mm, (torch.randn(5, 5), torch.randn(5, 5)))
