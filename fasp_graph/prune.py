@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from passes.analysis import analysis
 from passes.capture import Args, Captured, capture
 from passes.couple import DependencyGraph
+from passes.errors import UnsupportedOp
 from passes.kernels import widen
 from passes.lazy import is_lazy, replace
 from passes.rehearsal import frozen, refusals, rehearsed
@@ -177,8 +178,12 @@ def _decided(
     captured, deps = program.captured, program.deps
     if isinstance(calibration, Iterator) and needs_data(config):
         calibration = list(calibration)
+    found: dict[str, str] = {}
     while True:
         groups = [g for g in deps.groups if g.kind in config.kinds]
+        if found and not groups:
+            name, reason = next(iter(found.items()))
+            raise UnsupportedOp(f"group {name}: {reason}")
         shared: list[Said] = []
         if config.layout == "uniform":
             groups, shared = uniform_groups(model, groups)

@@ -6,12 +6,14 @@ While they meet, the arrays of all operands are laid out over all axes of the ru
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
-from .rules import Axes, Call, Rule, parse
+from .errors import FaspGraphError, where
+from .rules import CUSTOM, Axes, Call, Rule, parse
 from .values import Arrays, Labels, Operand, Site, Value
 from .visit import Visit, tensor_arguments
 
@@ -24,7 +26,25 @@ def apply_rule(visit: Visit, rule: Rule) -> list[Arrays]:
     for name in tensor_arguments(visit.node):
         held = visit.bound[name]
         operands += list(held) if isinstance(held, (list, tuple)) else [held]
+    if visit.name in CUSTOM:
+        given = [visit.labels.values[n] if isinstance(n, Node) else None for n in operands]
+        _refuse_misfit(visit, zip(axes.operands, given, strict=False))
+        _refuse_misfit(visit, zip(axes.outputs, visit.outs, strict=False))
     return apply(visit, axes, operands[: len(axes.operands)])
+
+
+def _refuse_misfit(visit: Visit, sides: Iterable[tuple[tuple[str, ...], Any]]) -> None:
+    """FaspGraphError where a registered rule names more or fewer axes than a tensor has dims."""
+    for names, held in sides:
+        if not isinstance(held, (Value, Tensor)):
+            continue
+        rank, free = len(held.shape), "..." in names
+        if len(names) - free > rank or (len(names) < rank and not free):
+            raise FaspGraphError(
+                f"the rule that was registered for {visit.name} names the axes "
+                f"{' '.join(names)!r} of a tensor of shape {list(held.shape)} · "
+                f"{where(visit.node)} · help: one name for each dim, `...` for leading ones"
+            )
 
 
 def _shaped(item: Any) -> Any:

@@ -34,13 +34,21 @@ from .clean import clean
 from .compare import compare, outputs, plain, without_cache
 from .composed import take_apart
 from .constants import mark_literals
+from .control import has_steps, leave_control, open_control
 from .errors import CaptureError
 from .flex import open_flex
 from .free_axes import Args, attempts, free_axes
 from .held import assert_constants, assert_held, holdable, with_held
 from .lazy import is_lazy, replace
 from .normalize import normalize
-from .refuse import depends_on_data, explain, refuse, refuse_packed
+from .refuse import (
+    autocast_line,
+    depends_on_data,
+    explain,
+    refuse,
+    refuse_packed,
+    under_autocast,
+)
 from .skeleton import fake_twin, has_numbers, restore_buffers, shared_copy
 from .tracing import traceable, with_whole_numbers
 from .visit import op_name
@@ -153,9 +161,10 @@ def _at_sizes(
             failure = error
             decide = decide or depends_on_data(error)
         else:
-            if not _reads_sizes(made.graph_module):
+            reads = _reads_sizes(made.graph_module)
+            if not reads and not has_steps(made.graph_module):
                 return made, None, False
-            found, decide = found or made, True
+            found, decide = found or made, decide or reads
     return found, failure, decide
 
 
@@ -213,9 +222,10 @@ def _export(
     shapes: Any,
     held: frozenset[int] | None = None,
     assumed: Assumed | None = None,
+    whole: bool = False,
 ) -> Captured:
     """`held`: integer inputs to take for constants, beside all that is made of none. `assumed`:
-    which way to take where numbers decide.
+    which way to take where numbers decide. `whole`: whether calls of control flow stay calls.
     """
     args = pytree.tree_map(_fresh, args)  # torch.export writes what it asked for onto tensors
     compared = has_numbers(model)
@@ -225,20 +235,36 @@ def _export(
         program = torch.export.export(twin, *args, dynamic_shapes=shapes, strict=False)
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
-    free = free_axes(module, args)
+    free, mixed = free_axes(module, args), autocast_line(module)
     mark_literals(module)
+    opened = not whole and open_control(module)
+    if whole:
+        leave_control(module)
     module = normalize(clean(take_apart(open_flex(unbatch(module)))))
     assert_held(module, args, held or frozenset())
     assert_constants(module, args)
     if not real:
-        restore_buffers(module, model)
-    if compared and not real:
-        own = dict(model.named_parameters(remove_duplicate=False))
-        replace(module, lambda name, _: own.get(name))
+        _restore(module, model)
     assert_sizes(module, model.forward, args, program._guards_code)
     if compared:
-        compare(module, model, args, free, [*assumed.runs, *further(args)] if assumed else [])
+        runs = [*assumed.runs, *further(args)] if assumed else []
+        try:
+            compare(module, model, args, free, runs)
+        except Exception as error:
+            if opened:
+                return _export(model, args, shapes, held, assumed, whole=True)
+            if mixed:
+                raise CaptureError(under_autocast(mixed)) from error
+            raise
     return Captured(module, args, shapes if free else None, compared)
+
+
+def _restore(module: GraphModule, model: nn.Module) -> None:
+    """Put what the model holds in place of what is fake."""
+    restore_buffers(module, model)
+    if has_numbers(model):
+        own = dict(model.named_parameters(remove_duplicate=False))
+        replace(module, lambda name, _: own.get(name))
 
 
 def _prepared(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .blocks import block_tags
-from .errors import module_of, user_line
+from .errors import module_of, user_line, where
 from .footprints import Notes, Prints, even, united
 from .groups import Consumer, DependencyGraph, Group, Layer, Member
 from .pieces import apart, pieces
@@ -170,11 +170,12 @@ class _Builder:
         mixed = notes.reasons[why] if why >= 0 else ""
         routed = bool(notes.flags["routed"][unit])
         if not sites and not routed:
-            return "frozen", mixed or "nothing sums it away"
+            return "frozen", mixed or self._at("nothing sums it away", unit)
         if len(set(sizes.tolist())) > 1:
-            return "frozen", f"blocks of unequal size {sorted(set(sizes.tolist()))}"
+            unequal = f"blocks of unequal size {sorted(set(sizes.tolist()))}"
+            return "frozen", self._at(unequal, unit)
         if sizes.max() == 1:
-            return "frozen", "each block has a single unit"
+            return "frozen", self._at("each block has a single unit", unit)
         if routed:
             return "head", ""
         if mixed:
@@ -183,6 +184,10 @@ class _Builder:
             return "head", ""
         weighed = all(self._weighed(site) for site in sites)
         return ("chain", "") if weighed else ("bilinear", "")
+
+    def _at(self, what: str, unit: int) -> str:
+        """`what`, and the node that last carries the unit."""
+        return f"{what} · {where(self.streams.last(unit))}"
 
     def _weighed(self, site: Site) -> bool:
         """Whether one activation meets a weight; a sum over weights alone (a norm of them) has

@@ -25,6 +25,7 @@ import numpy as np
 from .errors import FaspGraphError
 from .names import folded, pattern, ranges
 from .values import Labels
+from .ways_out import way_out
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -200,4 +201,5 @@ def _explained(group: Group, member: Member) -> list[str]:
         lines.append(f"    under a mean at %{mean.node} {mean.module} {mean.line}".rstrip())
     if group.reason:
         lines.append(f"    reason: {group.reason}")
+        lines += [f"    {told}" for told in [way_out(group.kind, group.reason)] if told]
     return lines

@@ -30,6 +30,7 @@ from . import moves, places, routing
 from .axes import apply_rule
 from .capture import Args
 from .composed import SPECIAL
+from .control import WHY
 from .covered import check_covered
 from .errors import where
 from .fakes import as_fake, executed, real_like
@@ -99,7 +100,8 @@ class _Propagation:
     def _input(self, node: Node, position: int, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        arrays = self.labels.all_fixed(value.shape, f"an axis of the input {node.name}")
+        reason = f"an axis of the input {node.name} · {where(node)}"
+        arrays = self.labels.all_fixed(value.shape, reason)
         free = [d for d in self.open_axes.inputs.get(position, ()) if value.shape[d] > 1]
         return Value(as_fake(self.fakes, value), arrays | self._open(node, value.shape, free))
 
@@ -128,25 +130,28 @@ class _Propagation:
             unknown = "an index table without numbers" * isinstance(tensor, FakeTensor)
             unknown = "a table that forward writes" if node.target in self.written else unknown
             if unknown:
-                fixed = self.labels.all_fixed(tensor.shape, f"{unknown}: {node.target}")
+                fixed = self.labels.all_fixed(
+                    tensor.shape, f"{unknown}: {node.target} · {where(node)}"
+                )
                 return Value(as_fake(self.fakes, tensor), fixed)
             return Value(as_fake(self.fakes, tensor), {}, tensor.cpu())
         if id(tensor) not in self.seen:
             arrays = self.labels.arrays_for("parameter", str(node.target), tensor.shape)
             self.seen[id(tensor)] = Value(as_fake(self.fakes, tensor), arrays, weight=True)
             if tensor.is_complex() and isinstance(tensor, nn.Parameter):
-                reason = f"the complex weight {node.target}"
+                reason = f"the complex weight {node.target} · {where(node)}"
                 self.labels.mark("frozen", arrays.values(), reason, node)
         return self.seen[id(tensor)]
 
     def _output(self, node: Node) -> None:
-        values = pytree.tree_map(self._value, node.args, is_leaf=_is_node)
-        for position, value in enumerate(pytree.tree_leaves(values, is_leaf=_is_value)):
+        for position, leaf in enumerate(pytree.tree_leaves(node.args)):
+            value = self._value(leaf)
             if isinstance(value, Value):
                 free = self.open_axes.outputs.get(position, ())
                 arrays = [array for dim, array in value.arrays.items() if dim not in free]
                 arrays += [value.domain] if value.domain is not None else []
-                self.labels.mark("frozen", arrays, "reaches the model's output", node)
+                reason = f"reaches the model's output · {where(leaf)}"
+                self.labels.mark("frozen", arrays, reason, node)
 
     # ---------------------------------------------------------------- calls
     def _value(self, item: Any) -> Any:
@@ -210,7 +215,8 @@ class _Propagation:
             return visit.unknown(f"{visit.name} draws numbers one after the other")
         if is_pointwise(visit.node):
             return [meet_pointwise(visit, out) for out in visit.outs]
-        return visit.unknown(f"no axis rule for {visit.node.target}")
+        why = visit.node.meta.get(WHY)
+        return visit.unknown(f"no axis rule for {visit.node.target}" + (f": {why}" if why else ""))
 
     def _constant(self, node: Node, args: Any) -> Any:
         plain = pytree.tree_map(

@@ -34,6 +34,8 @@ CARRY = {
 }
 LINEAR = {"add", "sub", "neg", "rsub", "to", "_to_copy", "contiguous", "clone", "type_as", "alias"}
 SCALING = {"mul", "div"}
+UNDRAWN = {"training": False, "train": False, "dropout_p": 0.0}
+"""Arguments with which nothing is drawn."""
 DRAWN_LIKE = {"rand_like", "randn_like"}
 LENDING = {"type_as"}  # of the second operand only the dtype is read
 
@@ -89,7 +91,7 @@ def draws(node: Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     bound = bind(node, node.args, node.kwargs)
-    if bound.get("training") is False or bound.get("train") is False:
+    if any(bound.get(name) == never for name, never in UNDRAWN.items()):
         return False
     held = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
     plain = isinstance(held, torch.Tensor) and held.is_contiguous()

@@ -48,14 +48,29 @@ def widened_inputs(args: Any) -> Any:
 
 
 def state_dtypes(module: GraphModule, old: tuple[torch.dtype, ...], new: torch.dtype) -> None:
-    """Every dtype of `old` that is burned into the graph becomes `new` (in place)."""
+    """Every dtype of `old` that is burned into the graph becomes `new` (in place), and a kernel of
+    half precision the products that it stands for.
+    """
     for node in module.graph.nodes:
+        if node.target is torch.ops.aten._grouped_mm.default:
+            node.target = _grouped_mm
         if node.op == "call_function":
             node.args, node.kwargs = pytree.tree_map(
                 lambda a: new if isinstance(a, torch.dtype) and a in old else a,
                 (node.args, node.kwargs),
             )
     module.recompile()
+
+
+def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any) -> Tensor:
+    """A product for each group; `offs` says where each ends along an axis that is not shared."""
+    if offs is None:
+        return left @ right
+    ends, both = offs.tolist()[:-1], left.dim() == right.dim() == 2
+    lefts = left.tensor_split(ends, int(both)) if left.dim() == 2 else left
+    rights = right.tensor_split(ends, int(not both)) if right.dim() == 2 else right
+    parts = [a @ b for a, b in zip(lefts, rights, strict=True)]
+    return torch.stack(parts) if both else torch.cat(parts, left.dim() - 2)
 
 
 def _promise(held: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import operator
 import os
 import re
 import traceback
@@ -18,8 +19,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from .errors import CaptureError, brief
+from .errors import CaptureError, brief, user_line, where
 from .tracing import real_or_complex
+from .visit import op_name
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = str(Path(__file__).parent) + os.sep
@@ -37,6 +39,7 @@ def refuse(model: nn.Module, args: Any) -> None:
     names that cannot stand in a graph.
     """
     _refuse_names(model)
+    _refuse_computed(model)
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise CaptureError(
@@ -90,6 +93,22 @@ def _refuse_names(model: nn.Module) -> None:
             )
 
 
+def _refuse_computed(model: nn.Module) -> None:
+    """CaptureError for a kept result of autograd, which nothing can copy: what hooks of old make
+    of parameters before each call.
+    """
+    for name, module in model.named_modules():
+        for key, held in vars(module).items():
+            if isinstance(held, Tensor) and not held.is_leaf:
+                raise CaptureError(
+                    f"module {name or type(model).__name__} keeps {key}, which is computed from "
+                    "parameters outside of forward and cannot be copied · help: for "
+                    "torch.nn.utils.weight_norm call torch.nn.utils.remove_weight_norm(module), or "
+                    "use torch.nn.utils.parametrizations.weight_norm; compute other tensors in "
+                    "forward"
+                )
+
+
 def refuse_packed(inputs: Any) -> None:
     """CaptureError for packed sequences among inputs or in a calibration batch."""
     leaves = pytree.tree_leaves(inputs, is_leaf=lambda held: isinstance(held, PackedSequence))
@@ -130,6 +149,26 @@ def explain(model: nn.Module, error: Exception) -> str:
         f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: "
         f"{brief(text, 500)}{at} · help: try other example inputs, or prune the part of the model "
         "that can be captured; the forward must not branch on data"
+    )
+
+
+def autocast_line(module: GraphModule) -> str:
+    """Where an exported forward first computes under torch.autocast; empty if nowhere."""
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            if op_name(node) == "wrap_with_autocast" and node.args[2]:
+                body = operator.attrgetter(str(node.args[4].target))(part)
+                lines = [where(inner) for inner in body.graph.nodes if user_line(inner)]
+                return next(iter(lines), where(node))
+    return ""
+
+
+def under_autocast(line: str) -> str:
+    """What to do where the graph, which has no autocast, computes other numbers for that."""
+    return (
+        f"forward computes under torch.autocast, in two precisions that a graph does not tell · "
+        f"{line} · help: take torch.autocast out of forward (enter it around the call of the "
+        "pruned model instead), or convert the model: model.bfloat16()"
     )
 
 

@@ -33,7 +33,10 @@ from .values import Value
 
 Kept = Mapping[str, Sequence[int]]
 Reasons = dict[str, str]
-WAY_OUT = "help: this group stays, the others are pruned; if it should go, report it with the model"
+WAY_OUT = (
+    "help: this group stays, the others are pruned; align=8 gives sizes that kernels take; if it "
+    "should go, report it with the model"
+)
 
 
 def rehearsed(module: GraphModule, inputs: Args, deps: DependencyGraph) -> DependencyGraph:

@@ -91,6 +91,10 @@ def allocate(
     if not groups:
         raise BudgetError("no group can be pruned · help: fasp-graph inspect lists the reasons")
     total = scope_size(deps)
+    if not total:
+        raise BudgetError(
+            "no parameter can be pruned: they are plain tensors · help: make them nn.Parameter"
+        )
     if not 0 < sparsity < 1:
         raise BudgetError(
             f"sparsity {sparsity} is not between 0 and 1 · help: it is a share, say 0.3"

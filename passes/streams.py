@@ -8,9 +8,13 @@ mixed     what goes is not zero there; or the axis is a residual stream, to whic
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
+from torch import Tensor
 from torch.fx import Node
 
 from .groups import Layer
@@ -19,6 +23,12 @@ from .visit import op_name
 from .zeros import Zeros
 
 ADDING = {"add", "sub", "rsub", "add_", "addcmul", "lerp"}
+
+
+def _arrays(value: Any) -> Iterator[Tensor]:
+    for leaf in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(leaf, Value):
+            yield from leaf.arrays.values()
 
 
 class Streams:
@@ -33,14 +43,21 @@ class Streams:
 
     def carries(self, node: Node, unit: int) -> bool:
         """Whether a node's result has the unit on an axis."""
-        value = self.values.get(node)
-        leaves = value if isinstance(value, (list, tuple)) else [value]
-        return any(
-            bool((self.layer.component[array.numpy()] == unit).any())
-            for leaf in leaves
-            if isinstance(leaf, Value)
-            for array in leaf.arrays.values()
-        )
+        units = (self.layer.component[array.numpy()] for array in _arrays(self.values.get(node)))
+        return any(bool((held == unit).any()) for held in units)
+
+    @functools.cached_property
+    def _last(self) -> np.ndarray:
+        """For each unit the place of the last node that carries it."""
+        found = np.full(int(self.layer.component.max()) + 1, -1)
+        for place, value in enumerate(self.values.values()):
+            for array in _arrays(value):
+                found[self.layer.component[array.numpy()]] = place
+        return found
+
+    def last(self, unit: int) -> Node:
+        """The last node that carries a unit of a weight."""
+        return list(self.place)[self._last[unit]]
 
     def comes_back(self, site: Site, unit: int) -> bool:
         """Whether the mean meets the axis again."""

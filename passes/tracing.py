@@ -36,21 +36,29 @@ def traceable() -> Iterator[None]:
 
     _forget_flex()
     cast = nn.Module.to
-    before = logging.root.manager.disable
     limits = [(module, module.CONSTANT_NUMEL_LIMIT) for module in (fake_tensor, proxy_tensor)]
     for module, _ in limits:
         module.CONSTANT_NUMEL_LIMIT = CONSTANTS  # type: ignore[attr-defined]
-    logging.disable(logging.CRITICAL)
     nn.Module.to = _cast_once(cast)  # type: ignore[method-assign]
     try:
         sizes = dynamo_config.patch(assume_static_by_default=False)
-        with contextlib.redirect_stderr(io.StringIO()), sizes:
+        with silenced(), contextlib.redirect_stderr(io.StringIO()), sizes:
             yield
     finally:
         nn.Module.to = cast  # type: ignore[method-assign]
-        logging.disable(before)
         for module, limit in limits:
             module.CONSTANT_NUMEL_LIMIT = limit  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Without what torch logs of code that it cannot trace or compile."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _forget_flex() -> None:

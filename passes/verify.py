@@ -31,6 +31,7 @@ from .lazy import Lazy, replace
 from .precision import HALF, state_dtypes, widened, widened_inputs
 from .removal import Removal, is_constant, sliced
 from .rewrite import masked
+from .rules import CUSTOM
 from .visit import op_name
 
 ROUNDS = 3  # a unit that one input leaves silent (ReLU) shows in another; the last is longer
@@ -125,9 +126,21 @@ def _compare(
         blame = first_divergence(reference, compact, cut, args, tolerance)
         raise VerificationError(
             f"compact and masked dense model differ by {worst:.2e} (allowed {tolerance:.0e}); "
-            f"{blame} · nothing was written · {REPORT}"
+            f"{blame} · nothing was written · {fault(reference)}"
         )
     return worst
+
+
+def fault(module: GraphModule) -> str:
+    """Who is to look where a graph fails: whoever registered a rule that it used, else we."""
+    used = dict.fromkeys(op_name(node) for node in module.graph.nodes)
+    ops = ", ".join(op for op in used if op in CUSTOM)
+    if not ops:
+        return REPORT
+    return (
+        f"help: the rule that was registered for {ops} may be wrong; passes.rules.probe finds one "
+        "by experiment, and without a rule the op freezes what it touches"
+    )
 
 
 def _refuse_undefined(reference: GraphModule, expected: list[Tensor], args: Args) -> None:
@@ -160,7 +173,7 @@ def _run(module: GraphModule, args: Args, name: str) -> list[Tensor]:
         return outputs(module, args)
     except Exception as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _FULL in str(error)
-        way_out = "help: example inputs of fewer rows" if full else REPORT
+        way_out = "help: example inputs of fewer rows" if full else fault(module)
         refusal = VerificationError(
             f"the {name} graph does not run: {error} · nothing was written · {way_out}"
         )

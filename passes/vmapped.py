@@ -49,9 +49,11 @@ def trace_again(
     section: list[Node],
     table: Any = None,
     calls: Mapping[Any, Callable[..., Any]] | None = None,
+    apart: bool = False,
 ) -> None:
     """Nodes that follow each other as make_fx sees them (in place); `table`: op -> of which others
-    it is made; `calls`: op -> a function to call in its place, whose composed ops stay whole.
+    it is made; `calls`: op -> a function to call in its place, whose composed ops stay whole unless
+    they are wanted `apart` (what runs under vmap must be).
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -74,7 +76,7 @@ def trace_again(
 
     fake = detect_fake_mode(list(values.values())) or nullcontext()
     with torch.no_grad(), fake:  # so that what is made of sizes is fake as well
-        traced = make_fx(run, table, pre_dispatch=calls is not None)(
+        traced = make_fx(run, table, pre_dispatch=calls is not None and not apart)(
             *map(values.__getitem__, given)
         )
     if any(isinstance(leaf, torch.SymInt) for leaf in _arguments(traced)):

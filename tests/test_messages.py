@@ -65,6 +65,14 @@ def test_a_rule_that_is_none(text, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["a b b -> a b", "a b -> a, a a", "..., ... c -> ... c ..."])
+def test_a_rule_with_an_axis_twice_in_one_tensor(text):
+    with pytest.raises(
+        FaspGraphError, match=r"names the axis (\w|\.{3}) twice .* · help: give each"
+    ):
+        rules.parse(text)
+
+
 def test_two_families_may_not_hold_one_rule(monkeypatch):
     from passes.rules import lookup, spectral
 
@@ -77,6 +85,8 @@ def test_two_families_may_not_hold_one_rule(monkeypatch):
 def test_a_sample_must_tell_axes_apart():
     with pytest.raises(FaspGraphError, match="do not name the axes · help: give every axis a size"):
         rules.probe(torch.mm, [torch.randn(4, 4), torch.randn(4, 5)])
+    with pytest.raises(FaspGraphError, match=r"\[\(3, 3\), \(3, 3\)\], do not name the axes"):
+        rules.probe(lambda x: [half.clone() for half in x.chunk(2, -1)], [torch.randn(3, 6)])
 
 
 def manifest(folder, **changes):
@@ -180,8 +190,24 @@ def test_a_budget_outside_its_range(plain):
         allocate(plain.deps, list(plain.deps.groups), 1.5)
 
 
+def test_weights_that_are_plain_tensors_are_no_parameters():
+    model = nn.Module()
+    model.up, model.down = torch.randn(16, 7), torch.randn(5, 16)
+    model.forward = lambda x: torch.relu(x @ model.up.T) @ model.down.T
+
+    with pytest.raises(BudgetError, match="they are plain tensors · help: make them"):
+        fg.prune(model, torch.randn(3, 7), None, fg.Config(sparsity=0.4, method="magnitude"))
+
+
 RAISED = ("BudgetError", "CalibrationError", "CaptureError", "ConfigError", "FaspGraphError")
-MADE_ELSEWHERE = ("explain(", "{reason}", "_lacking(", "_mute(")  # with the way out
+MADE_ELSEWHERE = (
+    "explain(",
+    "{reason}",
+    "_lacking(",
+    "_mute(",
+    "fault(",
+    "under_autocast(",
+)  # with the way out
 
 
 def errors_raised(source):

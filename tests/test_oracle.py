@@ -29,6 +29,15 @@ def _half(x, n):
     return [size // 2 for size in x.shape[-n:]]
 
 
+def grouped(x, w, ends):
+    """Of whole numbers, which bfloat16 holds, in rows of 16 bytes, which the kernel wants."""
+    wide = w.shape[-1]
+    x, w = (F.pad(t.round(), (0, 16 - t.shape[-1])).bfloat16() for t in (x, w))
+    w = F.pad(w, (0, 0, 0, 16 - w.shape[-2]))
+    offs = torch.tensor(ends, dtype=torch.int32) if ends else None
+    return torch._grouped_mm(x, w, offs=offs)[..., :wide].double()
+
+
 # op, shapes of the tensors by axis, call on the tensors, rule
 ROWS = [
     ("linear", "b t i, o i, o", lambda x, w, b: F.linear(x, w, b), "b t i, o i, o -> b t o"),
@@ -57,6 +66,20 @@ ROWS = [
         lambda x, w: torch.einsum("...i,io->...o", x, w),
         "b t i, i o -> b t o",
     ),
+    (
+        "_grouped_mm",
+        "t i, h i o",
+        lambda x, w: grouped(x, w, [1, 2, 2, 5]),
+        "t i, h i o -> t o; fixed t h",
+    ),
+    (
+        "_grouped_mm",
+        "h t i, i u",
+        lambda x, w: grouped(x, w, [1, 2, 2, 7]),
+        "h t i, i u -> t u; fixed h u",
+    ),
+    ("_grouped_mm", "t i, i o", lambda x, w: grouped(x, w, [2, 6]), "t i, i o -> z t o; fixed i"),
+    ("_grouped_mm", "h t i, h i o", lambda x, w: grouped(x, w, []), "h t i, h i o -> h t o"),
     ("bilinear", "b i, b j, o i j, o", F.bilinear, "b i, b j, o i j, o -> b o"),
     ("outer", "n, o", torch.outer, "n, o -> n o"),
     (
@@ -433,6 +456,47 @@ def test_a_custom_op_is_probed_registered_and_pruned():
         rules.CUSTOM.clear()
     assert pruned.report.params_after < pruned.report.params_before
     assert pruned.report.verify_max_error < 1e-9
+
+
+@torch.library.custom_op("fasp_test::running", mutates_args=())
+def running(x: torch.Tensor) -> torch.Tensor:
+    """[n, i] -> [n, i]: the running sum along i."""
+    return x.cumsum(-1)
+
+
+@running.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Running(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(6, 20), torch.nn.Linear(20, 3)
+
+    def forward(self, x):
+        return self.down(running(self.up(x)))
+
+
+def test_a_wrong_rule_is_told_to_whoever_registered_it(monkeypatch):
+    model, config = Running().eval(), fg.Config(sparsity=0.4, method="magnitude")
+    monkeypatch.setitem(rules.CUSTOM, "fasp_test.running", "... c -> ... c")
+
+    words = "differ by .* help: the rule that was registered for fasp_test.running may be wrong"
+    with pytest.raises(FaspGraphError, match=words) as caught:
+        fg.prune(model, torch.randn(4, 6), None, config)
+    assert "a bug of fasp_graph" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["a b c -> a b c", "c -> c", "a c -> a c d", "a c -> c"])
+def test_a_rule_of_other_axes_than_the_tensors_have_is_refused(rule, monkeypatch):
+    monkeypatch.setitem(rules.CUSTOM, "fasp_test.running", rule)
+
+    words = (
+        r"registered for fasp_test.running names the axes .* \[4, 20\] · node .* · help: one name"
+    )
+    with pytest.raises(FaspGraphError, match=words):
+        fg.analyze(Running().eval(), torch.randn(4, 6))
 
 
 def test_probe_refuses_a_sample_that_names_no_axes():

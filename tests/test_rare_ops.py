@@ -7,7 +7,6 @@ to the user's own module with zeros where its weights read a removed unit.
 import pytest
 import torch
 from torch import nn
-from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 from trial import zeroed
 
@@ -255,33 +254,6 @@ def test_what_cannot_go_says_why(name):
     assert any(reason in g.reason for g in mine), [g.reason for g in mine]
 
 
-def branched(m, x):
-    y = torch.cond(x.sum() > 0, lambda t: t * 2, lambda t: t - 1, (torch.relu(m.a(x)),))
-    return m.b(y) + m.d(torch.relu(m.c(x)))
-
-
-def scanned(m, x):
-    def step(held, new):
-        return held * 0.5 + new, held * 0.5 + new
-
-    _, y = scan(step, torch.zeros(8), m.a(x))
-    return m.b(y) + m.d(torch.relu(m.c(x)))
-
-
-@pytest.mark.parametrize("forward", [branched, scanned])
-def test_control_flow_freezes_what_it_touches_and_no_more(forward):
-    model = Calls(forward, c=(7, 9), d=(9, 5))
-    batches = [torch.randn(6, 7, generator=torch.Generator().manual_seed(s)) for s in range(4)]
-
-    result = fg.prune(model, X, batches, fg.Config(sparsity=0.1))
-
-    kinds = {group.name: group.kind for group in result.deps.groups}
-    assert kinds["c.0"] == "chain" and kinds["a.0"] == "frozen"
-    assert "no axis rule for" in result.deps["a.0"].reason
-    assert len(result.plan.kept["c.0"]) < 9
-    assert torch.allclose(result.model(X), result.graph_module(X), atol=1e-6)
-
-
 class Quantised(nn.Module):
     """The nearest entries of a table that forward makes once and keeps."""
 
@@ -430,3 +402,21 @@ def test_what_a_forward_draws_at_random_is_alike_on_both_sides():
     pruned = fg.prune(Calls(shuffled).eval(), X, None, config)
 
     assert pruned.report.verify_max_error < 1e-9
+
+
+@pytest.mark.parametrize("equation", ["bii->bi", "bii->b", "bii,i->bi"])
+def test_a_diagonal_that_einsum_reads_stays(equation):
+    def read(m, x):
+        operands = [m.a(x).view(-1, 4, 4), *([m.scale.weight[0]] if "," in equation else [])]
+        read = torch.einsum(equation, *operands).view(len(x), -1)
+        return m.c(torch.relu(m.b(read)))
+
+    width = 1 if equation.endswith("->b") else 4
+    layers = {"a": (7, 16), "b": (width, 8), "c": (8, 5), "scale": (4, 1)}
+    model = Calls(read, **layers).eval()
+
+    told = fg.analyze(model, X).explain("a.weight")
+    pruned = fg.prune(model, X, None, fg.Config(sparsity=0.3, method="magnitude"))
+
+    assert "fixed by einsum · node %einsum" in told and "test_rare_ops.py" in told
+    assert [group.name for group in pruned.report.groups] == ["b.0"]

@@ -113,6 +113,53 @@ def test_a_packed_sequence_is_no_batch(mlp):
         fg.prune(mlp, x, [PACKED], fg.Config())
 
 
+def test_weight_norm_by_hooks_is_refused_with_ways_that_work():
+    old, new = nn.utils.weight_norm, nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(old(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)).eval()
+    words = "module 0 keeps weight, .* help: .*remove_weight_norm.*parametrizations.weight_norm"
+    with pytest.raises(CaptureError, match=words):
+        fg.analyze(model, X)
+
+    nn.utils.remove_weight_norm(model[0])
+    again = nn.Sequential(new(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)).eval()
+
+    for allowed in (model, again):
+        pruned = fg.prune(allowed, X, None, CONFIG)
+        assert any(group.kept < group.units for group in pruned.report.groups)
+
+
+def test_a_kept_result_of_autograd_is_named():
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    model[2].scaled = model[2].weight * 2
+
+    with pytest.raises(CaptureError, match="module 2 keeps scaled, .* help: .* in forward"):
+        fg.analyze(model, X)
+
+
+class Mixed(nn.Module):
+    """Half of it under autocast."""
+
+    def __init__(self, enabled=True):
+        super().__init__()
+        self.up, self.down, self.enabled = nn.Linear(6, 16), nn.Linear(16, 3), enabled
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+            return self.down(torch.relu(self.up(x))).float()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_autocast_in_forward_is_told_with_its_line_and_ways_out(half):
+    model = Mixed().eval()
+    model.up = model.up.bfloat16() if half else model.up
+    words = r"under torch\.autocast.*test_refusals\.py:\d+ in forward.*help: take torch\.autoc"
+    with pytest.raises(CaptureError, match=words) as caught:
+        fg.analyze(model, X.bfloat16() if half else X)
+    assert "draws at random" not in str(caught.value)
+
+    assert fg.prune(Mixed(enabled=False).eval(), X, None, CONFIG).report.verify_max_error < 1e-9
+
+
 class Bessel(nn.Module):
     def __init__(self):
         super().__init__()

@@ -54,7 +54,7 @@ def _form(group: Group) -> Hashable:
     """What the groups of one row have in common."""
     members = frozenset((pattern(m.parameter), m.dim) for m in group.members)
     consumers = frozenset(pattern(_where(c)) for c in group.consumers)
-    reason = re.sub(r"\d+", "#", group.reason)
+    reason = re.sub(r"_?\d+", "", group.reason)
     return pattern(group.name), group.kind, group.size, group.blocks, members, consumers, reason
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from passes.capture import Args
 from passes.compare import outputs
+from passes.errors import UnsupportedOp, brief
 from passes.fresh import doubled, fresh_inputs
 from passes.held import held_inputs
 from passes.precision import widened, widened_inputs
@@ -35,9 +36,12 @@ def cases(compact: GraphModule, inputs: Args) -> list[Case]:
             undefined = any(t.numel() and bool(t.isnan().all()) for t in expected)
             if not found or not undefined:
                 found.append((args, expected))
-        except (RuntimeError, IndexError, ValueError):
+        except (RuntimeError, IndexError, ValueError) as error:
             if not found:
-                raise
+                raise UnsupportedOp(
+                    f"the compact graph does not run at its sizes: {brief(error, 200)} · nothing "
+                    "was written · help: align=8 asks for sizes that kernels take"
+                ) from error
     return found
 
 

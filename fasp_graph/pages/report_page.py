@@ -201,7 +201,7 @@ def _left(frozen: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     """A row for each kind and reason; of layers that repeat the first one's."""
     alike: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for held in frozen:
-        key = (pattern(held["name"]), held["kind"], re.sub(r"\d+", "#", held["reason"]))
+        key = (pattern(held["name"]), held["kind"], re.sub(r"_?\d+", "", held["reason"]))
         alike.setdefault(key, []).append(held)
     return [
         (", ".join(folded(held["name"] for held in group)), group[0]["kind"], group[0]["reason"])

@@ -25,6 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import FaspGraphError
+
 Rule = str | Callable[["Call"], str]
 KINDS = ("carry", "sum", "mean", "mixed", "fixed")
 
@@ -60,7 +62,7 @@ class Axes:
 
 
 def parse(rule: str) -> Axes:
-    """`"... i, o i -> ... o; mixed o"` as Axes."""
+    """`"... i, o i -> ... o; mixed o"` as Axes. FaspGraphError for an axis twice in one tensor."""
     signature, *marks = rule.split(";")
     left, arrow, right = signature.partition("->")
     if not arrow:
@@ -71,7 +73,15 @@ def parse(rule: str) -> Axes:
         if kind not in KINDS:
             raise ValueError(f"the rule {rule!r} names the kind {kind!r}; kinds are {KINDS}")
         kinds |= dict.fromkeys(names, kind)
-    return Axes(_sides(left), _sides(right), kinds)
+    sides = (_sides(left), _sides(right))
+    for axes in (axes for side in sides for axes in side):
+        twice = {axis for axis in axes if axes.count(axis) > 1} - {"1"}
+        if twice:
+            raise FaspGraphError(
+                f"the rule {rule!r} names the axis {min(twice)} twice in one tensor · help: give "
+                "each dim a name of its own, and call an axis that must not change fixed"
+            )
+    return Axes(*sides, kinds)
 
 
 def _sides(text: str) -> tuple[tuple[str, ...], ...]:

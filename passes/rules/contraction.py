@@ -23,18 +23,40 @@ def _matmul(call: Call) -> str:
 
 def _einsum(call: Call) -> str:
     left, _, right = call["equation"].replace(" ", "").partition("->")
-
-    def spread(term: str) -> str:
-        return " ".join(term.replace("...", ".")).replace(".", "...")
-
     if not right and "->" not in call["equation"]:
         right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
-    return ", ".join(spread(term) for term in left.split(",")) + " -> " + spread(right)
+    terms = [_spread(term) for term in left.split(",")]
+    fixed = " ".join(name for term in terms for name in term if f"{name[0]}'" in term)
+    sides = ", ".join(" ".join(term) for term in terms) + " -> " + " ".join(_spread(right))
+    return sides + (f"; fixed {fixed}" if fixed else "")
+
+
+def _spread(term: str) -> list[str]:
+    """The axes of an operand; a letter that comes again (a diagonal is read) gets a mark."""
+    names: list[str] = []
+    for letter in term.replace("...", "."):
+        name = letter.replace(".", "...")
+        while name in names:
+            name += "'"
+        names.append(name)
+    return names
 
 
 def _baddbmm(call: Call) -> str:
     added = " ".join(["b", "n", "o"][3 - len(call["self"]) :])
     return f"{added}, b n i, b i o -> b n o"
+
+
+def _grouped_mm(call: Call) -> str:
+    """`offs` says where each group ends along the axis that the operands do not share."""
+    ends = "g" if call.get("offs") is not None else ""
+    axes = {
+        (2, 3): f"t k, g k n, {ends} -> t n; fixed t g",
+        (3, 2): f"g t k, k n, {ends} -> t n; fixed n g",
+        (2, 2): f"t k, k n, {ends} -> g t n; fixed k g",
+        (3, 3): "g t k, g k n -> g t n",
+    }
+    return axes[len(call["self"]), len(call["mat2"])]
 
 
 RULES: dict[str, Rule] = {
@@ -47,6 +69,7 @@ RULES: dict[str, Rule] = {
     "bmm": "b n i, b i o -> b n o",
     "baddbmm": _baddbmm,
     "matmul": _matmul,
+    "_grouped_mm": _grouped_mm,
     "einsum": _einsum,
     "bilinear": "... i, ... j, o i j, o? -> ... o",
     "outer": "n, m -> n m",

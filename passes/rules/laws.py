@@ -41,10 +41,13 @@ def probe(op: Op, sample: Sequence[Any]) -> str:
     tensors = [t for t in sample if isinstance(t, Tensor)]
     outputs = _tensors(op(*sample))
     sizes = list(dict.fromkeys(n for t in [*tensors, *outputs] for n in t.shape))
-    if any(n < 3 for n in sizes) or any(len(set(t.shape)) < t.dim() for t in tensors):
+    held = [*tensors, *outputs]
+    if any(n < 3 for n in sizes) or any(len(set(t.shape)) < t.dim() for t in held):
+        shapes = [[tuple(t.shape) for t in side] for side in (tensors, outputs)]
         raise FaspGraphError(
-            f"the sample's shapes {[tuple(t.shape) for t in tensors]} do not name the axes · help: "
-            "give every axis a size of its own, at least 3, the same wherever the axis occurs"
+            f"the sample's shapes {shapes[0]}, of which the op makes {shapes[1]}, do not name the "
+            "axes · help: give every axis a size of its own, at least 3, the same wherever the "
+            "axis occurs; sizes that the op makes (a half, say) must be others as well"
         )
     names = {n: string.ascii_lowercase[k] for k, n in enumerate(sizes)}
     operands = [tuple(names[n] for n in t.shape) for t in tensors]
