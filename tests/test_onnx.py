@@ -8,9 +8,9 @@ import onnx
 import pytest
 import torch
 from decoding import greedy
+from programs_of_zoo import program
 
 import fasp_graph as fg
-import models_zoo
 from fasp_graph.emit.dense import dense_twin
 from fasp_graph.exports import caching
 from fasp_graph.exports import onnx as emitter
@@ -18,11 +18,14 @@ from fasp_graph.exports.onnx_reduce import reduce
 from passes.errors import ConfigError, VerificationError
 from passes.values import CLOSED
 
+pytestmark = pytest.mark.xdist_group("families")
+
 
 @pytest.fixture(scope="module")
 def pruned():
-    entry = models_zoo.load("opt-random")
-    return fg.prune(entry.model, entry.inputs, entry.calibration, fg.Config(sparsity=0.2))
+    entry, known = program("opt-random")
+    config = fg.Config(sparsity=0.2)
+    return fg.prune(entry.model, entry.inputs, entry.calibration, config, program=known)
 
 
 def test_the_file_holds_the_plan_and_the_opset(pruned, tmp_path, capfd):
@@ -142,11 +145,13 @@ def test_options_that_mean_nothing(pruned, tmp_path):
 
 # ------------------------------------------------------------------------------------ with a cache
 def decoder_of(name):
-    model, batch = families.build(name), families.FAMILIES[name].batch
-    if name == "gemma3":
-        model.config.sliding_window = 5  # of tokens; the text is longer
     config = fg.Config(method="magnitude", sparsity=0.3)
-    return fg.prune(model, batch(3, 11), None, config)
+    if name == "gemma3":
+        model = families.build(name)
+        model.config.sliding_window = 5  # of tokens; the text is longer
+        return fg.prune(model, families.tokens(), None, config)
+    model, inputs, known = families.program(name)
+    return fg.prune(model, inputs, None, config, program=known)
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +271,9 @@ def test_what_has_no_cache_is_refused(tmp_path):
     ],
 )
 def test_inputs_outputs_and_their_axes_have_names(tmp_path, name, inputs, outputs):
-    entry = models_zoo.load(name)
-    pruned = fg.prune(entry.model, entry.inputs, None, fg.Config(method="magnitude"))
+    entry, known = program(name)
+    config = fg.Config(method="magnitude")
+    pruned = fg.prune(entry.model, entry.inputs, None, config, program=known)
 
     graph = onnx.load(pruned.export_onnx(tmp_path / "named.onnx")).graph
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 
-import models_zoo
 from fasp_graph import analyze
 from fasp_graph.config import METHODS, Passes
 from passes.errors import BudgetError
@@ -55,8 +55,8 @@ def test_every_block_keeps_its_own_best_units():
 
 
 def test_the_scope_is_all_parameters_of_the_modules_that_groups_go_through():
-    entry = models_zoo.load("llama-random")
-    found = scope(analyze(entry.model, entry.inputs))
+    entry, known = program("llama-random")
+    found = scope(known.deps)
 
     inside = [n for n, _ in entry.model.named_parameters() if re.search("self_attn|mlp", n)]
     assert found == set(inside)  # queries and keys too; no embedding, norm or head
