@@ -2,12 +2,12 @@
 
 import json
 
+import decoding
 import families
 import numpy as np
 import onnx
 import pytest
 import torch
-from decoding import greedy
 from programs_of_zoo import program
 
 import fasp_graph as fg
@@ -23,9 +23,7 @@ pytestmark = pytest.mark.xdist_group("families")
 
 @pytest.fixture(scope="module")
 def pruned():
-    entry, known = program("opt-random")
-    config = fg.Config(sparsity=0.2)
-    return fg.prune(entry.model, entry.inputs, entry.calibration, config, program=known)
+    return fg.prune(*decoding.llama(), fg.Config(sparsity=0.2))
 
 
 def test_the_file_holds_the_plan_and_the_opset(pruned, tmp_path, capfd):
@@ -190,7 +188,7 @@ def test_a_decoder_with_its_cache_in_onnx_runtime(llama, tmp_path):
     assert (found.cache_bytes, found.dense_cache_bytes) == (4 * 2 * sum(kept), 4 * 2 * 32)
     assert found.uncut == ()
     ids, mask = prompt()
-    made = greedy(session, ids.numpy(), mask.numpy(), 7)
+    made = decoding.greedy(session, ids.numpy(), mask.numpy(), 7)
     assert made.tolist() == text_of(llama.model, ids, mask).tolist()
 
 
@@ -235,7 +233,7 @@ def test_a_captured_decoder_writes_the_same_text(name):
 
     assert decoder.cache_numbers < decoder.dense_cache_numbers
     ids, mask = prompt()
-    made = greedy(Stepper(decoder), ids.numpy(), mask.numpy(), 7)
+    made = decoding.greedy(Stepper(decoder), ids.numpy(), mask.numpy(), 7)
     assert made.tolist() == text_of(result.model, ids, mask).tolist()
 
 
