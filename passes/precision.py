@@ -8,6 +8,7 @@ that the copy holds one wide weight at a time; other weights are shared.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +32,7 @@ def widened(module: Model) -> Model:
     """A copy that computes in float32."""
     wide = shared_copy(module)
     if isinstance(wide, GraphModule):
-        state_dtypes(wide, HALF, torch.float32)
+        state_dtypes(wide, dict.fromkeys(HALF, torch.float32))
     replace(wide, lambda _, held: _promise(held) if held.dtype in HALF else None)
     for owner in wide.modules():
         for name, buffer in owner._buffers.items():
@@ -47,19 +48,24 @@ def widened_inputs(args: Any) -> Any:
     )
 
 
-def state_dtypes(module: GraphModule, old: tuple[torch.dtype, ...], new: torch.dtype) -> None:
-    """Every dtype of `old` that is burned into the graph becomes `new` (in place), and a kernel of
-    half precision the products that it stands for.
+def state_dtypes(module: GraphModule, new: Mapping[torch.dtype, torch.dtype]) -> None:
+    """Every dtype that is burned into the graph becomes what `new` has for it (in place), and a
+    kernel of half precision the products that it stands for.
     """
+
+    def burned(value: Any) -> bool:
+        return isinstance(value, torch.dtype) and value in new
+
+    found = False
     for node in module.graph.nodes:
         if node.target is torch.ops.aten._grouped_mm.default:
-            node.target = _grouped_mm
-        if node.op == "call_function":
-            node.args, node.kwargs = pytree.tree_map(
-                lambda a: new if isinstance(a, torch.dtype) and a in old else a,
-                (node.args, node.kwargs),
-            )
-    module.recompile()
+            node.target, found = _grouped_mm, True
+        stated = (node.args, node.kwargs)
+        if node.op == "call_function" and pytree.tree_any(burned, stated):
+            node.args, node.kwargs = pytree.tree_map(lambda a: new[a] if burned(a) else a, stated)
+            found = True
+    if found:
+        module.recompile()
 
 
 def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any) -> Tensor:

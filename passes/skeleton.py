@@ -11,6 +11,7 @@ branches of mask and attention code are taken there).
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -91,9 +92,16 @@ def fake_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def shared_copy(model: Model) -> Model:
-    """A deep copy that shares the parameters, and owns its buffers and settings."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+def shared_copy(model: Model, buffers: bool = False) -> Model:
+    """A deep copy that shares the parameters, and the buffers if asked, and owns all else."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    if buffers:
+        memo |= {id(b): b for b in model.buffers()}
+    for module in model.modules():  # a dozen tables each, mostly empty, which deepcopy is slow on
+        for held in vars(module).values():
+            if type(held) in (dict, OrderedDict, set) and not held:
+                memo[id(held)] = type(held)()
+    return copy.deepcopy(model, memo)
 
 
 def restore_buffers(module: nn.Module, model: nn.Module) -> None:

@@ -209,8 +209,9 @@ def as_float64(module: GraphModule) -> GraphModule:
     """Parameters, buffers, plain tensors and every floating-point dtype burned into the graph
     become float64, complex ones complex128 (in place).
     """
-    state_dtypes(module, (torch.float32, *HALF), torch.float64)
-    state_dtypes(module, (torch.complex64, torch.complex32), torch.complex128)
+    real, pairs = (torch.float32, *HALF), (torch.complex64, torch.complex32)
+    wide = dict.fromkeys(real, torch.float64) | dict.fromkeys(pairs, torch.complex128)
+    state_dtypes(module, wide)
     replace(module, lambda _, held: held.double() if isinstance(held, Lazy) else None)
     for holder in module.modules():
         for name, held in vars(holder).items():
@@ -223,8 +224,9 @@ def _round_scores(module: GraphModule) -> None:
     """What a choice is made on is rounded (in place): places that tie but for rounding errors (rows
     of padding) are then chosen alike in both graphs.
     """
-    for node in list(module.graph.nodes):
-        scores = node.args[0] if op_name(node) in CHOICES and node.args else None
+    choices = [node for node in module.graph.nodes if op_name(node) in CHOICES]
+    for node in choices:
+        scores = node.args[0] if node.args else None
         value = scores.meta.get("val") if isinstance(scores, Node) else None
         if isinstance(value, Tensor) and value.is_floating_point():
             with module.graph.inserting_before(node):
@@ -232,7 +234,8 @@ def _round_scores(module: GraphModule) -> None:
                     torch.ops.aten.round.decimals, (scores,), {"decimals": DECIMALS}
                 )
             node.replace_input_with(scores, rounded)
-    module.recompile()
+    if choices:
+        module.recompile()
 
 
 class _Recorder(Interpreter):

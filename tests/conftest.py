@@ -20,8 +20,12 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """Tests of one named model run in one process, where it is captured once."""
+    """Tests of one named model run in one process, where it is captured once, unless they are in
+    another group.
+    """
     for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         if isinstance(name, str) and name in models_zoo.BUILDERS:
             item.add_marker(pytest.mark.xdist_group(name))

@@ -2,11 +2,22 @@
 
 import numpy as np
 import torch
+import transformers as tf
 
 
 def windows():
     """Tokens [4, 9] of the small random decoders."""
     return torch.randint(3, 101, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+def llama(vocabulary=101):
+    """A small random decoder of one layer, example inputs and calibration: MODEL for commands."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    config = tf.LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, **sizes, **heads)
+    batches = [{"input_ids": torch.randint(3, vocabulary, (3, 11))} for _ in range(5)]
+    return tf.LlamaForCausalLM(config).eval(), batches[0], batches[1:]
 
 
 def positions(mask):

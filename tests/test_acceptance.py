@@ -10,6 +10,7 @@ from families import EVERY, free_length, output, program, prompt, pruned
 
 from passes.compare import tensors
 
+pytestmark = pytest.mark.xdist_group("families")  # captured and pruned in one process, once
 GENERATING = [name for name, family in EVERY.items() if family.kind != "encoder"]
 DECODERS = [name for name, family in EVERY.items() if family.kind == "decoder"]
 TEXT = {"max_new_tokens": 6, "min_new_tokens": 6}

@@ -14,6 +14,7 @@ import fasp_graph as fg
 from fasp_graph.exports.onnx import onnx_session, run_session
 from passes.capture import as_args
 
+pytestmark = pytest.mark.xdist_group("families")
 AUTO = {
     "bert": "AutoModelForSequenceClassification",
     "vit": "AutoModelForImageClassification",

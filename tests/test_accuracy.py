@@ -438,7 +438,7 @@ def test_best_beats_every_preset_on_heldout_text():
 
     def after(method):
         config = Config(sparsity=0.3, method=method)
-        small = prune(entry.model, entry.inputs, entry.calibration, config, program=known)
+        small = prune(entry.model, entry.inputs, entry.calibration[:2], config, program=known)
         return fg.perplexity(small.model, rows), small.report.sparsity
 
     (best, removed), (fasp, paper), (slim, _) = (after(m) for m in ("best", "fasp", "slimgpt"))

@@ -41,7 +41,7 @@ def test_inspect(run, tmp_path):
 def test_prune_eval_and_export_a_folder(run, tmp_path):
     folder = tmp_path / "small"
     code, out, error = run(
-        *("prune", "zoo:llama-random", "--sparsity", 0.4, "--method", "magnitude", "--json"),
+        *("prune", "decoding:llama", "--sparsity", 0.4, "--method", "magnitude", "--json"),
         *("--output", folder),
     )
     assert code == 0, error
@@ -127,14 +127,14 @@ def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
 def test_a_dry_run_expects_the_passes_that_a_run_takes(run, monkeypatch, method):
     clock = iter(range(100))  # every look at the clock is a second after the one before
     monkeypatch.setattr(dryrun, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    asked = ("prune", "zoo:llama-random", "--method", method, "--json")
+    asked = ("prune", "decoding:llama", "--method", method, "--json")
 
     plan = json.loads(run(*asked, "--dry-run")[1])
 
     report = json.loads(run(*asked)[1])
     passes = plan["forward_passes"]
     assert passes == report["forward_passes"]
-    batches = len(data.load_target("zoo:llama-random").calibration)
+    batches = len(data.load_target("decoding:llama").calibration)
     deciding = plan["expected_seconds"] - 2  # capture and couple, and as much again
     assert deciding == 0 if method == "magnitude" else 0 < deciding - batches * passes < batches
 
@@ -236,11 +236,11 @@ def test_eval_says_how_it_measured(run, tmp_path, monkeypatch):
 
 def test_bench_compares_alike(run, tmp_path):
     folder = tmp_path / "small"
-    asked = ("prune", "zoo:llama-random", "--method", "magnitude", "--output", folder)
+    asked = ("prune", "decoding:llama", "--method", "magnitude", "--output", folder)
     assert run(*asked)[0] == 0
 
     code, out, error = run(
-        *("bench", "zoo:llama-random", folder, "--runs", 2, "--length", 24, "--batch", 2),
+        *("bench", "decoding:llama", folder, "--runs", 2, "--length", 24, "--batch", 2),
         *("--no-memory", "--json"),
     )
 
@@ -263,20 +263,20 @@ def test_peak_memory_is_of_a_fresh_process(monkeypatch):
 
 def test_a_device_is_chosen_or_refused_with_a_reason(run):
     one = ("--device", "cpu", "--json")
-    code, out, error = run("eval", "zoo:llama-random", *one)
+    code, out, error = run("eval", "decoding:llama", *one)
     assert code == 0 and json.loads(out)["parameters"], error
     short = ("--runs", 2, "--length", 8, "--no-onnx", "--no-memory")
-    assert run("bench", "zoo:llama-random", *short, *one)[0] == 0
-    code, _, error = run("prune", "zoo:llama-random", "--method", "magnitude", *one)
+    assert run("bench", "decoding:llama", *short, *one)[0] == 0
+    code, _, error = run("prune", "decoding:llama", "--method", "magnitude", *one)
     assert code == 0, error
     for device, reason in (
         ("cuda:77", "device 'cuda:77' cannot be used"),
         ("meta", "holds no numbers"),
         ("gpu", "device 'gpu' cannot be used"),
     ):
-        code, _, error = run("eval", "zoo:llama-random", "--device", device)
+        code, _, error = run("eval", "decoding:llama", "--device", device)
         assert code == 2 and reason in error and "help: cpu, " in error
-    streamed = ("prune", "zoo:llama-random", "--stream", "--method", "fasp")
+    streamed = ("prune", "decoding:llama", "--stream", "--method", "fasp")
     code, _, error = run(*streamed, "--device", "cuda")
     assert code == 2 and "--stream computes on the CPU · help: leave --device out" in error
 
@@ -417,9 +417,8 @@ def test_an_export_that_fails_in_its_process_is_told(tmp_path):
 
 
 def test_the_demo_measures_and_writes(tmp_path):
-    target = data.load_target("zoo:llama-random")
     heldout = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
-    target = dataclasses.replace(target, heldout=heldout)
+    target = dataclasses.replace(data.load_target("decoding:llama"), name="tiny", heldout=heldout)
 
     rows = demo.run_demo(tmp_path, Console(quiet=True), target, sparsities=(0.3,), repeats=2)
 
@@ -429,9 +428,9 @@ def test_the_demo_measures_and_writes(tmp_path):
     assert rows[1].verify_max_error < 1e-9
     assert json.loads((tmp_path / "demo.json").read_text())["rows"][1]["latency"]["onnx"]
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("demo.json", "graph.html", "llama-random-30", "llama-random-30.onnx")
+        *("demo.json", "graph.html", "tiny-30", "tiny-30.onnx")
     }
-    assert fg.perplexity(fg.load(tmp_path / "llama-random-30"), heldout) == pytest.approx(
+    assert fg.perplexity(fg.load(tmp_path / "tiny-30"), heldout) == pytest.approx(
         rows[1].perplexity["fasp"], rel=1e-5
     )
     assert demo.table(rows).row_count == 2

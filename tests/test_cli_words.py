@@ -3,14 +3,17 @@
 import dataclasses
 import json
 
+import decoding
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import fasp_graph as fg
 from fasp_graph import bench
 from fasp_graph.commands import measuring, recovering
 from fasp_graph.exports import export
 from fasp_graph.training import Training
+from models_zoo.train import DATA
 
 ROW = bench.Result(
     *("small", "torch", 1_234_567, 4_938_268, 2_500_000, 0.004, 0.0005, 250.0, 9, 7.5),
@@ -70,7 +73,7 @@ def test_bench_runs_as_often_as_asked(run, monkeypatch):
 
 def test_prune_eval_and_export_in_words(run, tmp_path):
     folder, file = tmp_path / "small", tmp_path / "small.onnx"
-    code, out, error = run("prune", "zoo:llama-random", "--method", "magnitude", "--output", folder)
+    code, out, error = run("prune", "decoding:llama", "--method", "magnitude", "--output", folder)
     assert code == 0, error
     found = json.loads((folder / "report.json").read_text())
     assert f"parameters {found['params_before']:,} -> {found['params_after']:,}, " in out
@@ -119,10 +122,19 @@ def test_a_dry_run_tells_layers_that_repeat_in_one_row(run):
     assert told[0][0] == "model.layers.{0,1}.self_attn.v_proj.0" and told[1][1] == "80"
 
 
-def test_an_export_measures_on_windows_of_the_length_asked_for(run, tmp_path, monkeypatch):
+@pytest.fixture
+def reader(tmp_path):
+    """The folder of a decoder of one layer, with a tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "llama")
+    decoding.llama(len(tokenizer))[0].save_pretrained(tmp_path / "reader")
+    tokenizer.save_pretrained(tmp_path / "reader")
+    return tmp_path / "reader"
+
+
+def test_an_export_measures_on_windows_of_the_length_asked_for(run, reader, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "session_perplexity", lambda _, tokens: float(tokens.shape[1]))
 
-    asked = ("export", "zoo:llama", tmp_path / "llama.onnx", "--data", text(tmp_path))
+    asked = ("export", reader, tmp_path / "llama.onnx", "--data", text(tmp_path))
     told = lines(run(*asked, "--length", 24, "--windows", 3)[1])
 
     assert told["perplexity"] == "24"
@@ -134,7 +146,7 @@ def text(tmp_path):
     return file
 
 
-def test_recover_trains_as_asked_and_says_so(run, tmp_path, monkeypatch):
+def test_recover_trains_as_asked_and_says_so(run, reader, tmp_path, monkeypatch):
     asked = []
     train = recovering.train
     monkeypatch.setattr(
@@ -145,7 +157,7 @@ def test_recover_trains_as_asked_and_says_so(run, tmp_path, monkeypatch):
             or train(model, batches, options, progress)
         ),
     )
-    code, _, error = run("prune", "zoo:llama", "--method", "magnitude", "--output", tmp_path / "a")
+    code, _, error = run("prune", reader, "--method", "magnitude", "--output", tmp_path / "a")
     assert code == 0, error
 
     code, out, error = run(

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 
 import fasp_graph as fg
-import models_zoo
 from fasp_graph.evaluate import flops, logits_of, size_of, spread
-from passes.capture import capture
 
 
 class Constant(nn.Module):
@@ -41,12 +40,12 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(wrap):
 
 
 def test_perplexity_is_the_models_own_loss_and_the_graph_agrees():
-    entry = models_zoo.load("llama-random")
+    entry, known = program("llama-random")
     tokens = torch.randint(3, 90, (7, 13), generator=torch.Generator().manual_seed(0))
 
     with torch.no_grad():
         expected = math.exp(entry.model(tokens, labels=tokens).loss)
-    graph = capture(entry.model, entry.inputs).graph_module
+    graph = known.captured.graph_module
     assert fg.perplexity(entry.model, tokens, batch=3) == pytest.approx(expected, rel=1e-5)
     assert fg.perplexity(graph, tokens, batch=4) == pytest.approx(expected, rel=1e-5)
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 
 import fasp_graph as fg
@@ -154,8 +155,9 @@ def test_arranging_moves_all_that_a_unit_owns():
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "deepseek-v3", "moe"])
 def test_the_zoos_experts_keep_their_own(name):
-    entry = models_zoo.load(name)
-    pruned = fg.prune(entry.model, entry.inputs, [entry.inputs] * 8, fg.Config(sparsity=0.4))
+    entry, known = program(name)
+    batches, config = [entry.inputs] * 8, fg.Config(sparsity=0.4)
+    pruned = fg.prune(entry.model, entry.inputs, batches, config, program=known)
     assert pruned.plan.experts and pruned.report.verify_max_error < 1e-9
     assert all(len({tuple(own) for own in units}) > 1 for units in pruned.plan.experts.values())
 
@@ -168,11 +170,12 @@ def test_experts_in_half_precision_keep_their_own():
 
 
 def test_an_interrupted_run_goes_on_with_the_same_experts(tmp_path):
-    entry = models_zoo.load("mixtral")
+    entry, known = program("mixtral")
     config, batches = fg.Config(method="fasp", sparsity=0.4), [entry.inputs] * 4
-    whole = fg.prune(entry.model, entry.inputs, batches, config, work=tmp_path)
+    asked = (entry.model, entry.inputs, batches, config)
+    whole = fg.prune(*asked, program=known, work=tmp_path)
     sorted(tmp_path.glob("*.safetensors"))[-1].unlink()  # as if killed before the last stop
-    resumed = fg.prune(entry.model, entry.inputs, batches, config, work=tmp_path)
+    resumed = fg.prune(*asked, program=known, work=tmp_path)
     assert resumed.plan == whole.plan
     weights = resumed.graph_module.state_dict()
     assert all(torch.equal(weights[n], w) for n, w in whole.graph_module.state_dict().items())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 
 import fasp_graph as fg
@@ -17,8 +18,9 @@ from fasp_graph.folders import huggingface
 
 @pytest.fixture(scope="module")
 def pruned():
-    entry = models_zoo.load("llama-random")
-    return fg.prune(entry.model, entry.inputs, entry.calibration, fg.Config(sparsity=0.3))
+    entry, known = program("llama-random")
+    config = fg.Config(sparsity=0.3)
+    return fg.prune(entry.model, entry.inputs, entry.calibration, config, program=known)
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,9 @@ def test_what_the_folder_holds(pruned, folder):
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory):
     """A decoder with tied weights, pruned, and its folder with a tokenizer."""
-    entry = models_zoo.load("opt")
+    entry, known = program("opt")
     config = fg.Config(method="magnitude", sparsity=0.2)
-    result = fg.prune(entry.model, entry.inputs, None, config)
+    result = fg.prune(entry.model, entry.inputs, None, config, program=known)
     folder = tmp_path_factory.mktemp("tied") / "small"
     return result, fg.save(result, folder, tokenizer=entry.tokenizer)
 
@@ -182,8 +184,9 @@ def test_what_is_no_folder(tmp_path):
 
 
 def test_a_plain_module_needs_and_keeps_the_callers_instance(tmp_path):
-    entry = models_zoo.load("resnet")
-    result = fg.prune(entry.model, entry.inputs, entry.calibration, fg.Config(sparsity=0.3))
+    entry, known = program("resnet")
+    config = fg.Config(sparsity=0.3)
+    result = fg.prune(entry.model, entry.inputs, entry.calibration, config, program=known)
     folder = fg.save(result, tmp_path / "small")
     fresh = models_zoo.load("resnet").model
     shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
@@ -243,9 +246,9 @@ def test_processor_files_come_from_the_folder_of_the_model(pruned, tmp_path, whe
 
 
 def test_a_model_that_was_pruned_before_is_not_saved_as_a_folder_that_no_one_can_load(tmp_path):
-    entry = models_zoo.load("llama-random")
+    entry, known = program("llama-random")
     config = fg.Config(sparsity=0.2, method="magnitude")
-    once = fg.prune(entry.model, entry.inputs, None, config)
+    once = fg.prune(entry.model, entry.inputs, None, config, program=known)
     twice = fg.prune(fg.load(once.save(tmp_path / "once")), entry.inputs, None, config)
 
     with pytest.raises(fg.FaspGraphError, match=r"before it was pruned here.* · help: prune"):

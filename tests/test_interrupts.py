@@ -1,6 +1,5 @@
 """Ctrl-C, sent to real processes: exit code 130, one line that says what is left, no traceback."""
 
-import contextlib
 import json
 import os
 import signal
@@ -28,18 +27,6 @@ def start(folder, *words, path=(), by=CONSOLE):
     )
 
 
-def interrupted(process, ready=lambda: True):
-    """Send SIGINT as soon as it is ready; its one line."""
-    while process.poll() is None and not ready():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.01)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 130, error
-    assert out == "" and error.count("\n") == 1
-    return error.strip()
-
-
 @pytest.mark.parametrize("library", ["torch", "typer"])
 @pytest.mark.parametrize("by", [CONSOLE, MODULE], ids=["console", "module"])
 def test_while_libraries_load(tmp_path, by, library):
@@ -52,45 +39,77 @@ def test_while_libraries_load(tmp_path, by, library):
     assert process.returncode == 130
 
 
-@pytest.mark.parametrize(
-    ("by", "policy"),
-    [
-        (("-c", "import fasp_graph_entry as e; e._before_libraries(); "), "PASSIVE"),
-        (("-c", "import fasp_graph; "), "None"),
-    ],
-    ids=["command", "package"],
-)
-def test_threads_sleep_where_they_wait_for_each_other(tmp_path, by, policy, monkeypatch):
+STATE = """
+import os, signal
+def state():
+    return signal.getsignal(signal.SIGINT), os.environ.get("OMP_WAIT_POLICY")
+before = state()
+"""
+STAYS = "import fasp_graph; print(state() == before)"
+
+
+def test_threads_sleep_where_they_wait_for_each_other(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    code = by[1] + "import os; print(os.environ.get('OMP_WAIT_POLICY'))"
+    code = STATE + "import fasp_graph_entry as e; e._before_libraries(); print(state()[1])"
 
-    assert start(tmp_path, by=("-c", code)).communicate(timeout=120)[0] == f"{policy}\n"
+    assert start(tmp_path, by=("-c", code)).communicate(timeout=120)[0] == "PASSIVE\n"
 
 
-def test_a_program_that_imports_the_package_keeps_its_own_handler(tmp_path):
-    code = "import signal; then = signal.getsignal(signal.SIGINT); import fasp_graph; "
-    code += "print(signal.getsignal(signal.SIGINT) is then)"
+def test_a_program_that_imports_the_package_keeps_its_own_handler_and_variables(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    whole = start(tmp_path, "-m", "fasp_graph", by=("-c", STATE + STAYS))
+    assert whole.communicate(timeout=120)[0] == "True\n"
 
-    (tmp_path / "my_program.py").write_text(code)
-    for by in (("-c", code), ("my_program.py", "-m", "fasp_graph"), ("-m", "my_program")):
-        process = start(tmp_path, "-m", "fasp_graph", by=by)
+    early = "import __main__ as m, os; print(m.state() == m.before, flush=True); os._exit(0)"
+    (tmp_path / "torch.py").write_text(early)  # the first library that is slow to load
+    (tmp_path / "my_program.py").write_text(STATE + STAYS)
+    for by in (("my_program.py", "-m", "fasp_graph"), ("-m", "my_program")):
+        process = start(tmp_path, "-m", "fasp_graph", path=[tmp_path], by=by)
         assert process.communicate(timeout=120)[0] == "True\n"
 
 
-def test_a_run_that_can_go_on_says_from_where(tmp_path):
-    asked = ("prune", "zoo:llama", "--output", "small", "--json")
-    work = tmp_path / ".small.work"
+MINE = """
+import os, signal, sys, torch
+from torch import nn
 
-    told = interrupted(start(tmp_path, *asked), lambda: list(work.glob("*.safetensors")))
+def stop(event, args):
+    if event == "os.rename" and str(args[1]).endswith("00001.safetensors"):
+        os.kill(os.getpid(), signal.SIGINT)
 
-    assert told == (
+def build():
+    if "STOP" in os.environ:
+        sys.addaudithook(stop)
+    torch.manual_seed(0)
+    sizes = [(6, 16), (16, 16), (16, 16), (16, 3)]
+    layers = [layer for size in sizes for layer in (nn.Linear(*size), nn.ReLU())]
+    return nn.Sequential(*layers), torch.randn(3, 6), [torch.randn(64, 6)]
+"""
+
+
+def test_a_run_that_can_go_on_says_from_where(tmp_path, monkeypatch):
+    (tmp_path / "my_model.py").write_text(MINE)
+    asked = ("prune", "my_model:build", "--output", "small", "--json")
+
+    monkeypatch.setenv("STOP", "before the journal's second stop")
+    process = start(tmp_path, *asked)
+
+    out, error = process.communicate(timeout=120)
+    assert (process.returncode, out, error) == (
+        130,
+        "",
         "interrupted · nothing was written to small · run the same command to go on from "
-        ".small.work, or delete .small.work"
+        ".small.work, or delete .small.work\n",
     )
+    assert [path.name for path in tmp_path.glob(".small.work/*.safetensors")] == [
+        "00000.safetensors"
+    ]
     assert not (tmp_path / "small").exists()
+    monkeypatch.delenv("STOP")
     done = start(tmp_path, *asked)
     assert json.loads(done.communicate(timeout=300)[0])["params_after"]
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"my_model.py", "small"}
 
 
 @pytest.mark.parametrize(

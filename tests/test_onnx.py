@@ -2,15 +2,15 @@
 
 import json
 
+import decoding
 import families
 import numpy as np
 import onnx
 import pytest
 import torch
-from decoding import greedy
+from programs_of_zoo import program
 
 import fasp_graph as fg
-import models_zoo
 from fasp_graph.emit.dense import dense_twin
 from fasp_graph.exports import caching
 from fasp_graph.exports import onnx as emitter
@@ -18,11 +18,12 @@ from fasp_graph.exports.onnx_reduce import reduce
 from passes.errors import ConfigError, VerificationError
 from passes.values import CLOSED
 
+pytestmark = pytest.mark.xdist_group("families")
+
 
 @pytest.fixture(scope="module")
 def pruned():
-    entry = models_zoo.load("opt-random")
-    return fg.prune(entry.model, entry.inputs, entry.calibration, fg.Config(sparsity=0.2))
+    return fg.prune(*decoding.llama(), fg.Config(sparsity=0.2))
 
 
 def test_the_file_holds_the_plan_and_the_opset(pruned, tmp_path, capfd):
@@ -142,11 +143,13 @@ def test_options_that_mean_nothing(pruned, tmp_path):
 
 # ------------------------------------------------------------------------------------ with a cache
 def decoder_of(name):
-    model, batch = families.build(name), families.FAMILIES[name].batch
-    if name == "gemma3":
-        model.config.sliding_window = 5  # of tokens; the text is longer
     config = fg.Config(method="magnitude", sparsity=0.3)
-    return fg.prune(model, batch(3, 11), None, config)
+    if name == "gemma3":
+        model = families.build(name)
+        model.config.sliding_window = 5  # of tokens; the text is longer
+        return fg.prune(model, families.tokens(), None, config)
+    model, inputs, known = families.program(name)
+    return fg.prune(model, inputs, None, config, program=known)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +188,7 @@ def test_a_decoder_with_its_cache_in_onnx_runtime(llama, tmp_path):
     assert (found.cache_bytes, found.dense_cache_bytes) == (4 * 2 * sum(kept), 4 * 2 * 32)
     assert found.uncut == ()
     ids, mask = prompt()
-    made = greedy(session, ids.numpy(), mask.numpy(), 7)
+    made = decoding.greedy(session, ids.numpy(), mask.numpy(), 7)
     assert made.tolist() == text_of(llama.model, ids, mask).tolist()
 
 
@@ -230,7 +233,7 @@ def test_a_captured_decoder_writes_the_same_text(name):
 
     assert decoder.cache_numbers < decoder.dense_cache_numbers
     ids, mask = prompt()
-    made = greedy(Stepper(decoder), ids.numpy(), mask.numpy(), 7)
+    made = decoding.greedy(Stepper(decoder), ids.numpy(), mask.numpy(), 7)
     assert made.tolist() == text_of(result.model, ids, mask).tolist()
 
 
@@ -266,8 +269,9 @@ def test_what_has_no_cache_is_refused(tmp_path):
     ],
 )
 def test_inputs_outputs_and_their_axes_have_names(tmp_path, name, inputs, outputs):
-    entry = models_zoo.load(name)
-    pruned = fg.prune(entry.model, entry.inputs, None, fg.Config(method="magnitude"))
+    entry, known = program(name)
+    config = fg.Config(method="magnitude")
+    pruned = fg.prune(entry.model, entry.inputs, None, config, program=known)
 
     graph = onnx.load(pruned.export_onnx(tmp_path / "named.onnx")).graph
 

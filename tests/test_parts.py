@@ -12,6 +12,7 @@ from fasp_graph.exports import parts
 from fasp_graph.exports.onnx import onnx_session
 from passes.errors import VerificationError
 
+pytestmark = pytest.mark.xdist_group("families")
 FILES = ("decoder_model.onnx", "decoder_with_past_model.onnx", "encoder_model.onnx")
 
 
@@ -50,9 +51,9 @@ def test_t5_in_onnx_runtime(t5, tmp_path):
 
 
 def test_speech_in_parts():
-    model = families.build("whisper")
+    model, inputs, known = families.program("whisper")
     config = fg.Config(method="magnitude", sparsity=0.3)
-    result = fg.prune(model, families.speech(), None, config)
+    result = fg.prune(model, inputs, None, config, program=known)
     twin = dense_twin(result.model, result.deps, result.plan.kept)
 
     found = parts.parts_of(twin, result.model, result.inputs)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 
-import models_zoo
 from fasp_graph import Config, analyze, prune
 from passes import rules
 from passes.capture import capture
@@ -311,10 +311,10 @@ def test_a_convolution_is_its_matrix_times_its_rows(layer, shape):
 @pytest.mark.parametrize("name", ["llama-random", "mixtral"])
 @pytest.mark.parametrize("kinds", [("head",), ("width",), ("chain", "head")])
 def test_heads_experts_and_width_are_pruned_by_the_driver(name, kinds):
-    entry = models_zoo.load(name)
+    entry, known = program(name)
     config = Config(sparsity=0.12, method="fasp", kinds=kinds)
 
-    result = prune(entry.model, entry.inputs, entry.calibration, config)
+    result = prune(entry.model, entry.inputs, entry.calibration, config, program=known)
 
     assert {group.kind for group in result.report.groups} == set(kinds)
     assert result.report.params_after < result.report.params_before
@@ -324,8 +324,7 @@ def test_heads_experts_and_width_are_pruned_by_the_driver(name, kinds):
 
 
 def test_experts_stay_as_the_router_and_the_grouped_product_want_them():
-    entry = models_zoo.load("mixtral")
-    deps = analyze(entry.model, entry.inputs)
+    deps = program("mixtral")[1].deps
     experts = [g for g in deps.groups if g.least > g.blocks]
 
     assert experts and all(group.kind == "head" and group.least == 2 for group in experts)

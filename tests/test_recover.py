@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 from typer.testing import CliRunner
 
@@ -26,13 +27,14 @@ def counting(start, rows):
 
 @pytest.fixture(scope="module")
 def entry():
-    return models_zoo.load("llama-random")
+    return program("llama-random")[0]
 
 
 @pytest.fixture(scope="module")
 def pruned(entry):
     config = fg.Config(sparsity=0.3, method="magnitude")
-    return fg.prune(entry.model, entry.inputs, None, config)
+    known = program("llama-random")[1]
+    return fg.prune(entry.model, entry.inputs, None, config, program=known)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from programs_of_zoo import program
 
 import fasp_graph as fg
 import models_zoo
@@ -186,9 +187,9 @@ def test_what_was_asked_for_is_told(run):
     ("method", "min_keep"), [("best", 1), ("best", 30), ("flap", 1), ("flap", 30)]
 )
 def test_the_dot_is_where_the_plan_stopped_whatever_a_block_keeps(method, min_keep):
-    entry = models_zoo.load("llama-random")
+    entry, known = program("llama-random")
     config = fg.Config(sparsity=0.2, method=method, min_keep=min_keep)
-    pruned = fg.prune(entry.model, entry.inputs, entry.calibration[:1], config)
+    pruned = fg.prune(entry.model, entry.inputs, entry.calibration[:1], config, program=known)
     blocks = {group.name: group.blocks for group in pruned.deps.groups}
 
     for held in pruned.report.to_dict()["groups"]:
@@ -214,8 +215,9 @@ def test_without_curves_the_page_says_so_and_names_stay_data(run):
 
 
 def test_sizes_are_those_of_the_graphs():
-    entry = models_zoo.load("llama-random")
-    pruned = fg.prune(entry.model, entry.inputs, None, fg.Config(method="magnitude"))
+    entry, known = program("llama-random")
+    config = fg.Config(method="magnitude")
+    pruned = fg.prune(entry.model, entry.inputs, None, config, program=known)
     report, parameters = pruned.report, list(pruned.graph_module.parameters())
     assert report.params_after == sum(p.numel() for p in parameters) < report.params_before
     assert report.bytes_after == sum(p.nbytes for p in parameters) == 4 * report.params_after

@@ -90,11 +90,11 @@ def test_the_viewer_escapes_names(tmp_path):
 
 def test_repair_helps_the_trained_models_on_heldout_text():
     entry, known = program("llama")
-    rows = entry.heldout[:24]
+    rows = entry.heldout[:12]
 
     def after(**options):
         config = fg.Config(sparsity=0.3, **options)
-        batches = entry.calibration[:2]
+        batches = entry.calibration[:1]
         small = fg.prune(entry.model, entry.inputs, batches, config, program=known).model
         return fg.perplexity(small, rows)
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 
-import models_zoo
 from fasp_graph import Config, analyze, prune
 from fasp_graph.config import METHODS, Passes
 from passes.errors import BudgetError
@@ -64,9 +64,9 @@ def test_no_piece_of_an_axis_is_left_empty():
 
 
 def test_what_heads_and_channels_remove_together_is_counted_once():
-    entry = models_zoo.load("gqa-qk-norm")
+    entry, known = program("gqa-qk-norm")
     config = Config(0.5, "magnitude", kinds=("chain", "bilinear", "head"))
-    pruned = prune(entry.model, entry.inputs, None, config)
+    pruned = prune(entry.model, entry.inputs, None, config, program=known)
     groups = [group for group in pruned.deps.groups if group.name in pruned.plan.kept]
     keep = {g.name: len(pruned.plan.kept[g.name]) // g.blocks for g in groups}
 
@@ -77,8 +77,8 @@ def test_what_heads_and_channels_remove_together_is_counted_once():
 
 
 def test_the_scope_is_all_parameters_of_the_modules_that_groups_go_through():
-    entry = models_zoo.load("llama-random")
-    found = scope(analyze(entry.model, entry.inputs))
+    entry, known = program("llama-random")
+    found = scope(known.deps)
 
     inside = [n for n, _ in entry.model.named_parameters() if re.search("self_attn|mlp", n)]
     assert found == set(inside)  # queries and keys too; no embedding, norm or head

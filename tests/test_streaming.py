@@ -205,13 +205,13 @@ LIMITED = """
 import sys, argparse, json
 from pathlib import Path
 from benchmarks.memory import measure
-sizes = argparse.Namespace(hidden=1024, ffn=1024, layers=6, batches=1, allowance=110)
+sizes = argparse.Namespace(hidden=1024, ffn=1024, layers=3, batches=1, allowance=60)
 print(json.dumps(measure(sizes, Path(sys.argv[1]))))
 """
 
 
 def test_a_folder_larger_than_memory_is_pruned(tmp_path):
-    """160 MB of weights, 110 MB of memory that the system grants; docs/scale.md has larger ones."""
+    """85 MB of weights, 60 MB of memory that the system grants; docs/scale.md has larger ones."""
     command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path)]
     ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]

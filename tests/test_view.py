@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 
 import fasp_graph as fg
-import models_zoo
 from fasp_graph.pages.view import curve_points, page_data, to_html
 
 NAME = "</script><img src=x onerror=alert(1)>&"
@@ -73,10 +73,9 @@ def test_without_errors_there_is_no_curve(curve):
 
 
 def test_a_tied_weight_stands_in_the_page_under_each_of_its_names():
-    entry = models_zoo.load("llama")
-    deps = fg.analyze(entry.model, entry.inputs)
+    entry, known = program("llama")
 
-    page = page_data(deps)
+    page = page_data(known.deps)
 
     shown = [held for module in page["modules"] for held in module["parameters"]]
     named = {member["parameter"] for group in page["groups"] for member in group["members"]}

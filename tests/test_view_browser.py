@@ -8,10 +8,10 @@ import browser as chromium
 import numpy as np
 import pytest
 import torch
+from programs_of_zoo import program
 from torch import nn
 
 import fasp_graph as fg
-import models_zoo
 from fasp_graph.pages import view
 from passes.groups import Consumer, DependencyGraph, Group, Layer, Member
 
@@ -29,8 +29,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pruned():
-    entry = models_zoo.load("llama-random")
-    return fg.prune(entry.model, entry.inputs, entry.calibration, fg.Config(sparsity=0.3))
+    entry, known = program("llama-random")
+    config = fg.Config(sparsity=0.3)
+    return fg.prune(entry.model, entry.inputs, entry.calibration, config, program=known)
 
 
 @pytest.fixture
@@ -114,8 +115,9 @@ def test_a_click_on_a_group_tells_all_about_it(show, pruned):
 
 def test_the_picture_of_the_documentation(show, request):
     """`--update-golden` takes it anew."""
-    entry = models_zoo.load("llama")
-    pruned = fg.prune(entry.model, entry.inputs, entry.calibration[:2], fg.Config(sparsity=0.3))
+    entry, known = program("llama")
+    batches, config = entry.calibration[:2], fg.Config(sparsity=0.3)
+    pruned = fg.prune(entry.model, entry.inputs, batches, config, program=known)
     browser = show(pruned.deps, pruned.plan, pruned.report, "zoo:llama")
 
     click_at(browser, "m:model.layers.0.mlp.gate_proj")
@@ -129,8 +131,9 @@ def test_the_picture_of_the_documentation(show, request):
 
 
 def test_what_was_not_measured_is_left_out(show):
-    entry = models_zoo.load("llama-random")
-    pruned = fg.prune(entry.model, entry.inputs, None, fg.Config(method="magnitude"))
+    entry, known = program("llama-random")
+    config = fg.Config(method="magnitude")
+    pruned = fg.prune(entry.model, entry.inputs, None, config, program=known)
     browser = show(pruned.deps, pruned.plan, pruned.report)
 
     find(browser, "#groups .chip")[0].click()
@@ -196,9 +199,7 @@ def test_open_all_opens_what_close_all_closed(show, pruned):
 
 @pytest.mark.parametrize("name", ["unet", "mixtral"])
 def test_the_first_view_holds_the_whole_graph(show, name):
-    entry = models_zoo.load(name)
-
-    browser = show(fg.analyze(entry.model, entry.inputs))
+    browser = show(program(name)[1].deps)
 
     left, top, right, bottom, width, height = browser.execute_script(
         "const { cy } = faspGraph, b = cy.elements().renderedBoundingBox();"
@@ -208,9 +209,7 @@ def test_the_first_view_holds_the_whole_graph(show, name):
 
 
 def test_experts_of_one_card_are_marked_as_coupled_within(show):
-    entry = models_zoo.load("mixtral")
-
-    browser = show(fg.analyze(entry.model, entry.inputs))
+    browser = show(program("mixtral")[1].deps)
 
     labels = browser.execute_script("return faspGraph.cy.nodes().map(node => node.data('label'))")
     marked = [label for label in labels if "within" in label]

@@ -29,8 +29,9 @@ home = pathlib.Path(sys.argv[1]).resolve()
 for module in (fasp_graph, models_zoo, passes.capture, passes.rules):
     assert home in pathlib.Path(module.__file__).resolve().parents, module.__file__
 entry = models_zoo.load("llama")
-config = fasp_graph.Config(sparsity=0.3)
-pruned = fasp_graph.prune(entry.model, entry.inputs, entry.calibration[:1], config)
+config = fasp_graph.Config(sparsity=0.3, method="fasp")
+batches = [{"input_ids": entry.calibration[0]["input_ids"][:4]}]
+pruned = fasp_graph.prune(entry.model, entry.inputs, batches, config)
 assert pruned.report.params_after < pruned.report.params_before
 assert pruned.model(**entry.inputs).logits.isfinite().all()
 print("pruned", pruned.report.params_before, pruned.report.params_after)

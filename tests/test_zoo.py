@@ -109,7 +109,7 @@ def test_trained_model_knows_its_text(name):
     assert sum(len(batch["input_ids"]) for batch in entry.calibration) == 64
     least = facts["unigram_perplexity"] / 25  # 21.9; llama has 13.8, opt 18.7
     assert facts["heldout_perplexity"] < least
-    assert fg.perplexity(entry.model, entry.heldout) < least
+    assert fg.perplexity(entry.model, entry.heldout[::6]) < least
 
 
 def test_tokenizer_decodes_what_it_encodes():

@@ -31,6 +31,7 @@ from passes.couple import DependencyGraph, Group
 from passes.precision import is_half
 from passes.rewrite import attribute
 from passes.select import Plan
+from passes.skeleton import shared_copy
 from passes.tracing import silenced
 
 from .cases import Case, apart, cases, same_when_wide
@@ -168,16 +169,11 @@ class _Search:
         for group in weights.groups:
             if group.name in chosen:
                 record(emission, weights, group, chosen)
-        return apply_shapes(skeleton(weights.model), emission, values), emission
+        trial = shared_copy(weights.model, buffers=True).eval()  # cheap, never to be written to
+        return apply_shapes(trial, emission, values), emission
 
 
 def _out_of_memory(error: Exception) -> bool:
     """Says nothing of a way: another would fail likewise. torch has no class for it on the CPU."""
     named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return named or "can't allocate memory" in str(error)
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares every parameter and buffer: cheap, never to be written to."""
-    held = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in held}).eval()
