@@ -78,9 +78,11 @@ def test_a_reason_names_the_node_the_line_and_a_way_out(many: DependencyGraph, g
 
 def test_the_command_line_ends_with_the_way_out(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
     source = "import torch, test_reasons\n\n\ndef build():\n    "
-    (tmp_path / "mine.py").write_text(source + "return test_reasons.Many(), torch.randn(5, 6)\n")
+    (tmp_path / "reasoned.py").write_text(
+        source + "return test_reasons.Many(), torch.randn(5, 6)\n"
+    )
     monkeypatch.chdir(tmp_path)
-    code, out, _ = run("inspect", "mine:build", "--explain", "down.bias")
+    code, out, _ = run("inspect", "reasoned:build", "--explain", "down.bias")
 
     assert code == 0
     assert re.search(LINE, out.splitlines()[-2]) and "help: " in out.splitlines()[-1]
