@@ -175,7 +175,8 @@ class _Builder:
             unequal = f"blocks of unequal size {sorted(set(sizes.tolist()))}"
             return "frozen", self._at(unequal, unit)
         if sizes.max() == 1:
-            return "frozen", self._at("each block has a single unit", unit)
+            single = "each block has a single unit" if len(sizes) > 1 else "it is a single unit"
+            return "frozen", self._at(single, unit)
         if routed:
             return "head", ""
         if mixed:
