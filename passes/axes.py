@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .rules import Axes, Call, Rule, parse
-from .values import Arrays, Labels, Operand, Site, Value
+from .values import Arrays, Labels, Operand, Site, Value, varying
 from .visit import Visit, tensor_arguments
 
 
@@ -46,6 +46,7 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
     outputs = [_expand_out(names, order) for names in axes.outputs]
     outputs += outputs[-1:] * (len(visit.outs) - len(outputs))
     carried = {name for names in outputs for name in names}
+    _note_inside(visit, values, lists, carried)
     merged: dict[str, Tensor] = {}
     for axis in order:
         sides = []
@@ -81,6 +82,23 @@ def _note_parts(visit: Visit, array: Tensor) -> None:
     groups = visit.given.get("num_groups") or 1
     if 1 < groups < array.numel() and array.numel() == visit.shape[1]:
         visit.labels.parts.append(array.reshape(groups, -1))
+
+
+def _note_inside(
+    visit: Visit, values: list[Any], lists: list[tuple[str, ...]], carried: set[str]
+) -> None:
+    """Labels of a batch axis (carried, on every operand of an axis that is not) that vary along an
+    axis that is none.
+    """
+    held = [set(names) for names in lists]
+    batch: set[str] = set()
+    for axis in set().union(*held) - carried:
+        operands = [names for names in held if axis in names]
+        batch |= set.intersection(*operands) & carried if len(operands) > 1 else set()
+    for value, names in zip(values, lists, strict=False):
+        for dim, array in value.arrays.items() if value is not None and batch else ():
+            if names[dim] in batch and any(names[d] not in batch for d in varying(array)):
+                visit.labels.inside.append(array)
 
 
 def _repeat_grouped(visit: Visit, values: list[Any]) -> list[Any]:
