@@ -59,13 +59,12 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
         if not sides:
             continue
         merged[axis] = labels.meet([side.labels for side in sides])
-        kind = axes.kind(axis, axis in carried)
+        kind = _kind(visit, axes.kind(axis, axis in carried), merged[axis])
         if kind in ("sum", "mean") and not labels.is_fixed(merged[axis]):
             labels.sites.append(Site(visit.node, tuple(sides), kind == "mean"))
         if kind in ("mean", "mixed"):
             reason = visit.reason(f"mixed by {visit.name}")
             labels.mark(kind, [merged[axis]], reason, visit.node)
-            _note_parts(visit, merged[axis])
         elif kind == "fixed":
             reason = visit.reason(f"fixed by {visit.name}")
             labels.mark("frozen", [merged[axis]], reason, visit.node)
@@ -77,11 +76,19 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
     ]
 
 
-def _note_parts(visit: Visit, array: Tensor) -> None:
-    """Channels are normalised in groups; each must keep as many."""
+def _kind(visit: Visit, kind: str, array: Tensor) -> str:
+    """Channels that are normalised in groups: each must keep as many, or go as a whole (in the run
+    on blocks), which mixes nothing.
+    """
     groups = visit.given.get("num_groups") or 1
-    if 1 < groups < array.numel() and array.numel() == visit.shape[1]:
-        visit.labels.parts.append(array.reshape(groups, -1))
+    if kind != "mixed" or not 1 < groups < array.numel() or array.numel() != visit.shape[1]:
+        return kind
+    parts = array.reshape(groups, -1)
+    if visit.outer:
+        visit.labels.unite(parts[:, :1], parts)
+        return "carry"
+    visit.labels.parts.append(parts)
+    return kind
 
 
 def _note_inside(
