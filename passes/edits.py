@@ -15,8 +15,10 @@ from torch.fx import Node
 from . import norms
 from .edit import Edit, hold
 from .errors import UnsupportedOp
+from .made import BY_SIZE
 from .pointwise import DRAWN_LIKE
 from .removal import count, places
+from .visit import op_name
 
 aten = torch.ops.aten
 
@@ -230,6 +232,25 @@ def _drawn(edit: Edit) -> None:
     edit.become(aten.take_along_dim.default, made, index, last)
 
 
+def _made_like(edit: Edit) -> None:
+    """Made by size, where other places stay than in the form."""
+    graph, node, form = edit.node.graph, edit.node, edit.ins[edit.source]
+    out, there = ({d: count(m, d) for d, m in cuts.items()} for cuts in (edit.outs[0], form))
+    if out == there:
+        return
+    with graph.inserting_before(node):
+        sizes = [
+            out.get(dim, size)
+            if dim in {*out, *there}
+            else graph.call_function(aten.sym_size.int, (edit.source, dim))
+            for dim, size in enumerate(edit.shape(edit.source))
+        ]
+    filled = [edit.bound["fill_value"]] if "fill_value" in edit.bound else []
+    options = {k: v for k, v in node.kwargs.items() if k not in ("memory_format", "fill_value")}
+    edit.become(BY_SIZE[op_name(node)], edit.source, sizes, *filled)
+    node.kwargs = options
+
+
 EDITS: dict[str, Callable[[Edit], None]] = {
     **dict.fromkeys(("reshape", "view", "_unsafe_view"), _reshape),
     **dict.fromkeys(("expand", "broadcast_to"), _expand),
@@ -250,6 +271,7 @@ EDITS: dict[str, Callable[[Edit], None]] = {
     "rms_norm": norms.rms_norm,
     "mean": norms.mean,
     **dict.fromkeys(DRAWN_LIKE, _drawn),
+    **dict.fromkeys(BY_SIZE, _made_like),
     "group_norm": norms.group_norm,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
