@@ -17,7 +17,7 @@ from .edit import Edit, hold
 from .errors import UnsupportedOp
 from .made import BY_SIZE
 from .pointwise import DRAWN_LIKE
-from .removal import count, places
+from .removal import count, places, take
 from .visit import op_name
 
 aten = torch.ops.aten
@@ -175,6 +175,21 @@ def _take(edit: Edit, dim: int, places: list[int]) -> None:
     edit.become(aten.index_select.default, edit.source, dim, held)
 
 
+def _roll(edit: Edit) -> None:
+    """A roll of a cut dim takes what stays in the order of the dense roll."""
+    rank, cuts, shifts = len(edit.shape(edit.source)), edit.ins[edit.source], edit.bound["shifts"]
+    dims = [dim % rank for dim in edit.bound["dims"]]
+    if cuts.keys().isdisjoint(dims):
+        return
+    if len(dims) > 1 or not isinstance(shifts[0], int):
+        raise UnsupportedOp("a pruned axis is rolled with others, or by a size")
+    (dim,), (shift,) = dims, shifts
+    number = cuts[dim].cumsum(dim) - 1
+    index = take(number.roll(shift, dim), dim, cuts[dim].roll(shift, dim))
+    held = hold(edit.module, edit.node, f"_rolled_{edit.node.name}", index)
+    edit.become(aten.take_along_dim.default, edit.source, held, dim)
+
+
 def _pad(edit: Edit) -> None:
     pads, rank = list(edit.bound["pad"]), len(edit.shape(edit.source))
     for dim, mask in edit.outs[0].items():
@@ -266,6 +281,7 @@ EDITS: dict[str, Callable[[Edit], None]] = {
         _split,
     ),
     **dict.fromkeys(("index", "index_select"), _index),
+    "roll": _roll,
     **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
     "layer_norm": norms.normalized,
     "rms_norm": norms.rms_norm,
