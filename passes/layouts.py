@@ -98,12 +98,23 @@ def _turn(module: GraphModule, node: Node, shape: tuple[int, ...], source: tuple
     first = len(source) - 1 if op_name(node) == "unflatten" else first
     places = torch.arange(source[-1]).view(shape[first:])
     for user in list(node.users):
-        bound = bind(user, user.args, user.kwargs)
-        if op_name(user) == "slice" and bound["dim"] % len(shape) == len(shape) - 1:
-            part = places[..., slice(bound["start"], bound["end"], bound["step"])]
-            user.replace_all_uses_with(_taken(module, user, node, first, part))
-        else:
+        bounds = _along_last(user, len(shape))
+        if bounds is None:
             user.replace_input_with(node, _taken(module, user, node, first, places))
+        else:
+            part = _taken(module, user, node, first, places[..., bounds])
+            user.replace_all_uses_with(part)
+
+
+def _along_last(node: Node, rank: int) -> slice | None:
+    """Of a slice of the last of `rank` dims its constant bounds."""
+    if op_name(node) != "slice":
+        return None
+    bound = bind(node, node.args, node.kwargs)
+    bounds = (bound["start"], bound["end"], bound["step"])
+    if (bound["dim"] or 0) % rank != rank - 1 or any(isinstance(n, Node) for n in bounds):
+        return None
+    return slice(*bounds)
 
 
 def _sizes(node: Node) -> list[Any]:
