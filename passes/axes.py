@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from .errors import FaspGraphError, where
 from .rules import CUSTOM, Axes, Call, Rule, parse
-from .values import Arrays, Labels, Operand, Site, Value
+from .values import Arrays, Labels, Operand, Site, Value, varying
 from .visit import Visit, tensor_arguments
 
 
@@ -66,6 +66,7 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
     outputs = [_expand_out(names, order) for names in axes.outputs]
     outputs += outputs[-1:] * (len(visit.outs) - len(outputs))
     carried = {name for names in outputs for name in names}
+    _note_inside(visit, values, lists, carried)
     merged: dict[str, Tensor] = {}
     for axis in order:
         sides = []
@@ -78,13 +79,12 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
         if not sides:
             continue
         merged[axis] = labels.meet([side.labels for side in sides])
-        kind = axes.kind(axis, axis in carried)
+        kind = _kind(visit, axes.kind(axis, axis in carried), merged[axis])
         if kind in ("sum", "mean") and not labels.is_fixed(merged[axis]):
             labels.sites.append(Site(visit.node, tuple(sides), kind == "mean"))
         if kind in ("mean", "mixed"):
             reason = visit.reason(f"mixed by {visit.name}")
             labels.mark(kind, [merged[axis]], reason, visit.node)
-            _note_parts(visit, merged[axis])
         elif kind == "fixed":
             reason = visit.reason(f"fixed by {visit.name}")
             labels.mark("frozen", [merged[axis]], reason, visit.node)
@@ -96,11 +96,36 @@ def apply(visit: Visit, axes: Axes, operands: list[Any]) -> list[Arrays]:
     ]
 
 
-def _note_parts(visit: Visit, array: Tensor) -> None:
-    """Channels are normalised in groups; each must keep as many."""
+def _kind(visit: Visit, kind: str, array: Tensor) -> str:
+    """Channels that are normalised in groups: each must keep as many, or go as a whole (in the run
+    on blocks), which mixes nothing.
+    """
     groups = visit.given.get("num_groups") or 1
-    if 1 < groups < array.numel() and array.numel() == visit.shape[1]:
-        visit.labels.parts.append(array.reshape(groups, -1))
+    if kind != "mixed" or not 1 < groups < array.numel() or array.numel() != visit.shape[1]:
+        return kind
+    parts = array.reshape(groups, -1)
+    if visit.outer:
+        visit.labels.unite(parts[:, :1], parts)
+        return "carry"
+    visit.labels.parts.append(parts)
+    return kind
+
+
+def _note_inside(
+    visit: Visit, values: list[Any], lists: list[tuple[str, ...]], carried: set[str]
+) -> None:
+    """Labels of a batch axis (carried, on every operand of an axis that is not) that vary along an
+    axis that is none.
+    """
+    held = [set(names) for names in lists]
+    batch: set[str] = set()
+    for axis in set().union(*held) - carried:
+        operands = [names for names in held if axis in names]
+        batch |= set.intersection(*operands) & carried if len(operands) > 1 else set()
+    for value, names in zip(values, lists, strict=False):
+        for dim, array in value.arrays.items() if value is not None and batch else ():
+            if names[dim] in batch and any(names[d] not in batch for d in varying(array)):
+                visit.labels.inside.append(array)
 
 
 def _repeat_grouped(visit: Visit, values: list[Any]) -> list[Any]:

@@ -39,6 +39,7 @@ from .errors import CaptureError
 from .flex import open_flex
 from .free_axes import Args, attempts, free_axes
 from .held import assert_constants, assert_held, holdable, with_held
+from .layouts import blocks_first
 from .lazy import is_lazy, replace
 from .normalize import normalize
 from .refuse import (
@@ -241,6 +242,7 @@ def _export(
     if whole:
         leave_control(module)
     module = normalize(clean(take_apart(open_flex(unbatch(module)))))
+    module = blocks_first(module, args)
     assert_held(module, args, held or frozenset())
     assert_constants(module, args)
     if not real:

@@ -15,14 +15,14 @@ from torch._decomp import get_decompositions
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from . import indexing, moves, pairs, places, recurrent, routing, windows
+from . import indexing, made, moves, pairs, places, recurrent, routing, windows
 from .fakes import unknowns
 from .pointwise import is_pointwise
 from .rules import table
 from .visit import op_name
 from .vmapped import trace_again
 
-SPECIAL = tuple(m.HANDLERS for m in (places, indexing, routing, recurrent, pairs, windows))
+SPECIAL = tuple(m.HANDLERS for m in (places, indexing, routing, recurrent, pairs, windows, made))
 """Ops whose labels are a function of their own."""
 COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd
 DECOMPOSED = get_decompositions([torch.ops.aten.channel_shuffle])

@@ -15,8 +15,10 @@ from torch.fx import Node
 from . import norms
 from .edit import Edit, hold
 from .errors import UnsupportedOp
+from .made import BY_SIZE
 from .pointwise import DRAWN_LIKE
-from .removal import count, places
+from .removal import count, places, take
+from .visit import op_name
 
 aten = torch.ops.aten
 
@@ -173,6 +175,21 @@ def _take(edit: Edit, dim: int, places: list[int]) -> None:
     edit.become(aten.index_select.default, edit.source, dim, held)
 
 
+def _roll(edit: Edit) -> None:
+    """A roll of a cut dim takes what stays in the order of the dense roll."""
+    rank, cuts, shifts = len(edit.shape(edit.source)), edit.ins[edit.source], edit.bound["shifts"]
+    dims = [dim % rank for dim in edit.bound["dims"]]
+    if cuts.keys().isdisjoint(dims):
+        return
+    if len(dims) > 1 or not isinstance(shifts[0], int):
+        raise UnsupportedOp("a pruned axis is rolled with others, or by a size")
+    (dim,), (shift,) = dims, shifts
+    number = cuts[dim].cumsum(dim) - 1
+    index = take(number.roll(shift, dim), dim, cuts[dim].roll(shift, dim))
+    held = hold(edit.module, edit.node, f"_rolled_{edit.node.name}", index)
+    edit.become(aten.take_along_dim.default, edit.source, held, dim)
+
+
 def _pad(edit: Edit) -> None:
     pads, rank = list(edit.bound["pad"]), len(edit.shape(edit.source))
     for dim, mask in edit.outs[0].items():
@@ -230,6 +247,25 @@ def _drawn(edit: Edit) -> None:
     edit.become(aten.take_along_dim.default, made, index, last)
 
 
+def _made_like(edit: Edit) -> None:
+    """Made by size, where other places stay than in the form."""
+    graph, node, form = edit.node.graph, edit.node, edit.ins[edit.source]
+    out, there = ({d: count(m, d) for d, m in cuts.items()} for cuts in (edit.outs[0], form))
+    if out == there:
+        return
+    with graph.inserting_before(node):
+        sizes = [
+            out.get(dim, size)
+            if dim in {*out, *there}
+            else graph.call_function(aten.sym_size.int, (edit.source, dim))
+            for dim, size in enumerate(edit.shape(edit.source))
+        ]
+    filled = [edit.bound["fill_value"]] if "fill_value" in edit.bound else []
+    options = {k: v for k, v in node.kwargs.items() if k not in ("memory_format", "fill_value")}
+    edit.become(BY_SIZE[op_name(node)], edit.source, sizes, *filled)
+    node.kwargs = options
+
+
 EDITS: dict[str, Callable[[Edit], None]] = {
     **dict.fromkeys(("reshape", "view", "_unsafe_view"), _reshape),
     **dict.fromkeys(("expand", "broadcast_to"), _expand),
@@ -245,11 +281,13 @@ EDITS: dict[str, Callable[[Edit], None]] = {
         _split,
     ),
     **dict.fromkeys(("index", "index_select"), _index),
+    "roll": _roll,
     **dict.fromkeys(("constant_pad_nd", "pad"), _pad),
     "layer_norm": norms.normalized,
     "rms_norm": norms.rms_norm,
     "mean": norms.mean,
     **dict.fromkeys(DRAWN_LIKE, _drawn),
+    **dict.fromkeys(BY_SIZE, _made_like),
     "group_norm": norms.group_norm,
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),

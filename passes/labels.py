@@ -28,12 +28,12 @@ from torch.utils import _pytree as pytree
 
 from . import moves, places, routing
 from .axes import apply_rule
-from .capture import Args
 from .composed import SPECIAL
 from .control import WHY
 from .covered import check_covered
 from .errors import where
 from .fakes import as_fake, executed, real_like
+from .free_axes import Args
 from .functional import written
 from .pointwise import draws, is_pointwise, meet_pointwise
 from .rules import table

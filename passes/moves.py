@@ -174,7 +174,11 @@ def _stand_still(visit: Visit, slot: _Slot, dim: int, out: Tensor, spread: list[
 
 
 def _disturbed(visit: Visit, dim: int, rank: int) -> bool:
-    """Whether an op whose effect depends on sizes acts on this very dim."""
+    """Whether an op whose effect depends on sizes acts on this very dim; a roll of it is made one
+    by an index (passes/edits.py).
+    """
+    if visit.name == "roll" and visit.given["dims"]:
+        return False
     return dim in _dims(visit, rank)
 
 

@@ -1,6 +1,7 @@
 """normalize: the same program in a form that labels can see through better.
 
     select, unbind, split of a reshape's outer dim   slices of the flat dim, reshaped one by one
+    ... of its innermost dim                         slices by stride
     ... with permutes and reshapes in between        the slice goes first
     constants that several places read               an alias for each (passes/constants.py)
     slice_scatters that cover a tensor               cat, or stack where they go by strides
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,10 +41,9 @@ def normalize(module: GraphModule) -> GraphModule:
         if parts is not None:
             dim, ranges = parts
             chain = _chain(node, dim)
-            if chain is not None:
-                _replace(node, chain, ranges)
-            elif op_name(node) in ("select", "unbind"):
-                _stride(node, dim, ranges)
+            cut = None if chain is None else _cut(chain[1], chain[2], ranges)
+            if chain is not None and cut is not None:
+                _replace(node, chain, cut)
     separate(module)
     module.graph.eliminate_dead_code()
     module.graph.lint()
@@ -129,22 +130,75 @@ def _chain(node: Node, dim: int) -> Chain | None:
     while isinstance(at, Node) and at.op == "call_function" and op_name(at) in PASSED | RESHAPES:
         before = _before(at, dim)
         if before is None and op_name(at) in RESHAPES:
-            break
+            return chain, at, dim
         if before is None:
             return None
         chain.append((at, dim))
         dim = before
         at = at.args[0]
-    if not isinstance(at, Node) or at.op != "call_function" or op_name(at) not in RESHAPES:
-        return None
-    shape, source = shape_of(at), shape_of(at.args[0])
+    return None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Positions low, low + step, ... below high of a flat dim, the sizes that they split to, and
+    how many are taken along the dim of the reshape (by stride, one).
+    """
+
+    low: int
+    high: int
+    step: int
+    taken: int
+    sizes: list[int]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The parts of the dim `dim` of size `size` that a reshape splits."""
+
+    dim: int
+    size: int
+    parts: list[_Part]
+
+
+def _cut(reshape: Node, dim: int, ranges: list[tuple[int, int]]) -> _Cut | None:
+    """The parts of a flat dim that are ranges of positions along `dim` of its reshape: runs where
+    the dim is an outer one, by stride where it is the innermost.
+    """
+    shape, source = shape_of(reshape), shape_of(reshape.args[0])
     if shape is None or source is None or not all(isinstance(n, int) for n in shape[dim:]):
         return None
-    whole = math.prod(shape[dim:]) == source[-1]  # other dims may be merged on the way
-    splits = dim < len(shape) - 1 and (len(shape) > len(source) or whole)
-    if not splits or math.prod(shape[dim:]) == 0 or _ends(source, math.prod(shape[dim + 1 :])):
+    if dim == len(shape) - 1:
+        return _strided(shape, source, ranges)
+    rest = shape[dim + 1 :]
+    inner, size = math.prod(rest), math.prod(shape[dim:])
+    splits = len(shape) > len(source) or size == source[-1]  # other dims merge on the way
+    if not splits or size == 0 or _ends(source, inner):
         return None
-    return chain, at, dim
+    parts = [_Part(a * inner, b * inner, 1, b - a, [b - a, *rest]) for a, b in ranges]
+    return _Cut(dim, size, parts)
+
+
+def _strided(
+    shape: tuple[Any, ...], source: tuple[Any, ...], ranges: list[tuple[int, int]]
+) -> _Cut | None:
+    """Single positions along the innermost of the dims that the last dim of `source` splits to."""
+    first = split_from(shape, source)
+    if first is None or any(high - low != 1 for low, high in ranges):
+        return None
+    *outer, step = shape[first:]
+    return _Cut(first, source[-1], [_Part(a, source[-1], step, 1, outer) for a, _ in ranges])
+
+
+def split_from(shape: tuple[Any, ...], source: tuple[Any, ...]) -> int | None:
+    """The first of the several dims that the last dim of `source` is split into."""
+    for first in range(len(shape) - 2, -1, -1):
+        split = shape[first:]
+        if not all(isinstance(n, int) for n in (*split, source[-1])):
+            return None
+        if math.prod(split) == source[-1] and split[0] > 1:
+            return first if split[-1] > 1 else None
+    return None
 
 
 def _ends(source: tuple[Any, ...], inner: int) -> bool:
@@ -189,34 +243,26 @@ def _before(node: Node, dim: int) -> int | None:
     return dim
 
 
-def _replace(node: Node, chain: Chain, ranges: list[tuple[int, int]]) -> None:
-    moves, reshape, dim = chain
-    shape, source = shape_of(reshape), shape_of(reshape.args[0])
-    assert shape is not None and source is not None
-    rest = shape[dim + 1 :]
-    inner, graph = math.prod(rest), node.graph
+def _replace(node: Node, chain: Chain, cut: _Cut) -> None:
+    moves, reshape, _ = chain
+    graph = node.graph
     made: list[Node] = []
     with graph.inserting_before(node):
-        flat = reshape.args[0]
-        if [str(n) for n in source[:-1]] != [str(n) for n in shape[:dim]]:
-            sizes = list(bind(reshape, reshape.args, reshape.kwargs).get("shape") or shape)
-            if not all(isinstance(n, (int, Node)) for n in sizes[:dim]):
-                return
-            target = [*sizes[:dim], shape[dim] * inner]
-            flat = graph.call_function(aten.reshape.default, (flat, target))
-            made.append(flat)
+        flat = _flattened(reshape, cut.dim, cut.size, made)
+        if flat is None:
+            return
         pieces = []
-        for low, high in ranges:
-            part = graph.call_function(aten.slice.Tensor, (flat, dim, low * inner, high * inner))
-            made += [
-                part,
-                graph.call_function(aten.unflatten.int, (part, dim, [high - low, *rest])),
-            ]
+        for part in cut.parts:
+            bounds = (part.low, part.high, part.step)
+            made.append(graph.call_function(aten.slice.Tensor, (flat, cut.dim, *bounds)))
+            made.append(graph.call_function(aten.unflatten.int, (made[-1], cut.dim, part.sizes)))
+            if part.step > 1:
+                made.append(graph.call_function(aten.unsqueeze.default, (made[-1], -1)))
             for moved, place in reversed(moves):
                 arguments = (made[-1], *moved.args[1:])
                 if op_name(moved) in RESHAPES:
                     sizes = list(moved.args[1])  # type: ignore[arg-type]
-                    arguments = (made[-1], [*sizes[:place], high - low, *sizes[place + 1 :]])
+                    arguments = (made[-1], [*sizes[:place], part.taken, *sizes[place + 1 :]])
                 made.append(graph.call_function(moved.target, arguments, moved.kwargs))
             if op_name(node) in ("select", "unbind"):
                 at = bind(node, node.args, node.kwargs)["dim"] or 0
@@ -227,33 +273,18 @@ def _replace(node: Node, chain: Chain, ranges: list[tuple[int, int]]) -> None:
     _redirect(node, pieces)
 
 
-def _stride(node: Node, dim: int, ranges: list[tuple[int, int]]) -> None:
-    """The innermost of the dims that a reshape splits the last dim into, taken by stride."""
-    reshape: Any = node.args[0]
-    if reshape.op != "call_function" or op_name(reshape) not in RESHAPES:
-        return
+def _flattened(reshape: Node, dim: int, size: int, made: list[Node]) -> Node | None:
+    """The source of a reshape with its last dims as they are behind it, up to `dim` of `size`."""
     shape, source = shape_of(reshape), shape_of(reshape.args[0])
-    if shape is None or source is None or dim != len(shape) - 1 or len(shape) <= len(source):
-        return
-    last = len(source) - 1
-    split = shape[last:]
-    if not all(isinstance(n, int) for n in (*split, source[last])):
-        return
-    if math.prod(split) != source[last]:
-        return
-    made: list[Node] = []
-    pieces = []
-    with node.graph.inserting_before(node):
-        for low, _ in ranges:
-            arguments = (reshape.args[0], last, low, source[last], shape[dim])
-            made.append(node.graph.call_function(aten.slice.Tensor, arguments))
-            if len(split) > 2:
-                sizes = list(split[:-1])
-                made.append(node.graph.call_function(aten.unflatten.int, (made[-1], last, sizes)))
-            pieces.append(made[-1])
-    for new in made:
-        new.meta = {key: value for key, value in node.meta.items() if key != "val"}
-    _redirect(node, pieces)
+    assert shape is not None and source is not None
+    flat: Any = reshape.args[0]
+    if [str(n) for n in source[:-1]] == [str(n) for n in shape[:dim]]:
+        return flat  # type: ignore[no-any-return]
+    sizes = list(bind(reshape, reshape.args, reshape.kwargs).get("shape") or shape)
+    if not all(isinstance(n, (int, Node)) for n in sizes[:dim]):
+        return None
+    made.append(reshape.graph.call_function(aten.reshape.default, (flat, [*sizes[:dim], size])))
+    return made[-1]
 
 
 def _redirect(node: Node, pieces: list[Node]) -> None:

@@ -51,9 +51,14 @@ def normalized(edit: Edit) -> None:
 
 
 def group_norm(edit: Edit) -> None:
-    """As many groups as before, of fewer channels; a group for every channel that stays."""
+    """The groups that keep channels; each must keep as many."""
     mask, groups = edit.ins[edit.source].get(1), edit.bound["num_groups"]
-    if mask is not None and groups == edit.shape(edit.source)[1]:
-        edit.change(num_groups=count(mask, 1))
-    elif mask is not None and count(mask, 1) % groups:
-        raise UnsupportedOp(f"{count(mask, 1)} channels would stay, no multiple of {groups} groups")
+    if mask is None:
+        return
+    if mask.numel() != mask.shape[1]:
+        raise UnsupportedOp("the channels of a group norm would be cut in blocks of another axis")
+    kept = mask.reshape(groups, -1).sum(1)
+    sizes = torch.unique(kept[kept > 0]).tolist()
+    if len(sizes) > 1:
+        raise UnsupportedOp(f"the groups of a norm would keep unequal numbers of channels: {sizes}")
+    edit.change(num_groups=int((kept > 0).sum()))

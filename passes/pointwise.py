@@ -15,7 +15,7 @@ from .visit import Visit, bind, op_name
 CARRY = {
     *("clone", "contiguous", "to", "_to_copy", "dropout", "type_as", "detach", "alias", "tril"),
     *("triu", "masked_fill", "where", "clamp", "gelu", "silu", "relu", "hardtanh", "hardswish"),
-    *("softplus", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+    *("softplus", "rand_like", "randn_like"),
     *("relu6", "selu", "celu", "hardsigmoid", "leaky_relu", "elu", "mish", "logsigmoid", "conj"),
     *("fill", "copy", "copy_", "fill_", "zero_", "nan_to_num", "float_power", "lift_fresh_copy"),
     *("_conj", "resolve_conj", "resolve_neg", "real", "imag", "isfinite", "isnan", "isinf"),

@@ -106,7 +106,8 @@ class Value:
 @dataclass
 class Labels:
     """The result of propagation: values by node, sources of labels, unions, sites and marks;
-    `parts`: labels that an op looks at in equal parts [parts, labels of each].
+    `parts`: labels that an op looks at in equal parts [parts, labels of each]; `inside`: labels of
+    a batch axis of a contraction that vary along another axis (passes/layouts.py).
     """
 
     values: dict[Node, Any] = field(default_factory=dict)
@@ -117,6 +118,7 @@ class Labels:
     marks: list[Mark] = field(default_factory=list)
     fixed_labels: dict[tuple[str, int], int] = field(default_factory=dict)
     parts: list[Tensor] = field(default_factory=list)
+    inside: list[Tensor] = field(default_factory=list)
     held: dict[tuple[torch.Size, int], Tensor] = field(default_factory=dict)
 
     def once(self, array: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from .made import BY_SIZE
 from .values import Value
 from .visit import op_name
 
@@ -47,7 +48,9 @@ class Zeros:
             return not bool(value.const.any())
         if node.op == "get_attr":
             return isinstance(value, Value)
-        if node.op != "call_function" or carriers.isdisjoint(node.all_input_nodes):
+        if node.op != "call_function":
+            return False
+        if carriers.isdisjoint(node.all_input_nodes) and op_name(node) not in BY_SIZE:
             return False
         if op_name(node) in BESIDE:
             return True

@@ -30,12 +30,15 @@ def test_two_streams_under_one_group_norm_lose_equally_many_of_each_group(left, 
 
 
 def test_streams_that_fill_whole_groups_are_chosen_apart():
-    """Each stream has as many channels in every group: nothing is united."""
+    """Each stream has as many channels in every group: nothing is united. Groups go as a whole."""
     torch.manual_seed(0)
     deps = fg.analyze(Interleaved().double(), IMAGE, check=True)
 
     sizes = {g.name: (g.size, g.blocks) for g in deps.groups if g.kind != "frozen"}
-    assert sizes == {"left.0": (6, 3), "right.0": (6, 3)}
+    assert sizes == {"left.0": (6, 3), "right.0": (6, 3), "left.0.blocks": (3, 1)}
+    result = pruned(Interleaved(), ("head", "width"), 0.6)
+    assert result.report.verify_max_error < 1e-9
+    assert len(result.plan.kept["left.0.blocks"]) < 3
 
 
 class Interleaved(nn.Module):
