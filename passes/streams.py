@@ -38,7 +38,8 @@ class Streams:
         self.layer = layer
         self.values = layer.labels.values
         self.zeros = Zeros(self.values)
-        self.place = {node: number for number, node in enumerate(self.values)}
+        self._nodes = list(self.values)
+        self.place = {node: number for number, node in enumerate(self._nodes)}
         self.adds = [node for node in self.values if op_name(node) in ADDING]
 
     def carries(self, node: Node, unit: int) -> bool:
@@ -57,7 +58,7 @@ class Streams:
 
     def last(self, unit: int) -> Node:
         """The last node that carries a unit of a weight."""
-        return list(self.place)[self._last[unit]]
+        return self._nodes[self._last[unit]]
 
     def comes_back(self, site: Site, unit: int) -> bool:
         """Whether the mean meets the axis again."""
