@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from passes.groups import DependencyGraph
+from passes.groups import DependencyGraph, Group
 from passes.values import Value
 from passes.visit import bind, op_name
 
@@ -71,8 +71,14 @@ def _reason(deps: DependencyGraph, consumes: bool, units: set[int]) -> str:
     groups = [g for g in deps.groups if not g.layer and units & set(g.components.tolist())]
     if consumes or any(g.kind == "chain" for g in groups):
         return ""
-    held = [f"{g.kind}, {re.sub(' · .*', '', g.reason)}" for g in groups]
+    held = [f"{g.kind}, {re.sub(' · .*', '', g.reason) or _summed(g)}" for g in groups]
     return held[0] if held else "a dim of one position"
+
+
+def _summed(group: Group) -> str:
+    """The ops that sum a group away which is no chain: no weight meets an activation there."""
+    names = {re.sub(r"_\d+$", "", consumer.node) for consumer in group.consumers}
+    return f"summed by {', '.join(sorted(names))} of two values that are both computed"
 
 
 def _inner(node: Node, deps: DependencyGraph) -> set[int]:
