@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .pointwise import is_pointwise
 from .visit import op_name
@@ -180,6 +179,8 @@ class _Mod(Interpreter):
 
     def _taken(self, buffer: Tensor, indices: list[Tensor]) -> Tensor:
         """buffer[indices]; a dim that a place of its own indexes is moved there instead."""
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
         rank, places = len(self.places), [[p is index for p in self.places] for index in indices]
         free = [index for index, kind in zip(indices, places, strict=True) if not any(kind)]
         spread = torch.broadcast_shapes((1,) * rank, *(index.shape for index in free))

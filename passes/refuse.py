@@ -39,13 +39,13 @@ def refuse(model: nn.Module, args: Any) -> None:
     names that cannot stand in a graph.
     """
     _refuse_names(model)
-    _refuse_computed(model)
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise CaptureError(
                 f"module {name or type(model).__name__} is wrapped by FSDP, which flattens weights "
                 "· help: capture the model before it is wrapped"
             )
+    _refuse_computed(model)
     for name, parameter in model.named_parameters():
         reason = _objection(parameter)
         if reason:

@@ -236,8 +236,8 @@ def prompt(name: str, n: int = 2) -> dict[str, torch.Tensor]:
 
 def free_length(name: str) -> bool:
     """Whether the graph holds for any number of tokens; some code unrolls the sequence."""
-    shapes = program(name)[2].captured.dynamic_shapes
-    return any(1 in axes for axes in (shapes or {}).values() if axes)
+    inputs = program(name)[2].captured.graph_module.graph.find_nodes(op="placeholder")
+    return any(isinstance(size, torch.SymInt) for n in inputs for size in n.meta["val"].shape[1:2])
 
 
 def output(model: Any, inputs: Any) -> torch.Tensor:
