@@ -46,10 +46,15 @@ def free_axes(module: GraphModule, args: Args) -> dict[int, list[int]]:
     for position, node in enumerate(inputs[: len(pytree.tree_leaves(args))]):
         value = node.meta.get("val")
         shape = value.shape if isinstance(value, Tensor) else ()
-        axes = [axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+        axes = [axis for axis, size in enumerate(shape) if _is_open(size)]
         if axes:
             found[position] = axes
     return found
+
+
+def _is_open(size: Any) -> bool:
+    """Whether a size is no number, nor a symbol that turned out to be one."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def static_axes(args: Args, free: dict[int, list[int]]) -> dict[int, list[int]]:

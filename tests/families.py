@@ -19,6 +19,7 @@ import fasp_graph as fg
 from fasp_graph.prune import Program, read
 from passes.capture import as_args
 from passes.compare import tensors
+from passes.free_axes import free_axes
 
 VOCABULARY = 101
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -236,8 +237,8 @@ def prompt(name: str, n: int = 2) -> dict[str, torch.Tensor]:
 
 def free_length(name: str) -> bool:
     """Whether the graph holds for any number of tokens; some code unrolls the sequence."""
-    inputs = program(name)[2].captured.graph_module.graph.find_nodes(op="placeholder")
-    return any(isinstance(size, torch.SymInt) for n in inputs for size in n.meta["val"].shape[1:2])
+    captured = program(name)[2].captured
+    return any(1 in axes for axes in free_axes(captured.graph_module, captured.inputs).values())
 
 
 def output(model: Any, inputs: Any) -> torch.Tensor:
