@@ -21,14 +21,19 @@ from torch.utils import _pytree as pytree
 from .bounds import BOUND, assert_axes
 from .branches import ASSUMED
 from .errors import CaptureError
-from .free_axes import Args, cut, enlarged, static_axes
+from .free_axes import Args, enlarged, resized, static_axes
 from .lazy import is_lazy
 from .precision import is_half, widened, widened_inputs
 from .skeleton import shared_copy
 from .state import steady
+from .tracing import silenced
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
 HALF = 2e-2
+SIZES = (lambda n: n // 2, lambda n: 1, lambda n: n + 1, lambda n: 2 * n - 1)
+"""What a static axis of n is tried at; the first alone where there are several inputs: they must fit
+each other, and not every kernel of torch checks that.
+"""
 
 
 def compare(
@@ -45,6 +50,8 @@ def compare(
     reference = shared_copy(model).eval()
     if not _same(module, reference, args):
         raise _different("at 1 times the sample size")
+    if not is_lazy(model) and not _same(module, reference, args, calls=2):
+        raise _different("when it is called again")
     if not is_lazy(model):  # every run would read all weights
         _bound(module, reference, args, free)
     for sizes, where in (
@@ -57,14 +64,28 @@ def compare(
 
 
 def _bound(module: GraphModule, model: nn.Module, args: Args, free: dict[int, list[int]]) -> None:
-    """Let the graph assert the sizes that matter to the model alone."""
-    for axes, divisor in (
-        *((axes, None) for axes in _by_axis(free)),
-        *((axes, 2) for axes in _by_axis(static_axes(args, free))),
-    ):
-        with contextlib.suppress(Exception):  # the model, or else the graph, refuses this size
-            if not _same(module, model, cut(args, axes, divisor)):
-                assert_axes(module, args, axes, more_than_one=divisor is None)
+    """Let the graph assert that a free axis is not one, or that a static one is as it is, unless it
+    equals the model at these sizes too, where the model takes them.
+    """
+    for axes in _by_axis(free):
+        if not _holds(module, model, resized(args, axes, lambda n: 1)):
+            assert_axes(module, args, axes, more_than_one=True)
+    sizes = SIZES if len(tensors(args)) == 1 else SIZES[:1]
+    for axes in _by_axis(static_axes(args, free)):
+        if not all(_holds(module, model, resized(args, axes, size)) for size in sizes):
+            assert_axes(module, args, axes, more_than_one=False)
+
+
+def _holds(module: GraphModule, model: nn.Module, args: Args) -> bool:
+    with silenced():
+        try:
+            outputs(without_cache(model, args), args)
+        except Exception:  # its own code may refuse a size in any way
+            return True
+        try:
+            return _same(module, model, args)
+        except Exception as error:
+            return BOUND in str(error)
 
 
 def _by_axis(axes: dict[int, list[int]]) -> list[dict[int, list[int]]]:
@@ -86,10 +107,12 @@ class _Refused(Exception):
     """A size or numbers that the model itself refuses (a table of positions ends, say)."""
 
 
-def _same(module: GraphModule, model: nn.Module, args: Args, refusing: bool = False) -> bool:
+def _same(
+    module: GraphModule, model: nn.Module, args: Args, refusing: bool = False, calls: int = 1
+) -> bool:
     given = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, args)
     try:
-        expected = outputs(without_cache(model, args), args)
+        expected = outputs(without_cache(model, args), args, calls)
     except Exception as error:
         if refusing:
             raise _Refused from error
@@ -100,7 +123,7 @@ def _same(module: GraphModule, model: nn.Module, args: Args, refusing: bool = Fa
             "them at the start of forward"
         )
     try:
-        found = outputs(module, args)
+        found = outputs(module, args, calls)
     except RuntimeError as error:
         if refusing and any(said in str(error) for said in (ASSUMED, BOUND)):
             raise _Refused from error
@@ -124,15 +147,17 @@ def _all_equal(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def outputs(call: Callable[..., Any], args: Args) -> list[Tensor]:
+def outputs(call: Callable[..., Any], args: Args, calls: int = 1) -> list[Tensor]:
     """All tensors that a call gives, without gradients; what it draws at random is always alike,
-    and what it remembers is forgotten.
+    and what it remembers is forgotten; of several calls the last one's.
     """
     owner: Any = call
     while isinstance(owner, functools.partial):
         owner = owner.func
     with steady(getattr(owner, "__self__", owner)), torch.no_grad(), fork_rng(devices=[]):
         torch.manual_seed(0)
+        for _ in range(calls - 1):
+            call(*args[0], **args[1])
         return tensors(call(*args[0], **args[1]))
 
 

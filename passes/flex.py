@@ -52,18 +52,9 @@ class _Beyond(Exception):
     """A mod is more than element by element."""
 
 
-def _scaled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    score: GraphModule,
-    blocks: Any,
-    scale: float,
-    options: Any,
-    score_held: Any = (),
-    mask_held: Any = (),
-) -> tuple[Tensor]:
-    mask = _mask(query, key, blocks[-1], mask_held)
+def _scaled(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor]:
+    _, blocks, scale, _, *held = rest
+    mask = _mask(query, key, blocks[-1], held[1] if len(held) > 1 else ())
     grouped = query.shape[1] != key.shape[1]
     given = {"attn_mask": mask, "scale": scale, "enable_gqa": grouped}
     return (F.scaled_dot_product_attention(query, key, value, **given),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,13 +66,15 @@ def static_axes(args: Args, free: dict[int, list[int]]) -> dict[int, list[int]]:
     }
 
 
-def cut(args: Args, axes: dict[int, list[int]], divisor: int | None = None) -> Args:
-    """The inputs with the first 1/divisor of these axes, by default with one position."""
+def resized(args: Args, axes: dict[int, list[int]], size: Callable[[int], int]) -> Args:
+    """The inputs with `size(n)` positions, the first ones or repeated, of these axes of n."""
     leaves, spec = pytree.tree_flatten(args)
     for position, dims in axes.items():
         for dim in dims:
-            size = leaves[position].shape[dim] // divisor if divisor else 1
-            leaves[position] = leaves[position].narrow(dim, 0, size).contiguous()
+            held = leaves[position]
+            count = size(held.shape[dim])
+            held = torch.cat([held] * -(-count // held.shape[dim]), dim)
+            leaves[position] = held.narrow(dim, 0, count).contiguous()
     return pytree.tree_unflatten(leaves, spec)
 
 

@@ -106,7 +106,7 @@ def _executor(visit: Visit, value: Value) -> Callable[[Tensor], list[Tensor]]:
     def plain(item: Any) -> Any:
         if not isinstance(item, Value):
             return item
-        return item.const if item.const is not None else torch.empty(1).expand(item.shape)
+        return item.const if item.const is not None else torch.empty(()).expand(item.shape)
 
     given = pytree.tree_map(plain, dict(visit.given), is_leaf=lambda v: isinstance(v, Value))
     first = next(name for name, item in visit.given.items() if item is value)

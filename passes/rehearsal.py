@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .errors import UnsupportedOp, brief, where
+from .functional import written
 from .groups import KINDS, DependencyGraph, Group
 from .lazy import Lazy
 from .removal import Removal, count, removal
@@ -44,6 +45,7 @@ def rehearsed(module: GraphModule, inputs: Args, deps: DependencyGraph) -> Depen
     together, and where that is refused kind by kind. Blocks of which one is left are apart: what
     differs between blocks would not be seen.
     """
+    deps = frozen(deps, _remembered(module, deps))
     every = dict(_drawn(deps.groups))
     single = {name: units for name, units in every.items() if deps[name].layer and len(units) == 1}
     several = {name: units for name, units in every.items() if name not in single}
@@ -54,6 +56,16 @@ def rehearsed(module: GraphModule, inputs: Args, deps: DependencyGraph) -> Depen
                 kept = {name: units for name, units in drawn.items() if deps[name].kind == kind}
                 refused |= _refused(module, inputs, deps, kept)
     return frozen(deps, refused)
+
+
+def _remembered(module: GraphModule, deps: DependencyGraph) -> Reasons:
+    """Groups of nothing but tables that forward writes: their places are told by when."""
+    tables = written(module.graph)
+    return {
+        group.name: f"a table that forward writes: {group.members[0].parameter}"
+        for group in deps.groups
+        if group.kind != "frozen" and {m.parameter for m in group.members} <= tables
+    }
 
 
 def _refused(module: GraphModule, inputs: Args, deps: DependencyGraph, kept: Kept) -> Reasons:

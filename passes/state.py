@@ -30,6 +30,7 @@ def steady(*modules: Any) -> Iterator[None]:
     before = [(h, dict(vars(h)), dict(h._buffers)) for h in holders]
     tensors = {id(t): t for _, *held in before for d in held for t in d.values() if _written(t)}
     numbers = [(t, t._version, t.clone()) for t in tensors.values()]
+    lists = [(v, v[:]) for _, held, _ in before for v in held.values() if type(v) is list]
     try:
         yield
     finally:
@@ -37,6 +38,8 @@ def steady(*modules: Any) -> Iterator[None]:
             for there, was in ((vars(holder), attributes), (holder._buffers, buffers)):
                 there.clear()
                 there.update(was)
+        for items, old in lists:
+            items[:] = old
         with torch.no_grad():
             for tensor, version, number in numbers:
                 if tensor._version != version:

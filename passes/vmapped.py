@@ -10,12 +10,12 @@ than its values. The section is run once more under make_fx, which sees the ops 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -60,12 +60,16 @@ def trace_again(
     inside = set(section)
     outside = dict.fromkeys(a for n in section for a in n.all_input_nodes if a not in inside)
     values = {node: _value(module, node) for node in outside}
-    given = [node for node, value in values.items() if not isinstance(value, nn.Module)]
+    traceable = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    given = [node for node, value in values.items() if isinstance(value, traceable)]
     results = [n for n in section if any(user not in inside for user in n.users)]
 
     def run(*traced: Any) -> list[Any]:
         known = {**values, **dict(zip(given, traced, strict=True))}
         for node in section:
+            if node.op == "get_attr":
+                known[node] = _value(module, node)
+                continue
             args, kwargs = pytree.tree_map(
                 lambda a: known[a] if isinstance(a, Node) else a,
                 (node.args, dict(node.kwargs)),
@@ -75,13 +79,25 @@ def trace_again(
         return [known[node] for node in results]
 
     fake = detect_fake_mode(list(values.values())) or nullcontext()
-    with torch.no_grad(), fake:  # so that what is made of sizes is fake as well
+    with _levels_closed(), torch.no_grad(), fake:  # what is made of sizes is fake as well
         traced = make_fx(run, table, pre_dispatch=calls is not None and not apart)(
             *map(values.__getitem__, given)
         )
     if any(isinstance(leaf, torch.SymInt) for leaf in _arguments(traced)):
         raise CaptureError(f"sizes were lost in tracing {section[0].name} again · {REPORT}")
     _put_in(module, traced, section, given, results)
+
+
+@contextmanager
+def _levels_closed() -> Iterator[None]:
+    """Levels of vmap that an error leaves open are closed: torch would refuse random numbers."""
+    functorch = torch._C._functorch
+    before = functorch.maybe_current_level()
+    try:
+        yield
+    finally:
+        while functorch.maybe_current_level() != before:
+            functorch._vmap_decrement_nesting()
 
 
 def _arguments(traced: GraphModule) -> list[Any]:

@@ -138,6 +138,46 @@ def test_a_size_that_is_a_number_in_the_graph_is_asserted(by_hand: bool) -> None
         torch.testing.assert_close(graph(other), model(other))
 
 
+class Odd(nn.Module):
+    """Convolutions of two strides; `way` looks at the size of the picture."""
+
+    def __init__(self, way: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        self.first, self.conv = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3, stride=2)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.way(self.conv(torch.relu(self.first(self.way(x))))).mean((2, 3)))
+
+
+def where_it_is_larger(x: Tensor) -> Tensor:
+    return x * 2 if x.shape[2] > 11 else x
+
+
+def padded_to_fours(x: Tensor) -> Tensor:
+    x = nn.functional.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+    return x * (1 + x.mean((2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize("way", [where_it_is_larger, padded_to_fours, nothing])
+def test_pictures_of_any_size_are_computed_right_or_refused(way: Callable[..., Tensor]) -> None:
+    model = Odd(way).double().eval()
+    graph = capture(model, torch.randn(2, 3, 8, 8).double()).graph_module
+    refused = 0
+    for height, width in ((8, 8), (9, 13), (11, 8), (12, 16), (16, 9), (7, 7)):
+        x = torch.randn(1, 3, height, width).double()
+        try:
+            found = graph(x)
+        except RuntimeError as error:
+            assert "the graph was captured for x.shape" in str(error)
+            refused += 1
+        else:
+            torch.testing.assert_close(found, model(x))
+    assert refused == (0 if way is nothing else 5)
+
+
 def test_the_report_says_so_and_files_do_without(tmp_path: Path) -> None:
     model = Words(longer).eval()
     pruned = fasp_graph.prune(model, ids(3, 7), None, Config(method="magnitude", sparsity=0.4))

@@ -84,7 +84,16 @@ def none_first(block: Block, ids: Tensor) -> dict[str, Any]:
     return {"block_mask": mask} | slopes(block, ids)
 
 
-MODS = [nothing, slopes, biases, tables, own_words, causal, causal_slopes, none_first]
+def of_one_word(block: Block, ids: Tensor) -> dict[str, Any]:
+    """A mask that reads the input."""
+    batch, length = ids.shape
+    mask = create_block_mask(
+        lambda b, h, i, j: ids[b, i] == ids[b, j], batch, None, length, length, device="cpu"
+    )
+    return {"block_mask": mask}
+
+
+MODS = [of_one_word, nothing, slopes, biases, tables, own_words, causal, causal_slopes, none_first]
 
 
 def block(mods: Callable[..., dict[str, Any]]) -> Block:

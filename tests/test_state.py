@@ -13,6 +13,8 @@ import fasp_graph
 from fasp_graph import Config
 from fasp_graph.evaluate import flops
 from fasp_graph.measures import accuracy, embeddings
+from passes.capture import capture
+from passes.errors import CaptureError
 from passes.state import steady
 
 
@@ -84,15 +86,52 @@ def test_measures_leave_a_model_as_it_is() -> None:
     assert model.calls == 1
 
 
+class Cache(nn.Module):
+    """Adds up what it was given in the last calls, each in a slot of its own."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.out = nn.Linear(8, 24), nn.Linear(24, 12), nn.Linear(12, 3)
+        self.register_buffer("slots", torch.zeros(6, 12))
+        self.register_buffer("at", torch.zeros((), dtype=torch.int64))
+        self.counts, self.calls = counts, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.down(torch.relu(self.up(x)))
+        at = torch.tensor([self.calls % 6]) if self.counts else (self.at % 6)[None]
+        self.slots.index_copy_(0, at, h.mean(0, keepdim=True))
+        self.at += 1
+        self.calls += 1
+        return self.out(h + self.slots.sum(0))
+
+
+def test_slots_that_forward_writes_stay() -> None:
+    model = Cache(counts=False).double().eval()
+    data = torch.randn(4, 8).double()
+    config = Config(sparsity=0.4, method="magnitude", kinds=("chain", "bilinear"))
+    pruned = fasp_graph.prune(model, data, None, config)
+    assert pruned.model.slots.shape[0] == 6 and pruned.model.up.out_features < 24
+    for call in range(9):  # around the ring
+        x = torch.randn(3, 8, generator=torch.Generator().manual_seed(call)).double()
+        torch.testing.assert_close(pruned.model(x), pruned.graph_module(x))
+
+
+def test_what_a_graph_cannot_remember_is_refused() -> None:
+    with pytest.raises(CaptureError, match="when it is called again .* remembers"):
+        capture(Cache(counts=True).double().eval(), torch.randn(4, 8).double())
+
+
 def test_attributes_buffers_and_tensors_come_back() -> None:
     class Noting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("seen", torch.zeros(2))
-            self.plain, self.number = torch.zeros(2), 0
+            self.plain, self.number, self.items = torch.zeros(2), 0, [1]
 
         def forward(self, x: Tensor) -> Tensor:
             self.number += 1
+            self.items.append(x)
             self.plain.add_(x)
             self.seen = self.seen + x
             self.last = x
@@ -102,5 +141,5 @@ def test_attributes_buffers_and_tensors_come_back() -> None:
     with steady(module):
         module(torch.ones(2))
         assert module.number == 1 and module.last.sum() == 2
-    assert module.number == 0 and not hasattr(module, "last")
+    assert module.number == 0 and module.items == [1] and not hasattr(module, "last")
     assert module.plain.sum() == module.seen.sum() == 0
