@@ -31,8 +31,8 @@ from .tracing import silenced
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
 HALF = 2e-2
 SIZES = (lambda n: n // 2, lambda n: 1, lambda n: n + 1, lambda n: 2 * n - 1)
-"""What a static axis of n is tried at; the first alone where there are several inputs: they must fit
-each other, and not every kernel of torch checks that.
+"""What a static axis of n is tried at; the first alone where there are several inputs: these must
+fit each other, and not every kernel of torch checks that.
 """
 
 
