@@ -27,13 +27,16 @@ from .precision import is_half, widened, widened_inputs
 from .skeleton import shared_copy
 from .state import steady
 from .tracing import silenced
+from .visit import op_name
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest output
 HALF = 2e-2
 SIZES = (lambda n: n // 2, lambda n: 1, lambda n: n + 1, lambda n: 2 * n - 1)
-"""What a static axis of n is tried at; the first alone where there are several inputs: these must
-fit each other, and not every kernel of torch checks that.
+"""What a static axis of n is tried at; the first alone where there are several inputs, which must
+fit each other, or a kernel that reads on past what does not fit.
 """
+UNCHECKED = {"_weight_norm"}
+"""Kernels of torch that do not check that sizes fit."""
 
 
 def compare(
@@ -70,7 +73,8 @@ def _bound(module: GraphModule, model: nn.Module, args: Args, free: dict[int, li
     for axes in _by_axis(free):
         if not _holds(module, model, resized(args, axes, lambda n: 1)):
             assert_axes(module, args, axes, more_than_one=True)
-    sizes = SIZES if len(tensors(args)) == 1 else SIZES[:1]
+    unsafe = any(op_name(node) in UNCHECKED for node in module.graph.nodes)
+    sizes = SIZES[:1] if unsafe or len(tensors(args)) > 1 else SIZES
     for axes in _by_axis(static_axes(args, free)):
         if not all(_holds(module, model, resized(args, axes, size)) for size in sizes):
             assert_axes(module, args, axes, more_than_one=False)
