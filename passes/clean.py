@@ -4,6 +4,7 @@
     assertions, guards                       dropped
     ops that change nothing at these dtypes  dropped (alias, detach, dropout, to, contiguous, slice)
     view                                     reshape: no later step depends on strides
+    other orders of dims (mT, movedim...)    permute
     min, max of two tensors                  minimum, maximum
     rms_norm without an epsilon              the one of the dtype it computes in
     in-place ops on fresh temporaries        their functional form (passes/functional.py)
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from .branches import is_own
 from .functional import functionalise, is_inplace
@@ -48,7 +50,8 @@ _OTHER_NAMES = {  # one name for one function: the rules of `min` are those of a
     aten.min.other: aten.minimum.default,
     aten.max.other: aten.maximum.default,
 }
-_MOVES = {"transpose", "permute", "transpose_", "swapaxes", "movedim"}
+_ORDERING = {"mT", "numpy_T", "movedim", "swapaxes", "einsum"}
+_MOVES = {"transpose", "permute", "transpose_"}
 
 
 def clean(module: GraphModule) -> GraphModule:
@@ -86,6 +89,12 @@ def _simplify(graph: Graph, node: Node) -> None:
         graph.erase_node(node)
     elif node.target in _OTHER_NAMES:
         node.target = _OTHER_NAMES[node.target]
+    elif order := _order(node):
+        node.target, node.args, node.kwargs = (
+            aten.permute.default,
+            (*node.all_input_nodes, order),
+            {},
+        )
     if op_name(node) == "rms_norm" and (bound := bind(node, node.args, node.kwargs))["eps"] is None:
         computed = torch.promote_types(node.meta["val"].dtype, torch.float32)
         node.args = (*(bound[name] for name in ("input", "normalized_shape", "weight")),)
@@ -102,6 +111,22 @@ def _simplify(graph: Graph, node: Node) -> None:
             assert isinstance(source, Node)
             copied.meta = dict(source.meta)
         node.replace_input_with(source, copied)
+
+
+def _order(node: Node) -> list[int]:
+    """The order that an op puts the dims of a tensor in, if it does no more: sizes tell dims."""
+    tensors = [leaf for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, Node)]
+    held = tensors[0].meta.get("val") if op_name(node) in _ORDERING and len(tensors) == 1 else None
+    if not isinstance(held, Tensor):
+        return []
+    sizes = range(2, 2 + held.dim())
+    args = torch.fx.map_arg(node.args, lambda _: torch.empty(*sizes, device="meta"))
+    try:
+        made = node.target(*args)  # type: ignore[operator]
+    except RuntimeError:  # a letter twice in an operand of einsum
+        return []
+    order = [size - 2 for size in made.shape]
+    return order if len(order) == len(sizes) else []
 
 
 def _without_empty(node: Node) -> None:

@@ -11,7 +11,9 @@ same to the last bit. Which splits these are is read off the labels.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import operator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,122 +23,96 @@ from torch.fx import GraphModule, Node
 from .edit import hold
 from .footprints import united
 from .free_axes import Args
+from .joins import shape_of
 from .labels import propagate
-from .normalize import split_from
+from .normalize import (
+    PASSED,
+    RESHAPES,
+    SPLITTING,
+    Run,
+    before,
+    call,
+    merged,
+    redirect,
+    split_of,
+    taken,
+)
 from .pointwise import is_pointwise
 from .values import Labels
-from .visit import bind, op_name
+from .visit import op_name
 
 aten = torch.ops.aten
-SPLITS = {"reshape", "view", "_unsafe_view", "unflatten"}
-TAKING = {"slice", "split", "split_with_sizes", "chunk", "getitem"}
-RANKS = {"select": -1, "unbind": -1, "squeeze": -1, "unsqueeze": 1}
-TURNING = {"mT", "movedim", "swapaxes", "einsum"}
+ALIKE = PASSED | RESHAPES | {"slice", "select"}
+ORDERING = {"permute", "transpose", "einsum"}
 
 
 def blocks_first(module: GraphModule, inputs: Args) -> GraphModule:
     """Turn the splits whose inner dim enumerates blocks (in place)."""
-    splits = [n for n in module.graph.nodes if op_name(n) in SPLITS and _moves_last(n)]
+    nodes = [node for node in module.graph.nodes if op_name(node) in ORDERING]
+    splits = {split: run for node in nodes for split, run in _reordered(node)}
     labels = propagate(module, inputs) if splits else Labels()
     if not labels.inside:
         return module
-    shapes = {node: labels.values[node.args[0]].shape for node in splits}
     component = united(labels.count, labels.edges)
     batch = np.concatenate([component[array.numpy()].reshape(-1) for array in labels.inside])
-    for node in splits:
-        value, source = labels.values[node], shapes[node]
-        held = value.arrays.get(len(value.shape) - 1)
+    for node, run in splits.items():
+        held = labels.values[node].arrays.get(run.end - 1)
         if held is not None and np.isin(component[held.numpy()], batch).any():
-            _turn(module, node, value.shape, source)
+            _turn(module, node, run)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
     return module
 
 
-def _moves_last(node: Node) -> bool:
-    """Whether the last dim of a result becomes another one before the dims are moved otherwise."""
-    pending, seen = [node], {node}
-    while pending:
-        for user in pending.pop().users:
-            if _turns(user):
-                return True
-            if user not in seen and (
-                op_name(user) in TAKING | SPLITS | RANKS.keys() or is_pointwise(user)
-            ):
-                seen.add(user)
-                pending.append(user)
-    return False
+def _reordered(node: Node) -> Iterator[tuple[Node, Run]]:
+    """The splits whose dims a node puts in another order, as an einsum may."""
+    for source in node.all_input_nodes:
+        dims = range(len(shape_of(source) or ()))
+        order = dims[::-1] if op_name(node) == "einsum" else [before(node, dim) for dim in dims]
+        places: dict[Node, list[int]] = {}
+        for dim in order:
+            split, place = _origin(source, dim) if dim is not None else (node, 0)
+            places.setdefault(split, []).append(place)
+        for split, found in places.items():
+            run = split_of(split) if op_name(split) in RESHAPES else None
+            held = [place for place in found if run and run.first <= place < run.end]
+            if run and held != sorted(held):
+                yield split, run
 
 
-def _turns(node: Node) -> bool:
-    """Whether a node makes the last dim of its source another one."""
-    name, bound = op_name(node), bind(node, node.args, node.kwargs)
-    if name == "permute":
-        return bound["dims"][-1] not in (-1, len(bound["dims"]) - 1)
-    if name == "transpose":
-        return not {-1, _rank(node) - 1}.isdisjoint((bound["dim0"], bound["dim1"]))
-    return name in TURNING
+def _origin(node: Node, dim: int) -> tuple[Node, int]:
+    """The node that makes a dim, and the dim there."""
+    while True:
+        if node.target is operator.getitem and op_name(node.args[0]) in SPLITTING:
+            node = node.args[0].args[0]
+        alike = op_name(node) in ALIKE or is_pointwise(node)
+        place = before(node, dim) if alike and node.all_input_nodes else None
+        if place is None:
+            return node, dim
+        node, dim = node.args[0], place
 
 
-def _rank(node: Node) -> int:
-    """The number of dims of a result; of nodes that were made, by what made them."""
-    held, bound = node.meta.get("val"), bind(node, node.args, node.kwargs)
-    if isinstance(held, Tensor):
-        return held.dim()
-    if "shape" in bound:
-        return len(bound["shape"])
-    more = len(bound["sizes"]) - 1 if "sizes" in bound else RANKS.get(op_name(node), 0)
-    return _rank(node.all_input_nodes[0]) + more
-
-
-def _turn(module: GraphModule, node: Node, shape: tuple[int, ...], source: tuple[int, ...]) -> None:
-    """A slice of the inner dim is taken by itself; all of it for other users."""
-    first, sizes = split_from(shape, source), _sizes(node)
-    if first is None or not all(isinstance(n, int) for n in sizes[first - len(shape) :]):
-        return
-    first = len(source) - 1 if op_name(node) == "unflatten" else first
-    places = torch.arange(source[-1]).view(shape[first:])
+def _turn(module: GraphModule, node: Node, run: Run) -> None:
+    """What is taken of the inner dim is taken by itself; all of it for other users."""
+    split = (shape_of(node) or ())[run.first : run.end]
+    places = torch.arange(math.prod(split)).view(split)
     for user in list(node.users):
-        bounds = _along_last(user, len(shape))
-        if bounds is None:
-            user.replace_input_with(node, _taken(module, user, node, first, places))
+        dim, ranges = taken(module, user) or (None, [])
+        if dim == run.end - 1 and op_name(user) not in ("select", "unbind"):
+            redirect(user, [_turned(module, user, node, run, places[..., a:b]) for a, b in ranges])
         else:
-            part = _taken(module, user, node, first, places[..., bounds])
-            user.replace_all_uses_with(part)
+            user.replace_input_with(node, _turned(module, user, node, run, places))
 
 
-def _along_last(node: Node, rank: int) -> slice | None:
-    """Of a slice of the last of `rank` dims its constant bounds."""
-    if op_name(node) != "slice":
-        return None
-    bound = bind(node, node.args, node.kwargs)
-    bounds = (bound["start"], bound["end"], bound["step"])
-    if (bound["dim"] or 0) % rank != rank - 1 or any(isinstance(n, Node) for n in bounds):
-        return None
-    return slice(*bounds)
-
-
-def _sizes(node: Node) -> list[Any]:
-    bound = bind(node, node.args, node.kwargs)
-    return list(bound.get("sizes") or bound.get("shape") or bound["size"])
-
-
-def _taken(module: GraphModule, user: Node, node: Node, first: int, places: Tensor) -> Node:
+def _turned(module: GraphModule, user: Node, node: Node, run: Run, places: Tensor) -> Node:
     """Places of the flat dim as [..., a, b], by way of [..., b, a]."""
-    graph, turned, flat = module.graph, places.transpose(-1, -2), node.args[0]
-    index = hold(module, user, f"_order_{node.name}_{user.name}", turned.reshape(-1))
-    meta = {key: value for key, value in node.meta.items() if key != "val"}
-    made: list[Node] = []
-    with graph.inserting_before(user):
-        if op_name(node) != "unflatten":
-            whole = [*_sizes(node)[:first], -1]
-            made.append(graph.call_function(aten.reshape.default, (flat, whole)))
-            flat = made[-1]
-        made.append(graph.call_function(aten.index_select.default, (flat, first, index)))
-        sizes = list(turned.shape)
-        made.append(graph.call_function(aten.unflatten.int, (made[-1], first, sizes)))
-        made.append(graph.call_function(aten.transpose.int, (made[-1], -1, -2)))
-    for new in made:
-        new.meta = dict(meta)
-    return made[-1]
+    size, order = math.prod((shape_of(node) or ())[run.first : run.end]), places.mT
+    name = f"_order_{node.name}_{user.name}_{int(places.min())}"
+    index = hold(module, user, name, order.reshape(-1))
+    index.meta["val"] = node.meta["val"].fake_mode.from_tensor(order.reshape(-1))
+    with module.graph.inserting_before(user):
+        flat = merged(node, node, range(run.first, run.end), size)
+        part = call(node, aten.index_select.default, flat, run.first, index)
+        part = call(node, aten.unflatten.int, part, run.first, list(order.shape))
+        return call(node, aten.transpose.int, part, run.end - 1, run.end - 2)

@@ -1,10 +1,11 @@
 """normalize: the same program in a form that labels can see through better.
 
-    select, unbind, split of a reshape's outer dim   slices of the flat dim, reshaped one by one
-    ... of its innermost dim                         slices by stride
-    ... with permutes and reshapes in between        the slice goes first
-    constants that several places read               an alias for each (passes/constants.py)
-    slice_scatters that cover a tensor               cat, or stack where they go by strides
+    select, unbind, split of an outer dim that a      slices of the flat dim, reshaped one by one
+    reshape splits another one into
+    ... of the innermost of them                      slices by stride
+    ... with permutes and reshapes in between         the slice goes first
+    constants that several places read                an alias for each (passes/constants.py)
+    slice_scatters that cover a tensor                cat, or stack where they go by strides
 
 A fused QKV is often reshaped to (3, heads, size) and then taken apart: in that form Q, K and V
 share the dim `size` and would have to shrink together. Taken apart first, each shrinks alone. The
@@ -27,7 +28,8 @@ from .joins import join, shape_of
 from .visit import bind, op_name
 
 aten = torch.ops.aten
-RESHAPES = {"reshape", "view", "_unsafe_view", "unflatten"}
+RESHAPES = {"reshape", "unflatten"}
+SPLITTING = {"split", "split_with_sizes", "chunk"}
 PASSED = {"permute", "transpose", "unsqueeze", "squeeze", "clone", "contiguous"}
 
 
@@ -37,7 +39,7 @@ def normalize(module: GraphModule) -> GraphModule:
         if node.target is aten.slice_scatter.default:
             join(node)
     for node in list(module.graph.nodes):
-        parts = _parts(module, node)
+        parts = taken(module, node)
         if parts is not None:
             dim, ranges = parts
             chain = _chain(node, dim)
@@ -51,20 +53,12 @@ def normalize(module: GraphModule) -> GraphModule:
     return module
 
 
-def _parts(module: GraphModule, node: Node) -> tuple[int, list[tuple[int, int]]] | None:
+def taken(module: GraphModule, node: Node) -> tuple[int, list[tuple[int, int]]] | None:
     """The dim that a node takes apart, and the ranges of positions that it takes."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None
     shape, name = shape_of(node.args[0]), op_name(node)
-    if shape is None or name not in (
-        "select",
-        "unbind",
-        "slice",
-        "split",
-        "chunk",
-        "index",
-        "split_with_sizes",
-    ):
+    if shape is None or name not in {"select", "unbind", "slice", "index"} | SPLITTING:
         return None
     bound = bind(node, node.args, node.kwargs)
     if name == "index":
@@ -128,13 +122,13 @@ def _chain(node: Node, dim: int) -> Chain | None:
     chain: list[tuple[Node, int]] = []
     at = node.args[0]
     while isinstance(at, Node) and at.op == "call_function" and op_name(at) in PASSED | RESHAPES:
-        before = _before(at, dim)
-        if before is None and op_name(at) in RESHAPES:
+        place = before(at, dim)
+        if place is None and op_name(at) in RESHAPES:
             return chain, at, dim
-        if before is None:
+        if place is None:
             return None
         chain.append((at, dim))
-        dim = before
+        dim = place
         at = at.args[0]
     return None
 
@@ -154,66 +148,67 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Cut:
-    """The parts of the dim `dim` of size `size` that a reshape splits."""
+    """Parts of a dim of `size`: `dims` of a reshape, merged again."""
 
-    dim: int
+    dims: range
     size: int
     parts: list[_Part]
 
 
 def _cut(reshape: Node, dim: int, ranges: list[tuple[int, int]]) -> _Cut | None:
     """The parts of a flat dim that are ranges of positions along `dim` of its reshape: runs where
-    the dim is an outer one, by stride where it is the innermost.
+    the dim is an outer one, by stride (single positions) where it is the innermost.
     """
+    shape, run = shape_of(reshape), split_of(reshape)
+    if shape is None or run is None or not run.first <= dim < run.end:
+        return None
+    if dim < run.end - 1:
+        rest = shape[dim + 1 : run.end]
+        inner = math.prod(rest)
+        parts = [_Part(a * inner, b * inner, 1, b - a, [b - a, *rest]) for a, b in ranges]
+        return _Cut(range(dim, run.end), shape[dim] * inner, parts)
+    if any(high - low != 1 for low, high in ranges):
+        return None
+    *outer, step = shape[run.first : run.end]
+    size = math.prod(outer) * step
+    parts = [_Part(a, size, step, 1, outer) for a, _ in ranges]
+    return _Cut(range(run.first, run.end), size, parts)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Dims first..end of a reshape's result that one of its source is split into."""
+
+    first: int
+    end: int
+
+
+def split_of(reshape: Node) -> Run | None:
+    """The first dim that a reshape splits, if all dims before or all behind it stay."""
     shape, source = shape_of(reshape), shape_of(reshape.args[0])
-    if shape is None or source is None or not all(isinstance(n, int) for n in shape[dim:]):
+    if shape is None or source is None:
         return None
-    if dim == len(shape) - 1:
-        return _strided(shape, source, ranges)
-    rest = shape[dim + 1 :]
-    inner, size = math.prod(rest), math.prod(shape[dim:])
-    splits = len(shape) > len(source) or size == source[-1]  # other dims merge on the way
-    if not splits or size == 0 or _ends(source, inner):
-        return None
-    parts = [_Part(a * inner, b * inner, 1, b - a, [b - a, *rest]) for a, b in ranges]
-    return _Cut(dim, size, parts)
+    run = _run(shape, source)
+    if run is None and (run := _run(shape[::-1], source[::-1])) is not None:
+        return Run(len(shape) - run.end, len(shape) - run.first)
+    return run
 
 
-def _strided(
-    shape: tuple[Any, ...], source: tuple[Any, ...], ranges: list[tuple[int, int]]
-) -> _Cut | None:
-    """Single positions along the innermost of the dims that the last dim of `source` splits to."""
-    first = split_from(shape, source)
-    if first is None or any(high - low != 1 for low, high in ranges):
-        return None
-    *outer, step = shape[first:]
-    return _Cut(first, source[-1], [_Part(a, source[-1], step, 1, outer) for a, _ in ranges])
-
-
-def split_from(shape: tuple[Any, ...], source: tuple[Any, ...]) -> int | None:
-    """The first of the several dims that the last dim of `source` is split into."""
-    for first in range(len(shape) - 2, -1, -1):
-        split = shape[first:]
-        if not all(isinstance(n, int) for n in (*split, source[-1])):
+def _run(shape: tuple[Any, ...], source: tuple[Any, ...]) -> Run | None:
+    first = 0
+    while first < min(len(shape), len(source)) and str(shape[first]) == str(source[first]):
+        first += 1
+    held = source[first] if first < len(source) else None
+    for end in range(first + 2, len(shape) + 1):
+        split = shape[first:end]
+        if not all(isinstance(n, int) and n > 0 for n in (*split, held)):
             return None
-        if math.prod(split) == source[-1] and split[0] > 1:
-            return first if split[-1] > 1 else None
+        if math.prod(split) == held and min(split[0], split[-1]) > 1:
+            return Run(first, end)
     return None
 
 
-def _ends(source: tuple[Any, ...], inner: int) -> bool:
-    """Whether what lies inside the dim are whole dims of the source: then `dim` ends one, and its
-    parts are apart as they are.
-    """
-    size = 1
-    for number in reversed(source):
-        if size >= inner or not isinstance(number, int):
-            break
-        size *= number
-    return size == inner
-
-
-def _before(node: Node, dim: int) -> int | None:
+def before(node: Node, dim: int) -> int | None:
     """The dim of a node's source that its result's `dim` is, None if it is a new one."""
     bound, shape, source = (
         bind(node, node.args, node.kwargs),
@@ -231,63 +226,82 @@ def _before(node: Node, dim: int) -> int | None:
     if name == "unsqueeze":
         new = bound["dim"] % rank
         return None if dim == new else dim - (dim > new)
+    if name == "select":
+        return dim + (dim >= bound["dim"] % len(source))
     if name == "squeeze":
         gone = bound.get("dim")
         if not isinstance(gone, int) or source[gone] != 1:
             return None
         return dim + (dim >= gone % len(source))
     if name in RESHAPES:
-        sizes = bound.get("shape")
-        same = [str(n) for n in shape[: dim + 1]] == [str(n) for n in source[: dim + 1]]
-        return dim if same and sizes is not None and len(sizes) == rank else None
-    return dim
+        return _stayed(shape, source, dim)
+    place = dim - len(shape) + len(source)
+    return place if place >= 0 else None
+
+
+def _stayed(shape: tuple[Any, ...], source: tuple[Any, ...], dim: int) -> int | None:
+    """The dim of a source that its reshape's `dim` is: what is before it or behind it is alike."""
+    for place, size in enumerate(source):
+        if str(size) == str(shape[dim]) and (place == dim or str(size) != "1"):
+            sides = (source[:place], shape[:dim]), (source[place + 1 :], shape[dim + 1 :])
+            if any(_sizes(one) == _sizes(other) for one, other in sides):
+                return place
+    return None
+
+
+def _sizes(dims: tuple[Any, ...]) -> list[str]:
+    return [str(size) for size in dims if not (isinstance(size, int) and size == 1)]
 
 
 def _replace(node: Node, chain: Chain, cut: _Cut) -> None:
     moves, reshape, _ = chain
-    graph = node.graph
-    made: list[Node] = []
-    with graph.inserting_before(node):
-        flat = _flattened(reshape, cut.dim, cut.size, made)
-        if flat is None:
-            return
-        pieces = []
+    with node.graph.inserting_before(node):
+        flat, dim, pieces = merged(node, reshape, cut.dims, cut.size), cut.dims.start, []
         for part in cut.parts:
-            bounds = (part.low, part.high, part.step)
-            made.append(graph.call_function(aten.slice.Tensor, (flat, cut.dim, *bounds)))
-            made.append(graph.call_function(aten.unflatten.int, (made[-1], cut.dim, part.sizes)))
+            piece = call(node, aten.slice.Tensor, flat, dim, part.low, part.high, part.step)
+            piece = call(node, aten.unflatten.int, piece, dim, part.sizes)
             if part.step > 1:
-                made.append(graph.call_function(aten.unsqueeze.default, (made[-1], -1)))
+                piece = call(node, aten.unsqueeze.default, piece, cut.dims.stop - 1)
             for moved, place in reversed(moves):
-                arguments = (made[-1], *moved.args[1:])
-                if op_name(moved) in RESHAPES:
+                arguments = moved.args[1:]
+                if op_name(moved) == "reshape":
                     sizes = list(moved.args[1])  # type: ignore[arg-type]
-                    arguments = (made[-1], [*sizes[:place], part.taken, *sizes[place + 1 :]])
-                made.append(graph.call_function(moved.target, arguments, moved.kwargs))
+                    arguments = ([*sizes[:place], part.taken, *sizes[place + 1 :]],)
+                piece = call(node, moved.target, piece, *arguments, **moved.kwargs)
             if op_name(node) in ("select", "unbind"):
                 at = bind(node, node.args, node.kwargs)["dim"] or 0
-                made.append(graph.call_function(aten.select.int, (made[-1], at, 0)))
-            pieces.append(made[-1])
-    for new in made:
-        new.meta = {key: value for key, value in node.meta.items() if key != "val"}
-    _redirect(node, pieces)
+                piece = call(node, aten.select.int, piece, at, 0)
+            pieces.append(piece)
+    redirect(node, pieces)
 
 
-def _flattened(reshape: Node, dim: int, size: int, made: list[Node]) -> Node | None:
-    """The source of a reshape with its last dims as they are behind it, up to `dim` of `size`."""
-    shape, source = shape_of(reshape), shape_of(reshape.args[0])
-    assert shape is not None and source is not None
+def call(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new node for a part of another, of the shape that it makes."""
+    new = like.graph.call_function(target, args, kwargs)
+    given = torch.fx.map_arg((args, kwargs), lambda node: node.meta["val"])
+    new.meta = {**like.meta, "val": target(*given[0], **given[1])}
+    return new
+
+
+def merged(like: Node, reshape: Node, dims: range, size: int) -> Node:
+    """What a reshape makes, but for `dims`, which are one."""
     flat: Any = reshape.args[0]
-    if [str(n) for n in source[:-1]] == [str(n) for n in shape[:dim]]:
+    bound, source = bind(reshape, reshape.args, reshape.kwargs), shape_of(flat)
+    made = list(shape_of(reshape) or ())
+    made[dims.start : dims.stop] = [size]
+    if [str(n) for n in made] == [str(n) for n in source or ()]:
         return flat  # type: ignore[no-any-return]
-    sizes = list(bind(reshape, reshape.args, reshape.kwargs).get("shape") or shape)
-    if not all(isinstance(n, (int, Node)) for n in sizes[:dim]):
-        return None
-    made.append(reshape.graph.call_function(aten.reshape.default, (flat, [*sizes[:dim], size])))
-    return made[-1]
+    if op_name(reshape) == "reshape":
+        sizes = list(bound["shape"])
+        sizes[dims.start : dims.stop] = [size]
+        return call(like, aten.reshape.default, flat, sizes)
+    first, sizes = bound["dim"] % len(source or ()), list(bound["sizes"])
+    sizes[dims.start - first : dims.stop - first] = [size]
+    return call(like, aten.unflatten.int, flat, first, sizes)
 
 
-def _redirect(node: Node, pieces: list[Node]) -> None:
+def redirect(node: Node, pieces: list[Node]) -> None:
+    """Give the users of a node that takes parts the pieces in its place."""
     if op_name(node) in ("select", "slice", "index"):
         node.replace_all_uses_with(pieces[0])
         node.graph.erase_node(node)
