@@ -30,7 +30,7 @@ from .visit import bind, op_name
 aten = torch.ops.aten
 RESHAPES = {"reshape", "unflatten"}
 SPLITTING = {"split", "split_with_sizes", "chunk"}
-PASSED = {"permute", "transpose", "unsqueeze", "squeeze", "clone", "contiguous"}
+PASSED = {"permute", "transpose", "unsqueeze", "squeeze", "flatten", "clone", "contiguous"}
 
 
 def normalize(module: GraphModule) -> GraphModule:
@@ -42,10 +42,10 @@ def normalize(module: GraphModule) -> GraphModule:
         parts = taken(module, node)
         if parts is not None:
             dim, ranges = parts
-            chain = _chain(node, dim)
-            cut = None if chain is None else _cut(chain[1], chain[2], ranges)
+            chain = _chain(module, node, dim)
+            cut = None if chain is None else _cut(*chain[1:], ranges)
             if chain is not None and cut is not None:
-                _replace(node, chain, cut)
+                _replace(module, node, chain, cut)
     separate(module)
     module.graph.eliminate_dead_code()
     module.graph.lint()
@@ -112,24 +112,25 @@ def _constant_range(
     return at[0], [(places[0], places[0] + len(places))]
 
 
-Chain = tuple[list[tuple[Node, int]], Node, int]
+Chain = tuple[list[tuple[Node, int]], Node, int, int]
 
 
-def _chain(node: Node, dim: int) -> Chain | None:
+def _chain(module: GraphModule, node: Node, dim: int) -> Chain | None:
     """The movement nodes (with the dim in their result) between a node and the reshape that makes
-    `dim`, the reshape, and the dim there.
+    `dim`, the reshape, the dim there, and its position that the node counts from.
     """
     chain: list[tuple[Node, int]] = []
-    at = node.args[0]
+    at, start = _beneath(module, node.args[0], dim)
     while isinstance(at, Node) and at.op == "call_function" and op_name(at) in PASSED | RESHAPES:
         place = before(at, dim)
         if place is None and op_name(at) in RESHAPES:
-            return chain, at, dim
+            return chain, at, dim, start
         if place is None:
             return None
         chain.append((at, dim))
         dim = place
-        at = at.args[0]
+        at, low = _beneath(module, at.args[0], dim)
+        start += low
     return None
 
 
@@ -155,10 +156,12 @@ class _Cut:
     parts: list[_Part]
 
 
-def _cut(reshape: Node, dim: int, ranges: list[tuple[int, int]]) -> _Cut | None:
-    """The parts of a flat dim that are ranges of positions along `dim` of its reshape: runs where
-    the dim is an outer one, by stride (single positions) where it is the innermost.
+def _cut(reshape: Node, dim: int, start: int, ranges: list[tuple[int, int]]) -> _Cut | None:
+    """The parts of a flat dim that are ranges of positions (from `start`) along `dim` of its
+    reshape: runs where the dim is an outer one, by stride (single positions) where it is the
+    innermost.
     """
+    ranges = [(start + low, start + high) for low, high in ranges]
     shape, run = shape_of(reshape), split_of(reshape)
     if shape is None or run is None or not run.first <= dim < run.end:
         return None
@@ -233,7 +236,7 @@ def before(node: Node, dim: int) -> int | None:
         if not isinstance(gone, int) or source[gone] != 1:
             return None
         return dim + (dim >= gone % len(source))
-    if name in RESHAPES:
+    if name == "flatten" or name in RESHAPES:
         return _stayed(shape, source, dim)
     place = dim - len(shape) + len(source)
     return place if place >= 0 else None
@@ -253,12 +256,14 @@ def _sizes(dims: tuple[Any, ...]) -> list[str]:
     return [str(size) for size in dims if not (isinstance(size, int) and size == 1)]
 
 
-def _replace(node: Node, chain: Chain, cut: _Cut) -> None:
-    moves, reshape, _ = chain
+def _replace(module: GraphModule, node: Node, chain: Chain, cut: _Cut) -> None:
+    moves, reshape, *_ = chain
     with node.graph.inserting_before(node):
         flat, dim, pieces = merged(node, reshape, cut.dims, cut.size), cut.dims.start, []
+        flat, start = _beneath(module, flat, dim)
         for part in cut.parts:
-            piece = call(node, aten.slice.Tensor, flat, dim, part.low, part.high, part.step)
+            bounds = (start + part.low, start + part.high, part.step)
+            piece = call(node, aten.slice.Tensor, flat, dim, *bounds)
             piece = call(node, aten.unflatten.int, piece, dim, part.sizes)
             if part.step > 1:
                 piece = call(node, aten.unsqueeze.default, piece, cut.dims.stop - 1)
@@ -273,6 +278,20 @@ def _replace(node: Node, chain: Chain, cut: _Cut) -> None:
                 piece = call(node, aten.select.int, piece, at, 0)
             pieces.append(piece)
     redirect(node, pieces)
+
+
+def _beneath(module: GraphModule, node: Any, dim: int) -> tuple[Any, int]:
+    """What a slice along `dim` is one of, and where it starts there."""
+    start = 0
+    while (
+        isinstance(node, Node)
+        and op_name(node) == "slice"
+        and (found := taken(module, node))
+        and found[0] == dim
+    ):
+        start += found[1][0][0]
+        node = node.args[0]
+    return node, start
 
 
 def call(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
