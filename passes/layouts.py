@@ -2,6 +2,8 @@
 
     [n, (d h)] -> [n, d, h], where h is a batch axis of attention     as
     [n, (d h)] -> take (h d) -> [n, h, d] -> transpose
+    [n, d, h] -> [n, (d h)]                                       as
+    [n, d, h] -> transpose -> [n, (h d)] -> take (d h)
 
 Labels take the innermost dim of a split for what is inside blocks (passes/moves.py). A batch axis
 of a contraction enumerates blocks. Where it is the inner dim, the positions of the flat dim are
@@ -38,7 +40,6 @@ from .normalize import (
     taken,
 )
 from .pointwise import is_pointwise
-from .values import Labels
 from .visit import op_name
 
 aten = torch.ops.aten
@@ -50,15 +51,23 @@ def blocks_first(module: GraphModule, inputs: Args) -> GraphModule:
     """Turn the splits whose inner dim enumerates blocks (in place)."""
     nodes = [node for node in module.graph.nodes if op_name(node) in ORDERING]
     splits = {split: run for node in nodes for split, run in _reordered(node)}
-    labels = propagate(module, inputs) if splits else Labels()
-    if not labels.inside:
+    merges = {node: run for node in module.graph.nodes if (run := _merge(node)) is not None}
+    if not splits and not merges:
         return module
+    labels = propagate(module, inputs)
     component = united(labels.count, labels.edges)
-    batch = np.concatenate([component[array.numpy()].reshape(-1) for array in labels.inside])
+    inside = [component[array.numpy()].reshape(-1) for array in labels.inside]
+    batch = np.isin(component, np.concatenate([*inside, []]))
     for node, run in splits.items():
         held = labels.values[node].arrays.get(run.end - 1)
-        if held is not None and np.isin(component[held.numpy()], batch).any():
+        if held is not None and batch[held.numpy()].any():
             _turn(module, node, run)
+    for node, run in merges.items():
+        arrays = labels.values[node.args[0]].arrays
+        outer, held = arrays.get(run.end - 2), arrays.get(run.end - 1)
+        varies = outer is not None and outer.shape[run.end - 1] > 1
+        if varies or (held is not None and batch[held.numpy()].any()):
+            _turn_back(module, node, run)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -79,6 +88,17 @@ def _reordered(node: Node) -> Iterator[tuple[Node, Run]]:
             held = [place for place in found if run and run.first <= place < run.end]
             if run and held != sorted(held):
                 yield split, run
+
+
+def _merge(node: Node) -> Run | None:
+    """Dims that a node merges, the last two of which stood in another order where they were made
+    (in an einsum they may).
+    """
+    run = split_of(node, merges=True) if op_name(node) in RESHAPES | {"flatten"} else None
+    if run is None:
+        return None
+    (one, place), (other, last) = (_origin(node.args[0], run.end - k) for k in (2, 1))
+    return run if one is other and (place > last or op_name(one) == "einsum") else None
 
 
 def _origin(node: Node, dim: int) -> tuple[Node, int]:
@@ -108,11 +128,28 @@ def _turn(module: GraphModule, node: Node, run: Run) -> None:
 def _turned(module: GraphModule, user: Node, node: Node, run: Run, places: Tensor) -> Node:
     """Places of the flat dim as [..., a, b], by way of [..., b, a]."""
     size, order = math.prod((shape_of(node) or ())[run.first : run.end]), places.mT
-    name = f"_order_{node.name}_{user.name}_{int(places.min())}"
-    index = hold(module, user, name, order.reshape(-1))
-    index.meta["val"] = node.meta["val"].fake_mode.from_tensor(order.reshape(-1))
+    index = _index(module, user, node, order)
     with module.graph.inserting_before(user):
         flat = merged(node, node, range(run.first, run.end), size)
         part = call(node, aten.index_select.default, flat, run.first, index)
         part = call(node, aten.unflatten.int, part, run.first, list(order.shape))
         return call(node, aten.transpose.int, part, run.end - 1, run.end - 2)
+
+
+def _turn_back(module: GraphModule, node: Node, run: Run) -> None:
+    """[..., a, b] as one dim, by way of [..., b, a]."""
+    *outer, a, b = (shape_of(node.args[0]) or ())[run.first : run.end]
+    places = torch.arange(math.prod((*outer, a, b))).view(*outer, b, a)
+    index = _index(module, node, node, places.mT)
+    with module.graph.inserting_before(node):
+        part = call(node, aten.transpose.int, node.args[0], run.end - 1, run.end - 2)
+        part = call(node, node.target, part, *node.args[1:], **node.kwargs)
+        part = call(node, aten.index_select.default, part, run.first, index)
+    node.replace_all_uses_with(part)
+
+
+def _index(module: GraphModule, user: Node, node: Node, order: Tensor) -> Node:
+    flat = order.reshape(-1)
+    index = hold(module, user, f"_order_{node.name}_{user.name}_{int(flat.min())}", flat)
+    index.meta["val"] = node.meta["val"].fake_mode.from_tensor(flat)
+    return index

@@ -186,11 +186,14 @@ class Run:
     end: int
 
 
-def split_of(reshape: Node) -> Run | None:
-    """The first dim that a reshape splits, if all dims before or all behind it stay."""
+def split_of(reshape: Node, merges: bool = False) -> Run | None:
+    """The first dim that a reshape splits (of its source those that it `merges`), if all dims
+    before or all behind it stay.
+    """
     shape, source = shape_of(reshape), shape_of(reshape.args[0])
     if shape is None or source is None:
         return None
+    shape, source = (source, shape) if merges else (shape, source)
     run = _run(shape, source)
     if run is None and (run := _run(shape[::-1], source[::-1])) is not None:
         return Run(len(shape) - run.end, len(shape) - run.first)
