@@ -5,6 +5,7 @@
     ops that change nothing at these dtypes  dropped (alias, detach, dropout, to, contiguous, slice)
     view                                     reshape: no later step depends on strides
     other orders of dims (mT, movedim...)    permute
+    narrow                                   slice
     min, max of two tensors                  minimum, maximum
     rms_norm without an epsilon              the one of the dtype it computes in
     in-place ops on fresh temporaries        their functional form (passes/functional.py)
@@ -101,6 +102,11 @@ def _simplify(graph: Graph, node: Node) -> None:
         node.kwargs = {"eps": torch.finfo(computed).eps}
     if op_name(node) == "cat":
         _without_empty(node)
+    if op_name(node) == "narrow":
+        source, dim, start, length = bind(node, node.args, node.kwargs).values()
+        if isinstance(start, int) and isinstance(length, int) and start >= 0:
+            node.target, node.kwargs = aten.slice.Tensor, {}
+            node.args = (source, dim, start, start + length)
     pairs = op_name(node) == "view_as_complex"  # refuses odd strides, which a cut may leave
     if pairs or (op_name(node) == "reshape" and _follows_attention(node)):
         with graph.inserting_before(node):

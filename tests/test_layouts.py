@@ -21,9 +21,17 @@ def taken(packed, order, way):
     sizes = {"q": 3, "h": HEADS, "d": SIZE}
     split = packed.reshape(batch, length, *(sizes[axis] for axis in order))
     q, h, d = (2 + order.index(axis) for axis in "qhd")
-    if way == "index":
-        moved = split.permute(q, 0, h, 1, d)
+    if way in ("index", "movedim", "einsum"):
+        moved = {
+            "index": lambda: split.permute(q, 0, h, 1, d),
+            "movedim": lambda: split.movedim((q, h, d), (0, 2, 4)),
+            "einsum": lambda: torch.einsum(f"bn{order}->qbhnd", split),
+        }[way]()
         return moved[0], moved[1], moved[2]
+    if way == "ranges":
+        parts = [split.select(q, 0), *split.narrow(q, 1, 2).unbind(q)]
+        h, d = h - (q < h), d - (q < d)
+        return [part.permute(0, h, 1, d) for part in parts]
     parts = split.unbind(q) if way == "unbind" else [p.squeeze(q) for p in split.split(1, q)]
     h, d = h - (q < h), d - (q < d)
     return [part.permute(0, h, 1, d) for part in parts]
@@ -59,12 +67,80 @@ class Apart(nn.Module):
         return self.out(mixed.permute(0, 2, 3, 1).flatten(2))
 
 
+class Mixed(nn.Module):
+    """Queries (d h) and keys with values in an order of their own, of one projection or of two."""
+
+    def __init__(self, order, projections):
+        super().__init__()
+        self.order, self.out = order, nn.Linear(24, 5)
+        widths = (72,) if projections == 1 else (24, 48)
+        self.packed = nn.ModuleList(nn.Linear(24, width) for width in widths)
+
+    def forward(self, x):
+        parts = [p(x) for p in self.packed]
+        q, kv = parts if len(parts) == 2 else parts[0].split([24, 48], -1)
+        sizes = {"q": 2, "h": HEADS, "d": SIZE}
+        kv = kv.unflatten(-1, [sizes[axis] for axis in self.order])
+        at = [2 + self.order.index(axis) for axis in "qhd"]
+        k, v = kv.permute(at[0], 0, at[1], 1, at[2])
+        q = q.unflatten(-1, (SIZE, HEADS)).permute(0, 3, 1, 2)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Convolved(nn.Module):
+    """Channels first [batch, (order), places], and attention over places."""
+
+    def __init__(self, order, form):
+        super().__init__()
+        self.order, self.form = order, form
+        self.qkv, self.out = nn.Conv2d(24, 72, 1), nn.Conv2d(24, 5, 1)
+
+    def forward(self, x):
+        sizes = {"q": 3, "h": HEADS, "d": SIZE}
+        split = self.qkv(x).reshape(x.shape[0], *(sizes[axis] for axis in self.order), -1)
+        q, h, d = (1 + self.order.index(axis) for axis in "qhd")
+        if self.form == "chunk":  # of a merged dim, which the order must have
+            merged = list(split.shape)
+            merged[q : q + 2] = [merged[q] * merged[q + 1]]
+            parts = self.qkv(x).reshape(merged).chunk(3, q)
+        else:
+            parts = split.unbind(q)
+        q, k, v = (part.permute(0, h - (q < h), d - (q < d), 3) for part in parts)
+        if self.form == "linear":
+            state = torch.einsum("bhdn,bhen->bhde", k.softmax(-1), v)
+            mixed = torch.einsum("bhde,bhdn->bhen", state, q)
+        elif self.form == "einsum":
+            scores = torch.einsum("bhdi,bhdj->bhij", q, k).softmax(-1)
+            mixed = torch.einsum("bhij,bhdj->bhdi", scores, v)
+        else:
+            mixed = F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT
+        return self.out(mixed.reshape(x.shape[0], 24, *x.shape[2:]))
+
+
 CASES = {
     f"{order}-{way}": (Packed, order, way)
     for order in LAYOUTS
     for way in ("unbind", "split", "index")
 }
+CASES |= {
+    f"{order}-{way}": (Packed, order, way)
+    for order, way in (
+        ("qhd", "movedim"),
+        ("dqh", "movedim"),
+        ("hqd", "einsum"),
+        ("dhq", "einsum"),
+        ("dqh", "ranges"),
+        ("hdq", "ranges"),
+    )
+}
 CASES |= {"apart": (Apart, False), "einsum": (Apart, True)}
+CASES |= {"mixed": (Mixed, "hqd", 1), "two": (Mixed, "hqd", 2), "two-dqh": (Mixed, "dqh", 2)}
+CASES |= {
+    f"{order}-first-{form}": (Convolved, order, form)
+    for order, form in zip(
+        LAYOUTS, ("sdpa", "chunk", "einsum", "linear", "chunk", "einsum"), strict=True
+    )
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -73,12 +149,13 @@ def test_every_layout_has_the_groups_of_heads_in_rows(name):
     build, *given = CASES[name]
     model = build(*given).double().eval()
 
+    inputs = TOKENS.mT.unflatten(-1, (7, 1)) if build is Convolved else TOKENS
+
     config = fg.Config(sparsity=0.5, kinds=KINDS, method="random", check=True)
-    pruned = fg.prune(model, TOKENS, None, config)
+    pruned = fg.prune(model, inputs, None, config)
 
     found = {g.kind: (g.size, g.blocks) for g in pruned.deps.groups if g.kind != "frozen"}
-    places = (6, 1) if build is Apart else (24, 4)  # merged sizes first: one place of all heads
-    assert found == {"bilinear": (24, 4), "chain": places, "head": (4, 1)}
+    assert found == {"bilinear": (24, 4), "chain": (24, 4), "head": (4, 1)}
     assert len(pruned.plan.kept) == 3 and pruned.report.verify_max_error < 1e-12
-    fresh = torch.randn(2, 7, 24, dtype=torch.float64)
+    fresh = torch.randn(2, *inputs.shape[1:], dtype=torch.float64)
     assert torch.allclose(pruned.model(fresh), pruned.graph_module(fresh), 0, 1e-12)
