@@ -27,19 +27,9 @@ from .footprints import united
 from .free_axes import Args
 from .joins import shape_of
 from .labels import propagate
-from .normalize import (
-    PASSED,
-    RESHAPES,
-    SPLITTING,
-    Run,
-    before,
-    call,
-    merged,
-    redirect,
-    split_of,
-    taken,
-)
+from .normalize import PASSED, SPLITTING, redirect, taken
 from .pointwise import is_pointwise
+from .reshapes import RESHAPES, Run, before, call, merged, splits
 from .visit import op_name
 
 aten = torch.ops.aten
@@ -50,19 +40,19 @@ ORDERING = {"permute", "transpose", "einsum"}
 def blocks_first(module: GraphModule, inputs: Args) -> GraphModule:
     """Turn the splits whose inner dim enumerates blocks (in place)."""
     nodes = [node for node in module.graph.nodes if op_name(node) in ORDERING]
-    splits = {split: run for node in nodes for split, run in _reordered(node)}
-    merges = {node: run for node in module.graph.nodes if (run := _merge(node)) is not None}
-    if not splits and not merges:
+    turned = dict.fromkeys(found for node in nodes for found in _reordered(node))
+    merges = [(node, run) for node in module.graph.nodes for run in _merges(node)]
+    if not turned and not merges:
         return module
     labels = propagate(module, inputs)
     component = united(labels.count, labels.edges)
     inside = [component[array.numpy()].reshape(-1) for array in labels.inside]
     batch = np.isin(component, np.concatenate([*inside, []]))
-    for node, run in splits.items():
+    for node, run in turned:
         held = labels.values[node].arrays.get(run.end - 1)
         if held is not None and batch[held.numpy()].any():
             _turn(module, node, run)
-    for node, run in merges.items():
+    for node, run in merges:
         arrays = labels.values[node.args[0]].arrays
         outer, held = arrays.get(run.end - 2), arrays.get(run.end - 1)
         varies = outer is not None and outer.shape[run.end - 1] > 1
@@ -84,21 +74,20 @@ def _reordered(node: Node) -> Iterator[tuple[Node, Run]]:
             split, place = _origin(source, dim) if dim is not None else (node, 0)
             places.setdefault(split, []).append(place)
         for split, found in places.items():
-            run = split_of(split) if op_name(split) in RESHAPES else None
-            held = [place for place in found if run and run.first <= place < run.end]
-            if run and held != sorted(held):
-                yield split, run
+            for run in splits(split) if op_name(split) in RESHAPES else []:
+                held = [place for place in found if place in run]
+                if held != sorted(held):
+                    yield split, run
 
 
-def _merge(node: Node) -> Run | None:
+def _merges(node: Node) -> Iterator[Run]:
     """Dims that a node merges, the last two of which stood in another order where they were made
     (in an einsum they may).
     """
-    run = split_of(node, merges=True) if op_name(node) in RESHAPES | {"flatten"} else None
-    if run is None:
-        return None
-    (one, place), (other, last) = (_origin(node.args[0], run.end - k) for k in (2, 1))
-    return run if one is other and (place > last or op_name(one) == "einsum") else None
+    for run in splits(node, merges=True) if op_name(node) in RESHAPES | {"flatten"} else []:
+        (one, place), (other, last) = (_origin(node.args[0], run.end - k) for k in (2, 1))
+        if one is other and (place > last or op_name(one) == "einsum"):
+            yield run
 
 
 def _origin(node: Node, dim: int) -> tuple[Node, int]:

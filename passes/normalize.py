@@ -25,10 +25,10 @@ from torch.fx import GraphModule, Node
 
 from .constants import separate
 from .joins import join, shape_of
+from .reshapes import RESHAPES, before, call, merged, splits
 from .visit import bind, op_name
 
 aten = torch.ops.aten
-RESHAPES = {"reshape", "unflatten"}
 SPLITTING = {"split", "split_with_sizes", "chunk"}
 PASSED = {"permute", "transpose", "unsqueeze", "squeeze", "flatten", "clone", "contiguous"}
 
@@ -162,8 +162,8 @@ def _cut(reshape: Node, dim: int, start: int, ranges: list[tuple[int, int]]) -> 
     innermost.
     """
     ranges = [(start + low, start + high) for low, high in ranges]
-    shape, run = shape_of(reshape), split_of(reshape)
-    if shape is None or run is None or not run.first <= dim < run.end:
+    shape, run = shape_of(reshape), next((run for run in splits(reshape) if dim in run), None)
+    if shape is None or run is None:
         return None
     if dim < run.end - 1:
         rest = shape[dim + 1 : run.end]
@@ -176,87 +176,6 @@ def _cut(reshape: Node, dim: int, start: int, ranges: list[tuple[int, int]]) -> 
     size = math.prod(outer) * step
     parts = [_Part(a, size, step, 1, outer) for a, _ in ranges]
     return _Cut(range(run.first, run.end), size, parts)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Dims first..end of a reshape's result that one of its source is split into."""
-
-    first: int
-    end: int
-
-
-def split_of(reshape: Node, merges: bool = False) -> Run | None:
-    """The first dim that a reshape splits (of its source those that it `merges`), if all dims
-    before or all behind it stay.
-    """
-    shape, source = shape_of(reshape), shape_of(reshape.args[0])
-    if shape is None or source is None:
-        return None
-    shape, source = (source, shape) if merges else (shape, source)
-    run = _run(shape, source)
-    if run is None and (run := _run(shape[::-1], source[::-1])) is not None:
-        return Run(len(shape) - run.end, len(shape) - run.first)
-    return run
-
-
-def _run(shape: tuple[Any, ...], source: tuple[Any, ...]) -> Run | None:
-    first = 0
-    while first < min(len(shape), len(source)) and str(shape[first]) == str(source[first]):
-        first += 1
-    held = source[first] if first < len(source) else None
-    for end in range(first + 2, len(shape) + 1):
-        split = shape[first:end]
-        if not all(isinstance(n, int) and n > 0 for n in (*split, held)):
-            return None
-        if math.prod(split) == held and min(split[0], split[-1]) > 1:
-            return Run(first, end)
-    return None
-
-
-def before(node: Node, dim: int) -> int | None:
-    """The dim of a node's source that its result's `dim` is, None if it is a new one."""
-    bound, shape, source = (
-        bind(node, node.args, node.kwargs),
-        shape_of(node),
-        shape_of(node.args[0]),
-    )
-    if shape is None or source is None:
-        return None
-    name, rank = op_name(node), len(shape)
-    if name == "permute":
-        return int(bound["dims"][dim]) % rank
-    if name == "transpose":
-        pair = (bound["dim0"] % rank, bound["dim1"] % rank)
-        return pair[1 - pair.index(dim)] if dim in pair else dim
-    if name == "unsqueeze":
-        new = bound["dim"] % rank
-        return None if dim == new else dim - (dim > new)
-    if name == "select":
-        return dim + (dim >= bound["dim"] % len(source))
-    if name == "squeeze":
-        gone = bound.get("dim")
-        if not isinstance(gone, int) or source[gone] != 1:
-            return None
-        return dim + (dim >= gone % len(source))
-    if name == "flatten" or name in RESHAPES:
-        return _stayed(shape, source, dim)
-    place = dim - len(shape) + len(source)
-    return place if place >= 0 else None
-
-
-def _stayed(shape: tuple[Any, ...], source: tuple[Any, ...], dim: int) -> int | None:
-    """The dim of a source that its reshape's `dim` is: what is before it or behind it is alike."""
-    for place, size in enumerate(source):
-        if str(size) == str(shape[dim]) and (place == dim or str(size) != "1"):
-            sides = (source[:place], shape[:dim]), (source[place + 1 :], shape[dim + 1 :])
-            if any(_sizes(one) == _sizes(other) for one, other in sides):
-                return place
-    return None
-
-
-def _sizes(dims: tuple[Any, ...]) -> list[str]:
-    return [str(size) for size in dims if not (isinstance(size, int) and size == 1)]
 
 
 def _replace(module: GraphModule, node: Node, chain: Chain, cut: _Cut) -> None:
@@ -295,31 +214,6 @@ def _beneath(module: GraphModule, node: Any, dim: int) -> tuple[Any, int]:
         start += found[1][0][0]
         node = node.args[0]
     return node, start
-
-
-def call(like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """A new node for a part of another, of the shape that it makes."""
-    new = like.graph.call_function(target, args, kwargs)
-    given = torch.fx.map_arg((args, kwargs), lambda node: node.meta["val"])
-    new.meta = {**like.meta, "val": target(*given[0], **given[1])}
-    return new
-
-
-def merged(like: Node, reshape: Node, dims: range, size: int) -> Node:
-    """What a reshape makes, but for `dims`, which are one."""
-    flat: Any = reshape.args[0]
-    bound, source = bind(reshape, reshape.args, reshape.kwargs), shape_of(flat)
-    made = list(shape_of(reshape) or ())
-    made[dims.start : dims.stop] = [size]
-    if [str(n) for n in made] == [str(n) for n in source or ()]:
-        return flat  # type: ignore[no-any-return]
-    if op_name(reshape) == "reshape":
-        sizes = list(bound["shape"])
-        sizes[dims.start : dims.stop] = [size]
-        return call(like, aten.reshape.default, flat, sizes)
-    first, sizes = bound["dim"] % len(source or ()), list(bound["sizes"])
-    sizes[dims.start - first : dims.stop - first] = [size]
-    return call(like, aten.unflatten.int, flat, first, sizes)
 
 
 def redirect(node: Node, pieces: list[Node]) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import fasp_graph as fg
 
 HEADS, SIZE = 4, 6
-TOKENS = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TOKENS = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LAYOUTS = ["".join(order) for order in itertools.permutations("qhd")]
 KINDS = ("chain", "bilinear", "head")
 
@@ -28,6 +28,9 @@ def taken(packed, order, way):
             "einsum": lambda: torch.einsum(f"bn{order}->qbhnd", split),
         }[way]()
         return moved[0], moved[1], moved[2]
+    if way == "windows":  # of places, made by the reshape that splits the channels
+        split = packed.reshape(batch, 2, 4, *(sizes[axis] for axis in order))
+        return split.permute(q + 1, 0, 1, h + 1, 2, d + 1)
     if way == "ranges":
         parts = [split.select(q, 0), *split.narrow(q, 1, 2).unbind(q)]
         h, d = h - (q < h), d - (q < d)
@@ -46,7 +49,7 @@ class Packed(nn.Module):
     def forward(self, x):
         q, k, v = taken(self.qkv(x), self.order, self.way)
         mixed = ((q * 0.3) @ k.mT).softmax(-1) @ v
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(mixed.transpose(-3, -2).flatten(-2))
 
 
 class Apart(nn.Module):
@@ -131,6 +134,7 @@ CASES |= {
         ("dhq", "einsum"),
         ("dqh", "ranges"),
         ("hdq", "ranges"),
+        ("hqd", "windows"),
     )
 }
 CASES |= {"apart": (Apart, False), "einsum": (Apart, True)}
@@ -149,7 +153,7 @@ def test_every_layout_has_the_groups_of_heads_in_rows(name):
     build, *given = CASES[name]
     model = build(*given).double().eval()
 
-    inputs = TOKENS.mT.unflatten(-1, (7, 1)) if build is Convolved else TOKENS
+    inputs = TOKENS.mT.unflatten(-1, (4, 2)) if build is Convolved else TOKENS
 
     config = fg.Config(sparsity=0.5, kinds=KINDS, method="random", check=True)
     pruned = fg.prune(model, inputs, None, config)
