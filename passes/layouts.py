@@ -8,7 +8,7 @@
 Labels take the innermost dim of a split for what is inside blocks (passes/moves.py). A batch axis
 of a contraction enumerates blocks. Where it is the inner dim, the positions of the flat dim are
 taken in the other order first, so that each block may keep places of its own. The numbers are the
-same to the last bit. Which splits these are is read off the labels.
+same to the last bit. Which splits and merges these are is read off the labels.
 """
 
 from __future__ import annotations
@@ -81,12 +81,13 @@ def _reordered(node: Node) -> Iterator[tuple[Node, Run]]:
 
 
 def _merges(node: Node) -> Iterator[Run]:
-    """Dims that a node merges, the last two of which stood in another order where they were made
-    (in an einsum they may).
+    """Dims that a node merges, the last two of which stood in another order where an op made them
+    (in an einsum they may). Those that a reshape made are shuffled.
     """
     for run in splits(node, merges=True) if op_name(node) in RESHAPES | {"flatten"} else []:
         (one, place), (other, last) = (_origin(node.args[0], run.end - k) for k in (2, 1))
-        if one is other and (place > last or op_name(one) == "einsum"):
+        made = one is other and op_name(one) not in RESHAPES
+        if made and (place > last or op_name(one) == "einsum"):
             yield run
 
 
