@@ -23,7 +23,8 @@ from .scale.distributed import share, world
 from .scale.microbatch import cut, rows_apart, rows_of
 
 NAMED = 3  # weights of which a note says the names
-FEWER = {"outputs": PIECES, "residual": 2}  # repair -> batches that it needs, dearest first
+FEWER = (*(("outputs", n) for n in PIECES), ("residual", 2))
+"""Repairs and the batches that they need, dearest first."""
 
 
 def needs_data(config: Config) -> bool:
@@ -131,14 +132,15 @@ def affordable(
     """The batches in as many pieces as sensing and correcting on a share of them needs; else a
     repair that needs fewer, unless the repair was asked for by name.
     """
-    asked, rest = config.passes.restore, list(FEWER)
+    asked = config.passes.restore
     if not backward(config) or asked not in TOWARDS:
         return batches, config
     apart = False
-    for name in [asked] if config.restore else rest[rest.index(asked) :]:
+    named = [pair for pair in FEWER if pair[0] == asked] or [(asked, 2)]
+    for name, wanted in named if config.restore else FEWER:
         if name == "outputs" and not config.restore and is_lazy(captured.graph_module):
             continue  # a backward pass holds all weights at once
-        pieces = math.ceil(FEWER.get(name, 2) / len(batches))
+        pieces = math.ceil(wanted / len(batches))
         apart = apart or (pieces > 1 and rows_apart(captured))
         if pieces == 1 or (apart and all((rows_of(b) or 1) >= pieces for b in batches)):
             cuts = [piece for batch in batches for piece in cut(batch, pieces)]

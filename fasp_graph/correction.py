@@ -1,30 +1,44 @@
 """correction: what restore=outputs adds after the walk (passes/correct.py), and which batches it
 and sensing run on.
 
-    sense 1/4 of the batches, correct 1/4, held out 1/8 (rounded down, no batch twice)
+    sense 1/4 of the batches, each of up to three steps 1/8, held out 1/16 (no batch twice)
+
+As many steps as four forward passes leave. Where a group has several consumers, as the channels of
+a residual stream have, the dense path runs beside the walk, which then repays the error of the
+stream at each of them (restore=residual); elsewhere a step more does better (restore=affine).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from passes.capture import Args
-from passes.consumers import offset_of, staying, unit_columns
-from passes.correct import SHARES, Sample, Site, correct
+from passes.consumers import linears, offset_of, staying, unit_columns
+from passes.correct import SHARES, Sample, Site, correct, dense_outputs, vocabularies
 from passes.couple import Group
 from passes.drift import Twin
 from passes.observe import Walk
+from passes.restore import TOWARDS
 from passes.views import View
 
 from .config import Config
 
-PIECES = 8
-RUNS = 1 + len(SHARES)  # of the pruned model on held-out batches
+PIECES = (16, 8)
+"""How many batches are wanted, and how many do."""
+STEPS, LIMIT = 3, 4.0
+
+
+def beside(config: Config, views: Mapping[str, Sequence[View]]) -> bool:
+    """Whether the dense path runs beside the walk."""
+    restore = config.passes.restore
+    several = any(len(consumers) > 1 for consumers in views.values())
+    return several if restore == "outputs" else restore in TOWARDS
 
 
 def sensed_on(count: int, config: Config) -> range:
@@ -34,21 +48,34 @@ def sensed_on(count: int, config: Config) -> range:
     return range(0, count, 4)[: max(count // 4, 1)]
 
 
-def fitted_on(count: int) -> range:
-    """Numbers of the batches that the correction is fitted to."""
-    return range(1, count, 4)[: count // 4]
-
-
 def held_out(count: int) -> range:
-    """Numbers of the batches that choose its rate."""
-    return range(3, count, 8)[: count // 8]
+    """Numbers of the batches that choose the rates."""
+    return range(3, count, 16)[: max(count // 16, int(count >= PIECES[-1]))]
 
 
-def correction_cost(count: int) -> float:
-    """In plain forward passes: a run and a backward pass where it is fitted, and the runs that
-    choose the rate. The dense model's outputs are the end of its path beside the walk.
+def fitted_on(count: int, dense: bool) -> list[list[int]]:
+    """Of each step the numbers of the batches that it is fitted to; `dense`: the dense path runs
+    beside the walk.
     """
-    return (3 * len(fitted_on(count)) + RUNS * len(held_out(count))) / count
+    left = [number for number in range(count) if number % 4 and number not in held_out(count)]
+    fits = [left[step::STEPS][: count // 8] for step in range(STEPS)]
+    before = 1 + dense + 3 * (count // 4) / max(count, 1)
+    while fits and before + _cost(count, fits, dense) > LIMIT:
+        fits.pop()
+    return fits if count >= PIECES[-1] else []
+
+
+def correction_cost(count: int, dense: bool) -> float:
+    """In plain forward passes: a run and a backward pass where it is fitted, the runs that choose
+    the rates, and the dense model's where it does not run beside the walk.
+    """
+    fits = fitted_on(count, dense)
+    return _cost(count, fits, dense) if fits else 0.0
+
+
+def _cost(count: int, fits: list[list[int]], dense: bool) -> float:
+    runs = 1 + len(SHARES) * len(fits) + (not dense)
+    return (sum(map(len, fits)) * (4 - dense) + runs * len(held_out(count))) / count
 
 
 def corrected(
@@ -58,41 +85,52 @@ def corrected(
     kept: dict[str, tuple[int, ...]],
     weights: dict[str, Tensor],
     batches: list[Args],
-    dense: Twin,
+    twin: Twin | None,
 ) -> dict[str, Tensor]:
-    """`weights`, moved by one step of all consumers where that lowers the held-out distance."""
+    """`weights`, moved by steps of all layers where these lower the held-out distance."""
     state = Walk(module, [], dict(weights))
 
     def read(name: str) -> Any:
         held: Any = state.weight(name)
         return held.detach() if isinstance(held, Tensor) else held  # the body of a scan
 
-    def samples(numbers: range) -> list[Sample]:
-        return [Sample(batches[n], functools.partial(dense.outputs, n)) for n in numbers]
+    def samples(numbers: Iterable[int]) -> list[Sample]:
+        if twin is not None:
+            return [Sample(batches[n], functools.partial(twin.outputs, n)) for n in numbers]
+        found = (batches[n] for n in numbers)
+        return [Sample(b, functools.partial(dense_outputs, module, b)) for b in found]
 
-    sites = _sites(groups, views, kept, read)
-    if not sites or not held_out(len(batches)):
+    fits = fitted_on(len(batches), twin is not None)
+    sites = _sites(module, groups, views, kept, read) if fits else []
+    if not sites:
         return weights
-    fit, held = (samples(numbers(len(batches))) for numbers in (fitted_on, held_out))
-    return {**weights, **correct(module, read, sites, fit, held).weights}
+    held = samples(held_out(len(batches)))
+    return {**weights, **correct(module, read, sites, [samples(n) for n in fits], held).weights}
 
 
 def _sites(
+    module: GraphModule,
     groups: Sequence[Group],
     views: dict[str, list[View]],
     kept: dict[str, tuple[int, ...]],
     read: Callable[[str], Tensor],
 ) -> list[Site]:
-    """Consumers whose weight has one use; a consumer of two groups keeps what both keep."""
+    """All layers but an output head over the vocabulary; a consumer of two groups keeps what both
+    keep. A weight with several uses stays.
+    """
     found: dict[View, Tensor] = {}
     for group in groups:
         for view in views[group.name]:
             weight = read(view.parameter)
             mask = staying(group, kept[group.name], unit_columns(group, view, weight))
             found[view] = found[view] & mask if view in found else mask
-    uses = [view.parameter for view in found]
+    uses, words = [view.parameter for view in found], vocabularies(module)
+    for view in linears(module):
+        matrix = view.matrix(read(view.parameter))
+        if view.parameter not in uses and len(matrix) not in words:
+            found[view] = matrix.new_ones(matrix.shape[1], dtype=torch.bool)
     return [
         Site(view, offset_of(view), mask)
         for view, mask in found.items()
-        if uses.count(view.parameter) == 1
+        if uses.count(view.parameter) <= 1
     ]

@@ -6,10 +6,11 @@
 With allocation=uniform the first three are skipped: the walk alone is one forward pass.
 Cost in plain forward passes over the calibration batches, a backward pass counting as two:
 
-    walk 1, the dense path beside it 1 (restore asymmetric, residual, outputs),
+    walk 1, the dense path beside it 1 (restore asymmetric, residual; outputs, where a group has
+        several consumers),
     sense: 1/2 of the batches (1/4 with restore outputs) x 3 (allocation sensitivity, score taylor)
         or x 1 (the others)
-    restore outputs: 1/4 of the batches x 3, 1/8 x 4 (fasp_graph/correction.py)
+    restore outputs: up to three steps on 1/8 of the batches x 3 or 4 (fasp_graph/correction.py)
 
 Few batches are cut along their rows; where they cannot be, method="best" repairs with `residual`
 or `affine`, so that no default costs more than 4.
@@ -32,7 +33,6 @@ from passes.errors import NoGradient
 from passes.experts import expert_view, independent
 from passes.gates import gated
 from passes.removal import nodes_by_name
-from passes.restore import TOWARDS
 from passes.select import Budget, allocate
 from passes.sensitivity import Sensed, sense
 from passes.views import View
@@ -47,7 +47,7 @@ from .calibration import (
     without_gradients,
 )
 from .config import Config
-from .correction import correction_cost, sensed_on
+from .correction import beside, correction_cost, sensed_on
 from .emit.layout import Said, settled
 from .scale.journal import fingerprint, open_journal
 from .scale.microbatch import microbatches
@@ -149,8 +149,8 @@ def _cost(job: Job, batches: int) -> float:
     if not batches:
         return 0.0
     share = len(sensed_on(batches, config)) / batches if sensing(config) else 0.0
-    dense = 1.0 * (config.passes.restore in TOWARDS)
-    after = correction_cost(batches) if config.passes.restore == "outputs" else 0.0
+    dense = beside(config, job.views)
+    after = correction_cost(batches, dense) if config.passes.restore == "outputs" else 0.0
     return 1.0 + dense + share * (3 if backward(config) else 1) + after + _ahead(job)
 
 

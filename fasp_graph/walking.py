@@ -24,7 +24,7 @@ from passes.experts import ExpertView, Orders, moved
 from passes.gates import behind, level
 from passes.observe import Moments, Room, Walk, probe, walk
 from passes.pieces import with_every_piece
-from passes.restore import TOWARDS, restore
+from passes.restore import restore
 from passes.rewrite import attribute
 from passes.score import NEEDS_DATA
 from passes.select import Budget, select
@@ -32,7 +32,7 @@ from passes.views import View
 
 from .calibration import solving
 from .config import Config
-from .correction import corrected
+from .correction import beside, corrected
 from .experts import settle_experts, weight_orders
 from .scale.distributed import total
 from .scale.journal import Journal, watch
@@ -72,17 +72,17 @@ def settle_all(
     journal: Journal | None = None,
 ) -> None:
     """Fill `decided` by one walk over the batches."""
-    module, towards = job.captured.graph_module, job.config.passes.restore
+    module, config = job.captured.graph_module, job.config
     stops = _Stops(job, decided)
     for group in groups:
         stops.add(group, bool(batches))
-    if stops.pending and towards in TOWARDS:
+    if stops.pending and beside(config, job.views):
         stops.dense = twin(module, batches)
     report = (lambda done, total: progress("prune", done, total)) if progress else None
-    visit, nodes, room = watch(journal, stops.visit, decided), stops.nodes, _room(job.config)
+    visit, nodes, room = watch(journal, stops.visit, decided), stops.nodes, _room(config)
     given = batches if nodes else []
     decided.weights = walk(module, given, nodes, visit, report, room, stops.again, stops.shut)
-    if stops.dense is not None and towards == "outputs":
+    if stops.pending and config.passes.restore == "outputs":
         decided.weights = corrected(
             module, groups, job.views, decided.kept, decided.weights, batches, stops.dense
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.fx import Node
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from .groups import Consumer, DependencyGraph, Group
+from .rewrite import attribute
 from .values import Operand, Site
 from .views import View
 from .visit import bind, op_name
@@ -20,6 +22,7 @@ MATRIX = {
     **dict.fromkeys(("mm", "matmul"), "self"),
     "addmm": "mat1",
 }
+WEIGHTS = ("weight", "mat2", "other")
 BATCH_NORMS = {"batch_norm", "_native_batch_norm_legit_no_training"}
 TURNS = {"t", "transpose", "permute", "numpy_T", "mT", "clone", "contiguous"}
 
@@ -39,6 +42,31 @@ def views(group: Group, deps: DependencyGraph, nodes: dict[str, Node]) -> list[V
         name, dim = nodes[source.node.name], source.dim
         found.append(View(node, consumer.parameter, consumer.dim, name, dim))
     return found
+
+
+def linears(module: GraphModule) -> Iterator[View]:
+    """The linear layers and convolutions in one group whose weight has no other use."""
+    held = {
+        node: attribute(module, str(node.target))
+        for node in module.graph.nodes
+        if node.op == "get_attr"
+    }
+    uses = Counter[int]()
+    for at, value in held.items():
+        uses[id(value)] += len(at.users)
+    for node in module.graph.nodes:
+        if op_name(node) not in MATRIX:
+            continue
+        first, bound = MATRIX[op_name(node)], bind(node, node.args, node.kwargs)
+        x, at = bound[first], next(bound[name] for name in WEIGHTS if name in bound)
+        weight = held.get(at)
+        if not isinstance(weight, nn.Parameter) or uses[id(weight)] > 1 or not isinstance(x, Node):
+            continue
+        kernel = first == "input" and weight.dim() > 2
+        one = not bound.get("transposed") and bound.get("groups", 1) == 1
+        if one if kernel else weight.dim() == 2:
+            dim = 1 if kernel else x.meta["val"].dim() - 1
+            yield View(node, str(at.target), int(first == "input"), x, dim)
 
 
 def _plain(node: Node, source: Operand, rank: int) -> bool:

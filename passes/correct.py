@@ -1,4 +1,4 @@
-"""correct: one damped Newton step of all consumers at once, seen from the model's outputs.
+"""correct: a few damped Newton steps of all layers at once, seen from the model's outputs.
 
 The walk repairs consumer by consumer. What is left is a distance of the whole pruned model f_W from
 the dense one f over tokens t,
@@ -8,22 +8,24 @@ the dense one f over tokens t,
     d = KL(softmax f || softmax f_W)    for outputs as wide as the vocabulary that the inputs index
     d = ||f - f_W||^2 / (2 mean f^2)    for any other outputs
 
-At a consumer y = W x, with x and g = dD/dy per token, kept columns K, N tokens:
+At a linear layer or convolution y = W x, consumer or producer, with x and g = dD/dy per token, kept
+columns K:
 
-    G = sum g x^T [out, in],   S = sum x x^T / N,   A = sum g g^T / N [out, out]
-    step_K = -(A + a I)^-1 (G_:K / N) (S_KK + s I)^-1,   a, s relative to the mean diagonal
+    M <- sum g x^T + M / 2  [out, in]     over the N tokens of this step, M of the steps before
+    S = mean x x^T, a = mean g^2 [out]    over the tokens of all steps so far
+    step_K = -diag(a + a0)^-1 (M_:K / N) (S_KK + s0 I)^-1,    a0, s0 relative to the mean diagonal
 
-which is Newton's step where the Hessian is A (x) S (K-FAC, arXiv 1503.05671; A from the gradients
-themselves). It ignores that all consumers repay the same error, so it is taken only in part:
-W += rate * step. The rates tried are shares of the one at which the slope alone would bring D to
-zero, and the one of least D on held-out rows is taken; none, if none lowers D there. A bias is one
-more column of ones.
+which is Newton's step where the Hessian is diag(a) (x) S, with momentum (K-FAC, arXiv 1503.05671;
+a from the gradients themselves). It ignores that all layers repay the same error, so it is taken
+only in part: W += rate * step. The rates tried are shares of the one at which the slope alone would
+bring D to zero, and the one of least D on held-out rows is taken; none, if none lowers D there. A
+bias is one more column of ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,19 +40,26 @@ from .sensitivity import run
 from .views import View
 from .visit import bind, op_name
 
-SHARES = (0.25, 0.5, 1.0)
-DAMPING_OUT, DAMPING_IN = 0.1, 0.02
+SHARES = (0.5, 1.0)
+DAMPING_OUT, DAMPING_IN, MOMENTUM = 0.1, 0.02, 0.5
 _TABLES = {"embedding"}
 _RELAYS = {"view", "reshape", "contiguous", "clone", "_to_copy", "to"}
 
 
 @dataclass(frozen=True)
 class Site:
-    """A consumer that may move: its matrix, its bias if it has one, and the columns that stay."""
+    """A layer that may move: its matrix, its bias if it has one, and the columns that stay."""
 
     view: View
     offset: Offset | None
     keep: Tensor
+
+    @property
+    def entry(self) -> tuple[Any, ...]:
+        """What enters it: sites with the same entry see the same rows."""
+        view = self.view
+        alone = view.node if view.convolution else None
+        return (view.source, view.source_dim, self.offset is not None, alone)
 
 
 @dataclass(frozen=True)
@@ -63,18 +72,24 @@ class Sample:
 
 @dataclass(frozen=True)
 class Correction:
-    """New weights by name, and D on the held-out samples at each rate that was tried."""
+    """New weights by name, and of every step D on the held-out samples at each rate tried."""
 
     weights: dict[str, Tensor]
-    rate: float
-    tried: tuple[tuple[float, float], ...]
+    steps: tuple[tuple[tuple[float, float], ...], ...]
 
 
 @dataclass
 class _Sums:
-    cross: Tensor
-    second: Tensor
-    metric: Tensor
+    """`cross`, `power`: M and the sum of g^2 by node; `second`: the sum of x x^T by entry; of D and
+    the tokens of this step, and of all tokens so far at the layer that sees most.
+    """
+
+    cross: dict[Node, Tensor] = field(default_factory=dict)
+    power: dict[Node, Tensor] = field(default_factory=dict)
+    second: dict[Any, Tensor] = field(default_factory=dict)
+    distance: float = 0.0
+    tokens: int = 0
+    seen: int = 0
 
 
 Read = Callable[[str], Tensor]
@@ -84,32 +99,38 @@ def correct(
     module: GraphModule,
     read: Read,
     sites: Sequence[Site],
-    fit: Iterable[Sample],
+    fits: Sequence[Sequence[Sample]],
     held: Sequence[Sample],
 ) -> Correction:
-    """`read(name)`: the weight as pruned so far, dense-shaped, removed columns zero."""
-    words = vocabularies(module)
-    sums, distance, tokens = _gradients(module, read, sites, fit, words)
-    if not sums or not tokens:
-        return Correction({}, 0.0, ())
-    steps = {site.view.node: _step(site, sums[site.view.node], tokens) for site in sites}
-    slope = sum(float((sums[node].cross * step).sum()) for node, step in steps.items()) / tokens
-    if not slope < 0:
-        return Correction({}, 0.0, ())
-    whole = -distance / tokens / slope
+    """One step for each of `fits`. `read(name)`: the weight as pruned so far, dense-shaped, removed
+    columns zero.
+    """
+    words, sums, moved = vocabularies(module), _Sums(), dict[str, Tensor]()
     targets = [sample.target() for sample in held]
 
-    def at(rate: float) -> float:
-        moved = _moved(read, sites, steps, rate)
-        lost = 0.0
-        for sample, target in zip(held, targets, strict=True):
-            outputs = _outputs(module, sample.batch, lambda n: moved.get(n, read(n)))
-            lost += float(apart(outputs, target, words))
-        return lost
+    def now(name: str) -> Tensor:
+        return moved[name] if name in moved else read(name)
 
-    tried = [(rate, at(rate)) for rate in (0.0, *(whole * share for share in SHARES))]
-    rate = min((lost, rate) for rate, lost in tried)[1]
-    return Correction(_moved(read, sites, steps, rate) if rate else {}, rate, tuple(tried))
+    def lost(at: Read) -> float:
+        pairs = zip(held, targets, strict=True)
+        return sum(float(apart(_outputs(module, s.batch, at), t, words)) for s, t in pairs)
+
+    least, steps = lost(now), []
+    for fit in fits:
+        if not _gradients(module, now, sites, fit, words, sums):
+            break
+        step = _steps(sites, sums)
+        slope = sum(float((sums.cross[node] * step[node]).sum()) for node in step) / sums.tokens
+        if not slope < 0:
+            break
+        rates = [share * -sums.distance / sums.tokens / slope for share in SHARES]
+        tried = [(0.0, least), *((r, lost(_at(now, sites, step, r))) for r in rates)]
+        least, rate = min((distance, rate) for rate, distance in tried)
+        steps.append(tuple(tried))
+        if rate:
+            ahead = _at(now, sites, step, rate)
+            moved |= {name: ahead(name) for site in sites for name in _names(site)}
+    return Correction(moved, tuple(steps))
 
 
 def vocabularies(module: GraphModule) -> frozenset[int]:
@@ -148,27 +169,31 @@ def _gradients(
     module: GraphModule,
     read: Read,
     sites: Sequence[Site],
-    fit: Iterable[Sample],
+    fit: Sequence[Sample],
     words: frozenset[int],
-) -> tuple[dict[Node, _Sums], float, int]:
-    """G, S and A of every site that a gradient reaches; D; tokens of the site that sees most."""
+    sums: _Sums,
+) -> bool:
+    """Add the samples to the sums; whether a gradient reaches a site."""
     by_node = {site.view.node: site for site in sites}
-    sums: dict[Node, _Sums] = {}
-    distance, tokens = 0.0, 0
+    sums.distance, sums.tokens = 0.0, 0
+    for cross in sums.cross.values():
+        cross *= MOMENTUM
     for sample in fit:
-        rows: dict[Node, Tensor] = {}
+        rows: dict[Any, Tensor] = {}
         probes: dict[Node, Tensor] = {}
 
         def watch(
             node: Node,
             value: Any,
             result: Tensor,
-            rows: dict[Node, Tensor] = rows,
+            rows: dict[Any, Tensor] = rows,
             probes: dict[Node, Tensor] = probes,
         ) -> Tensor:
-            if node not in by_node:
+            site = by_node.get(node)
+            if site is None:
                 return result
-            rows[node] = _rows(by_node[node], value, read)
+            if site.entry not in rows:
+                rows[site.entry] = _rows(site, value, read)
             probes[node] = torch.zeros_like(result, requires_grad=True)
             return result + probes[node]
 
@@ -177,67 +202,87 @@ def _gradients(
             outputs = run(module, environment, read, watch)
             loss = apart(outputs, sample.target(), words)
         if not loss.requires_grad:
-            return {}, 0.0, 0
+            return False
         for node, gradient in zip(probes, gradients(loss, list(probes.values())), strict=True):
-            out = by_node[node].view.outputs(probes[node] if gradient is None else gradient)
-            _add(sums, node, out.detach().float(), rows[node])
-        distance += float(loss.detach())
-        tokens += max(map(len, rows.values()))
-    return sums, distance, tokens
+            site = by_node[node]
+            out = site.view.outputs(probes[node] if gradient is None else gradient)
+            _add(sums, site, out.detach().float(), rows[site.entry])
+        for entry, x in rows.items():
+            held = sums.second.setdefault(entry, x.new_zeros(x.shape[1], x.shape[1]))
+            held.addmm_(x.T, x)
+        sums.distance += float(loss.detach())
+        sums.tokens += max(map(len, rows.values()))
+    sums.seen += sums.tokens
+    return sums.tokens > 0
 
 
 def _rows(site: Site, value: Any, read: Read) -> Tensor:
-    """The consumer's input [tokens, in], with a column of ones where it has a bias."""
+    """The layer's input [tokens, in], with a column of ones where it has a bias."""
     weight = read(site.view.parameter)
     rows = site.view.rows(value(site.view.source).detach(), weight).float()
     return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if site.offset else rows
 
 
-def _add(sums: dict[Node, _Sums], node: Node, out: Tensor, rows: Tensor) -> None:
-    if node not in sums:
-        sizes = ((out.shape[1], rows.shape[1]), (rows.shape[1],) * 2, (out.shape[1],) * 2)
-        sums[node] = _Sums(*(rows.new_zeros(size) for size in sizes))
-    s = sums[node]
-    s.cross.addmm_(out.T, rows)
-    s.second.addmm_(rows.T, rows)
-    s.metric.addmm_(out.T, out)
+def _add(sums: _Sums, site: Site, out: Tensor, rows: Tensor) -> None:
+    node = site.view.node
+    cross = sums.cross.setdefault(node, rows.new_zeros(out.shape[1], rows.shape[1]))
+    power = sums.power.setdefault(node, rows.new_zeros(out.shape[1]))
+    cross.addmm_(out.T, rows)
+    power += out.square().sum(0)
 
 
-def _step(site: Site, sums: _Sums, tokens: int) -> Tensor:
-    """[out, in (+ 1)]; zero in removed columns."""
-    keep = site.keep
-    if site.offset:
-        keep = torch.cat([keep, keep.new_ones(1)])
-    second = _damped(sums.second[keep][:, keep].double() / tokens, DAMPING_IN)
-    metric = _damped(sums.metric.double() / tokens, DAMPING_OUT)
-    slope = sums.cross[:, keep].double() / tokens
-    step = torch.zeros_like(sums.cross, dtype=torch.float64)
-    step[:, keep] = -torch.linalg.solve(second, torch.linalg.solve(metric, slope).T).T
-    return step
-
-
-def _damped(matrix: Tensor, share: float) -> Tensor:
-    floor = torch.finfo(torch.float64).tiny
-    matrix.diagonal().add_((share * matrix.diagonal().mean()).clamp_min(floor))
-    return matrix
-
-
-def _moved(
-    read: Read, sites: Sequence[Site], steps: Mapping[Node, Tensor], rate: float
-) -> dict[str, Tensor]:
-    """The weights and biases after the step; removed columns stay exactly zero."""
-    found: dict[str, Tensor] = {}
+def _steps(sites: Sequence[Site], sums: _Sums) -> dict[Node, Tensor]:
+    """[out, in (+ 1)] of every site; zero in removed columns."""
+    found: dict[Node, Tensor] = {}
+    factors: dict[Any, Tensor] = {}
     for site in sites:
-        view, step = site.view, rate * steps[site.view.node]
-        weight = read(view.parameter)
-        matrix = view.matrix(weight)
-        new = matrix.double() + step[:, : matrix.shape[1]]
-        found[view.parameter] = view.weight(new.to(weight.dtype), weight)
+        node, keep = site.view.node, site.keep
         if site.offset:
-            stored = read(site.offset.name)
-            bias = site.offset.read(stored).double() + step[:, -1]
-            found[site.offset.name] = site.offset.read(bias.to(stored.dtype))
+            keep = torch.cat([keep, keep.new_ones(1)])
+        key = (site.entry, tuple(keep.tolist()))
+        if key not in factors:
+            second = sums.second[site.entry][keep][:, keep].double() / sums.seen
+            second.diagonal().add_(_damping(second.diagonal(), DAMPING_IN))
+            factors[key] = torch.linalg.cholesky(second)
+        power = sums.power[node].double() / sums.seen
+        power += _damping(power, DAMPING_OUT)
+        slope = sums.cross[node][:, keep].double() / sums.tokens
+        found[node] = torch.zeros_like(sums.cross[node])
+        solved = torch.cholesky_solve(slope.T / power, factors[key]).T
+        found[node][:, keep] = -solved.to(found[node].dtype)
     return found
+
+
+def _damping(diagonal: Tensor, share: float) -> Tensor:
+    return (share * diagonal.mean()).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _names(site: Site) -> list[str]:
+    return [site.view.parameter, *([site.offset.name] if site.offset else [])]
+
+
+def _at(read: Read, sites: Sequence[Site], steps: Mapping[Node, Tensor], rate: float) -> Read:
+    """Reads the weights and biases after the step; removed columns stay exactly zero."""
+    by_name = {name: site for site in sites for name in _names(site)}
+
+    def moved(name: str) -> Tensor:
+        stored, site = read(name), by_name.get(name)
+        if site is None:
+            return stored
+        step = rate * steps[site.view.node].double()
+        if site.offset and name == site.offset.name:
+            bias = site.offset.read(stored).double() + step[:, -1]
+            return site.offset.read(bias.to(stored.dtype))
+        matrix = site.view.matrix(stored)
+        new = matrix.double() + step[:, : matrix.shape[1]]
+        return site.view.weight(new.to(stored.dtype), stored)
+
+    return moved
+
+
+def dense_outputs(module: GraphModule, batch: Args) -> list[Tensor]:
+    """What the dense model gives for a batch."""
+    return _outputs(module, batch, lambda name: attribute(module, name))
 
 
 @torch.no_grad()
