@@ -6,8 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fasp_graph import Config, analyze, prune
+from fasp_graph.correction import correction_cost, fitted_on, held_out, sensed_on
+from fasp_graph.prune import read
 from passes.capture import as_args, capture
-from passes.consumers import offset_of, views
+from passes.consumers import linears, offset_of, views
 from passes.correct import Sample, Site, _outputs, apart, correct, vocabularies
 from passes.removal import nodes_by_name
 from passes.rewrite import attribute
@@ -105,5 +107,65 @@ def test_best_ends_nearer_to_the_dense_model_than_without_the_step():
             return float(apart([small.model(unseen)], [model(unseen)], frozenset({11}))), small
 
     (after, best), (before, _) = lost(None), lost("residual")
-    assert best.report.forward_passes == pytest.approx(3.75)
+    assert best.report.forward_passes == pytest.approx(3.8125)  # up and head read the stream
     assert after < before
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("count", range(1, 70))
+def test_no_batch_is_used_twice_and_four_passes_are_enough(count, dense):
+    sensed, held = sensed_on(count, Config()), held_out(count)
+    used = [*sensed, *held, *(number for fit in fitted_on(count, dense) for number in fit)]
+
+    assert len(used) == len(set(used)) and max(used) < count
+    assert 1 + dense + 3 * len(sensed) / count + correction_cost(count, dense) <= 4 or count < 4
+    assert bool(fitted_on(count, dense)) == (count >= 8)
+
+
+class Normed(Words):
+    """The stream is normed, so that it stays as wide as it is, and the head's inputs with it."""
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.head(F.layer_norm(x + self.down(torch.relu(self.up(x))), (8,)))
+
+
+def test_a_step_moves_producers_but_no_table_and_no_head_over_the_vocabulary():
+    torch.manual_seed(0)
+    model = Normed().eval()
+    batches = [torch.randint(11, (6, 9)) for _ in range(16)]
+    program = read(model, batches[0])
+
+    def moved(restore):
+        found = prune(model, batches[0], batches, Config(restore=restore), program=program)
+        return found.graph_module.state_dict(), found.plan.kept
+
+    (new, kept), (old, same) = moved(None), moved("residual")
+    assert kept == same
+    assert not torch.equal(new["up.weight"], old["up.weight"])
+    assert torch.equal(new["table.weight"], old["table.weight"])
+    assert torch.equal(new["head.weight"], old["head.weight"])
+
+
+class Layers(nn.Module):
+    """Layers of each kind; `twice` has two uses, `tied` is a table as well, `deep` is grouped."""
+
+    def __init__(self):
+        super().__init__()
+        self.tied, self.twice = nn.Embedding(8, 8), nn.Linear(8, 8)
+        self.plain, self.conv = nn.Linear(8, 8), nn.Conv1d(8, 8, 3, padding=1)
+        self.deep, self.back = nn.Conv1d(8, 8, 1, groups=8), nn.ConvTranspose1d(8, 8, 1)
+        self.free = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, ids):
+        x = self.plain(self.twice(self.twice(self.tied(ids)))) @ self.free
+        x = self.back(self.deep(self.conv(x.mT))).mT
+        return x @ self.tied.weight.mT
+
+
+def test_layers_with_a_weight_of_their_own_may_move():
+    captured = capture(Layers().eval(), torch.randint(8, (3, 5)))
+
+    found = {view.parameter: view.dim for view in linears(captured.graph_module)}
+
+    assert found == {"plain.weight": 1, "conv.weight": 1, "free": 0}
