@@ -6,6 +6,7 @@
     view                                     reshape: no later step depends on strides
     other orders of dims (mT, movedim...)    permute
     narrow                                   slice
+    broadcast_tensors                        expand, of each
     min, max of two tensors                  minimum, maximum
     rms_norm without an epsilon              the one of the dtype it computes in
     in-place ops on fresh temporaries        their functional form (passes/functional.py)
@@ -102,6 +103,8 @@ def _simplify(graph: Graph, node: Node) -> None:
         node.kwargs = {"eps": torch.finfo(computed).eps}
     if op_name(node) == "cat":
         _without_empty(node)
+    if op_name(node) == "broadcast_tensors":
+        _expand_each(graph, node)
     if op_name(node) == "narrow":
         source, dim, start, length = bind(node, node.args, node.kwargs).values()
         if isinstance(start, int) and isinstance(length, int) and start >= 0:
@@ -133,6 +136,30 @@ def _order(node: Node) -> list[int]:
         return []
     order = [size - 2 for size in made.shape]
     return order if len(order) == len(sizes) else []
+
+
+def _expand_each(graph: Graph, node: Node) -> None:
+    """Each tensor as large as all of them together."""
+    given: Any = node.args[0]
+    shapes = [each.meta["val"].shape for each in given]
+    for user in list(node.users):
+        held, shape = given[user.args[1]], user.meta["val"].shape  # type: ignore[index]
+        own = (1,) * (len(shape) - held.meta["val"].dim()) + tuple(held.meta["val"].shape)
+        sizes: list[Any] = [-1 if str(a) == str(b) else b for a, b in zip(own, shape, strict=True)]
+        with graph.inserting_before(node):
+            for dim, size in enumerate(sizes):
+                if not isinstance(size, int):
+                    back, owners = dim - len(shape), zip(given, shapes, strict=True)
+                    owner = next(
+                        n for n, s in owners if len(s) >= -back and str(s[back]) == str(size)
+                    )
+                    sizes[dim] = graph.call_function(aten.sym_size.int, (owner, back))
+                    sizes[dim].meta["val"] = size
+            new = graph.call_function(aten.expand.default, (held, sizes))
+        new.meta = dict(user.meta)
+        user.replace_all_uses_with(new)
+        graph.erase_node(user)
+    graph.erase_node(node)
 
 
 def _without_empty(node: Node) -> None:

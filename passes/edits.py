@@ -203,10 +203,10 @@ def _pad(edit: Edit) -> None:
 
 def _convolution(edit: Edit) -> None:
     """A depthwise convolution has as many groups as channels."""
-    weight = edit.shape(edit.bound["weight"])
-    if edit.bound.get("groups", 1) == 1 or weight[1] != 1:
+    weight, shape = edit.shape(edit.bound["weight"]), edit.shape(edit.bound["input"])
+    channel, groups = len(shape) - len(weight) + 1, edit.bound.get("groups", 1)
+    if groups == 1 or groups != shape[channel]:
         return
-    channel = len(edit.shape(edit.bound["input"])) - len(weight) + 1
     mask = edit.ins[edit.bound["input"]].get(channel)
     if mask is not None:
         edit.change(groups=count(mask, channel))

@@ -94,8 +94,12 @@ def pad(visit: Visit) -> list[Arrays]:
 
 
 def grouped_convolution(visit: Visit) -> list[Arrays]:
-    """Depthwise: the channel is carried. Else place j of every group goes together."""
+    """Depthwise: the channel is carried. Else place j of every group goes together. Of its two
+    channel dims the weight [o, i / groups] has the second in common for all groups; a transposed
+    one [i, o / groups] too.
+    """
     labels, groups = visit.labels, visit.given["groups"]
+    transposed = visit.name.startswith("conv_transpose") or visit.given.get("transposed", False)
     x, w = visit.given["input"], visit.given["weight"]
     rank, channel = len(x.shape), len(x.shape) - (len(w.shape) - 1)
     arrays = {d: a for d, a in x.arrays.items() if d < channel}
@@ -104,27 +108,32 @@ def grouped_convolution(visit: Visit) -> list[Arrays]:
     for d in range(channel + 1, rank):
         if visit.shape[d] > 1:
             arrays[d] = visit.fixed(f"a position of {visit.name}")
-    per_in, outputs = w.shape[1], w.shape[0]
-    inner, out = x.arrays.get(channel), w.arrays.get(0)
-    if inner is None or out is None or visit.name.startswith("conv_transpose"):
+    inner, own = x.arrays.get(channel), w.arrays.get(0)
+    if inner is None or own is None:
         visit.freeze([a for a in (inner, *w.arrays.values()) if a is not None], "grouped")
         return [{**arrays, channel: visit.fixed("grouped")}]
     inner = labels.alone(inner, channel)
     lanes = inner.expand([x.shape[d] if d == channel else 1 for d in range(rank)])
-    lanes = lanes.reshape(groups, per_in)
-    out = out.expand([outputs] + [1] * (out.dim() - 1)).reshape(groups, outputs // groups)
-    if per_in == 1:
-        labels.unite(lanes, out)
+    lanes = lanes.reshape(groups, -1)
+    own = own.expand([w.shape[0]] + [1] * (own.dim() - 1)).reshape(groups, -1)
+    if lanes.shape[1] == 1:
+        if transposed:
+            visit.freeze([a for d, a in w.arrays.items() if d == 1], "grouped")
+        labels.unite(lanes, own)
+        out = lanes.expand(-1, w.shape[1]) if transposed else own
         labels.mark("bent", [out], "depthwise convolution")
     else:
-        row = w.arrays[1].expand([per_in if d == 1 else 1 for d in range(len(w.shape))])
-        row = row.reshape(1, per_in)
-        labels.unite(lanes, row)
-        labels.unite(out[:1], out)
+        row = visit.fixed("grouped")
+        if 1 in w.arrays:
+            row = w.arrays[1].expand([w.shape[1] if d == 1 else 1 for d in range(len(w.shape))])
+        row = row.reshape(1, -1).expand(-1, w.shape[1])
+        summed, out = (own, row.expand(groups, -1)) if transposed else (row, own)
+        labels.unite(lanes, summed)
+        labels.unite(own[:1], own)
         nodes = (visit.bound["input"], visit.bound["weight"])
         sides = (
             Operand(nodes[0], channel, lanes, True),
-            Operand(nodes[1], 1, row, False),
+            Operand(nodes[1], int(not transposed), summed, False),
         )
         labels.sites.append(Site(visit.node, sides))
     arrays[channel] = along(out.reshape(-1), channel, rank)

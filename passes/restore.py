@@ -9,10 +9,11 @@ mean(diag G_KK).
     asymmetric  affine + F_:K (C_KK + dI)^-1,      F = cov(t - W x, x), b + mean(t - W x)
     residual    affine + F_:K (C_KK + dI)^-1 / 2
 
-    outputs     residual, then one step of all consumers at once (passes/correct.py)
+    outputs     residual where groups have several consumers, else affine; then steps of all
+                layers at once (passes/correct.py)
 
-These three aim at t, what the dense model has there (passes/drift.py): asymmetric at the
-consumer's own output, the others at the sum that it enters. Half the way is what measured best:
+These aim at t, what the dense model has there (passes/drift.py): asymmetric at the consumer's own
+output, residual at the sum that it enters. Half the way is what measured best:
 all of it fits noise of the pruned path (docs/accuracy.md).
 
 b is changed only where the consumer has one; without, G takes the place of C and no bias is left.

@@ -47,6 +47,7 @@ ROWS = [
     ("mm", "n i, i o", torch.mm, "n i, i o -> n o"),
     ("mv", "n i, i", torch.mv, "n i, i -> n"),
     ("dot", "i, i", torch.dot, "i, i -> "),
+    ("vdot", "i, i", torch.vdot, "i, i -> "),
     ("bmm", "b n i, b i o", torch.bmm, "b n i, b i o -> b n o"),
     ("baddbmm", "b n o, b n i, b i o", torch.baddbmm, "b n o, b n i, b i o -> b n o"),
     ("baddbmm", "o, b n i, b i o", torch.baddbmm, "o, b n i, b i o -> b n o"),

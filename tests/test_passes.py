@@ -1,6 +1,7 @@
 """The verbs on small models of a user's own."""
 
 import ast
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,41 @@ def test_depthwise_and_grouped_convolutions():
     x = torch.randn(2, 3, 9, 9)
     assert pruned.report.verify_max_error <= 1e-9
     assert torch.allclose(pruned.model(x), pruned.graph_module(x[:2]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "outputs", "groups", "found"),
+    [
+        (1, 12, 2, [("before", 8), ("grouped", 6)]),
+        (2, 12, 4, [("before", 4), ("grouped", 3)]),
+        (3, 6, 2, [("before", 8), ("grouped", 3)]),
+        (2, 16, 16, [("before", 16)]),
+        (1, 32, 16, [("before", 16)]),
+        (1, 4, 4, [("before", 4)]),
+    ],
+    ids=["1d", "2d", "3d", "depthwise", "multiplied", "one each"],
+)
+def test_transposed_convolutions_in_groups(n, outputs, groups, found):
+    torch.manual_seed(0)
+    conv = getattr(nn, f"Conv{n}d")
+    transposed = getattr(nn, f"ConvTranspose{n}d")
+    layers = {
+        "before": conv(3, 16, 1),
+        "relu": nn.ReLU(),
+        "grouped": transposed(16, outputs, 3, stride=2, groups=groups),
+        "tanh": nn.Tanh(),
+        "after": conv(outputs, 5, 1),
+    }
+    model = nn.Sequential(OrderedDict(layers)).double()
+    x = torch.randn(3, 3, *[4] * n, dtype=torch.float64)
+
+    pruned = prune(model, x, None, Config(sparsity=0.4, method="magnitude"))
+
+    chains = [group for group in pruned.deps.groups if group.kind == "chain"]
+    assert [(group.name.split(".")[0], group.size) for group in chains] == found
+    assert all(len(pruned.plan.kept[group.name]) < group.size for group in chains)
+    assert pruned.report.verify_max_error <= 1e-9
+    assert torch.allclose(pruned.model(x), pruned.graph_module(x), atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,11 @@ def at_places(m, x):
     return m.b(h).index_add(0, i, m.b(h)[i])
 
 
+def as_large_together(m, x):
+    h, scale, shift = torch.broadcast_tensors(torch.relu(m.a(x)), x[:, :1], m.shift)
+    return m.b(h * scale + shift)
+
+
 CHAINS = {
     "written by a mask": (Calls(written_by_mask), 8),
     "rows of a mask": (Calls(of_rows), 8),
@@ -120,6 +125,7 @@ CHAINS = {
         Calls(a_token_in_rows, token=lambda: nn.Parameter(torch.ones(8))),
         8,
     ),
+    "as large as others": (Calls(as_large_together, shift=lambda: nn.Parameter(torch.ones(8))), 8),
     "a random slope, outside of training": (Calls(lambda m, x: m.b(F.rrelu(m.a(x)))), 8),
     "repeated by data": (Calls(repeated_by_data), 8),
     "repeated by a table": (Calls(repeated_by_a_table, b=(16, 5)), 8),

@@ -66,6 +66,7 @@ RULES: dict[str, Rule] = {
     "mm": "n i, i o -> n o",
     "mv": "n i, i -> n",
     "dot": "i, i -> ",
+    "vdot": "i, i -> ",
     "bmm": "b n i, b i o -> b n o",
     "baddbmm": _baddbmm,
     "matmul": _matmul,
