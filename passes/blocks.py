@@ -45,9 +45,10 @@ def block_tags(layer: Layer, wanted: np.ndarray) -> np.ndarray:
 
 def rows_of(layer: Layer) -> Iterable[np.ndarray]:
     """Components [blocks, units] of every array that varies along more than its home, once each,
-    and of the parts that an op takes an axis in.
+    and of the parts that an op takes an axis in. The two parts of a complex number are no block.
     """
-    seen: set[bytes] = set()
+    pairs = (layer.component[array.numpy()].reshape(-1, 2) for array in layer.labels.pairs)
+    seen = {_key(units) for units in pairs}
     for value in layer.labels.values.values():
         for leaf in value if isinstance(value, list) else [value]:
             for dim, array in leaf.arrays.items() if isinstance(leaf, Value) else ():
@@ -56,7 +57,11 @@ def rows_of(layer: Layer) -> Iterable[np.ndarray]:
                 units = layer.component[
                     array.movedim(dim, -1).reshape(-1, array.shape[dim]).numpy()
                 ]
-                if units.tobytes() not in seen:
-                    seen.add(units.tobytes())
+                if _key(units) not in seen:
+                    seen.add(_key(units))
                     yield units
     yield from (layer.component[array.numpy()] for array in layer.labels.parts)
+
+
+def _key(units: np.ndarray) -> tuple[int, bytes]:
+    return units.shape[-1], units.tobytes()

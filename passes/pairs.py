@@ -23,6 +23,7 @@ def to_complex(visit: Visit) -> list[Arrays]:
     pairs = value.arrays.get(last)
     if pairs is None or labels.is_fixed(pairs):
         return [result]
+    labels.pairs.append(pairs.expand([*pairs.shape[:last], 2]))
     pairs = labels.collapse(pairs, last).squeeze(last)
     homes = varying(pairs)
     if not homes:

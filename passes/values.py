@@ -106,8 +106,9 @@ class Value:
 @dataclass
 class Labels:
     """The result of propagation: values by node, sources of labels, unions, sites and marks;
-    `parts`: labels that an op looks at in equal parts [parts, labels of each]; `inside`: labels of
-    a batch axis of a contraction that vary along another axis (passes/layouts.py).
+    `parts`: labels that an op looks at in equal parts [parts, labels of each]; `pairs`: those whose
+    last axis is the two parts of a complex number; `inside`: labels of a batch axis of a
+    contraction that vary along another axis (passes/layouts.py).
     """
 
     values: dict[Node, Any] = field(default_factory=dict)
@@ -118,6 +119,7 @@ class Labels:
     marks: list[Mark] = field(default_factory=list)
     fixed_labels: dict[tuple[str, int], int] = field(default_factory=dict)
     parts: list[Tensor] = field(default_factory=list)
+    pairs: list[Tensor] = field(default_factory=list)
     inside: list[Tensor] = field(default_factory=list)
     held: dict[tuple[torch.Size, int], Tensor] = field(default_factory=dict)
 

@@ -149,6 +149,31 @@ def test_the_two_parts_of_a_complex_number_go_together():
     assert owned["q.weight"].shape == owned["k.weight"].shape == (4, 4)
 
 
+class OneKey(Turning):
+    """One head of keys and values for both heads of queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 8)
+
+    def heads(self, x):
+        return x.view(*x.shape[:2], x.shape[2] // 8, 8)
+
+    def forward(self, x):
+        q, k, v = self.turned(self.q(x)), self.turned(self.k(x)), self.heads(self.v(x))
+        y = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1) @ v.transpose(1, 2)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_the_two_parts_of_a_complex_number_are_no_block():
+    deps = halved(OneKey(), torch.randn(3, 5, 6), "bilinear", "head", "chain")
+
+    (group,) = [g for g in deps.groups if g.kind == "bilinear"]
+    assert (group.size, group.blocks) == (4, 1)
+    (values,) = [g for g in deps.groups if g.kind == "chain"]
+    assert (values.size, values.blocks) == (8, 1)
+
+
 class Windows(nn.Module):
     """Patches by unfold; channels leave by fold."""
 
