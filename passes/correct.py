@@ -232,7 +232,7 @@ def _add(sums: _Sums, site: Site, out: Tensor, rows: Tensor) -> None:
 
 
 def _steps(sites: Sequence[Site], sums: _Sums) -> dict[Node, Tensor]:
-    """[out, in (+ 1)] of every site; zero in removed columns."""
+    """[out, in (+ 1)] of every site; zero in removed columns. None where numbers overflow."""
     found: dict[Node, Tensor] = {}
     factors: dict[Any, Tensor] = {}
     for site in sites:
@@ -243,7 +243,9 @@ def _steps(sites: Sequence[Site], sums: _Sums) -> dict[Node, Tensor]:
         if key not in factors:
             second = sums.second[site.entry][keep][:, keep].double() / sums.seen
             second.diagonal().add_(_damping(second.diagonal(), DAMPING_IN))
-            factors[key] = torch.linalg.cholesky(second)
+            factors[key], failed = torch.linalg.cholesky_ex(second)
+            if int(failed):
+                return {}
         power = sums.power[node].double() / sums.seen
         power += _damping(power, DAMPING_OUT)
         slope = sums.cross[node][:, keep].double() / sums.tokens

@@ -76,6 +76,17 @@ def test_no_step_is_taken_where_held_out_rows_want_another(scene):
     assert all(lost > 0 for rate, lost in found.steps[0] if rate)
 
 
+def test_no_step_is_taken_from_what_is_not_finite(scene):
+    module, read, sites, samples = scene
+
+    def broken(name):
+        return read(name) * (torch.inf if name == "up.weight" else 1)
+
+    found = correct(module, broken, sites, [samples(2)], samples(1))
+
+    assert found.weights == {}
+
+
 @pytest.mark.parametrize(("outputs", "form"), [(11, "kl"), (5, "squares")])
 def test_outputs_over_the_vocabulary_are_compared_as_distributions(outputs, form):
     torch.manual_seed(0)
