@@ -10,8 +10,9 @@ stream at each of them (restore=residual); elsewhere a step more does better (re
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from passes.consumers import linears, offset_of, staying, unit_columns
 from passes.correct import SHARES, Sample, Site, correct, dense_outputs, vocabularies
 from passes.couple import Group
 from passes.drift import Twin
+from passes.errors import NoGradient
 from passes.observe import Walk
 from passes.restore import TOWARDS
 from passes.views import View
@@ -100,37 +102,46 @@ def corrected(
         found = (batches[n] for n in numbers)
         return [Sample(b, functools.partial(dense_outputs, module, b)) for b in found]
 
-    fits = fitted_on(len(batches), twin is not None)
-    sites = _sites(module, groups, views, kept, read) if fits else []
-    if not sites:
+    count = len(batches)
+    fits = [samples(numbers) for numbers in fitted_on(count, twin is not None)]
+    consumers = _consumers(groups, views, kept, read) if fits else []
+    if not consumers:
         return weights
-    held = samples(held_out(len(batches)))
-    return {**weights, **correct(module, read, sites, [samples(n) for n in fits], held).weights}
+    sites = [*consumers, *_others(module, consumers, read)]
+    for moving in (sites, consumers):
+        with contextlib.suppress(NoGradient):  # of an op between producers and consumers, perhaps
+            found = correct(module, read, moving, fits, samples(held_out(count)))
+            return {**weights, **found.weights}
+    return weights
 
 
-def _sites(
-    module: GraphModule,
+def _consumers(
     groups: Sequence[Group],
     views: dict[str, list[View]],
     kept: dict[str, tuple[int, ...]],
     read: Callable[[str], Tensor],
 ) -> list[Site]:
-    """All layers but an output head over the vocabulary; a consumer of two groups keeps what both
-    keep. A weight with several uses stays.
-    """
+    """Consumers whose weight has one use; a consumer of two groups keeps what both keep."""
     found: dict[View, Tensor] = {}
     for group in groups:
         for view in views[group.name]:
             weight = read(view.parameter)
             mask = staying(group, kept[group.name], unit_columns(group, view, weight))
             found[view] = found[view] & mask if view in found else mask
-    uses, words = [view.parameter for view in found], vocabularies(module)
-    for view in linears(module):
-        matrix = view.matrix(read(view.parameter))
-        if view.parameter not in uses and len(matrix) not in words:
-            found[view] = matrix.new_ones(matrix.shape[1], dtype=torch.bool)
+    uses = [view.parameter for view in found]
     return [
         Site(view, offset_of(view), mask)
         for view, mask in found.items()
-        if uses.count(view.parameter) <= 1
+        if uses.count(view.parameter) == 1
     ]
+
+
+def _others(
+    module: GraphModule, consumers: Sequence[Site], read: Callable[[str], Tensor]
+) -> Iterator[Site]:
+    """All other layers but a head over the vocabulary."""
+    names, words = {site.view.parameter for site in consumers}, vocabularies(module)
+    for view in linears(module):
+        matrix = view.matrix(read(view.parameter))
+        if view.parameter not in names and len(matrix) not in words:
+            yield Site(view, offset_of(view), matrix.new_ones(matrix.shape[1], dtype=torch.bool))
