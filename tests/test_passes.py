@@ -1,6 +1,7 @@
 """The verbs on small models of a user's own."""
 
 import ast
+import copy
 from collections import OrderedDict
 from pathlib import Path
 
@@ -233,6 +234,20 @@ def test_a_wrong_weight_is_caught_and_named(mlp):
         compact.get_parameter("2.weight")[:] += 1e-3
 
     with pytest.raises(VerificationError, match="first diverging"):
+        verify(program.graph_module, compact, cut, program.inputs)
+
+
+def test_sizes_of_the_example_alone_are_not_enough(mlp):
+    program = capture(mlp, torch.randn(3, 7))
+    compact = copy.deepcopy(program.graph_module)
+    (last,) = compact.graph.output_node().args[0]
+    with compact.graph.inserting_after(last):
+        rows = compact.graph.call_function(torch.ops.aten.slice.Tensor, (last, 0, 0, 3))
+    last.replace_all_uses_with(rows, lambda user: user is not rows)
+    compact.recompile()
+    cut = removal(analyze(mlp, torch.randn(3, 7)), {})
+
+    with pytest.raises(VerificationError, match="differ by inf"):
         verify(program.graph_module, compact, cut, program.inputs)
 
 
