@@ -2,6 +2,7 @@
 op. A row: op, arguments as a function of random tensors, their axes, the rule expected.
 """
 
+import itertools
 import math
 
 import pytest
@@ -114,6 +115,12 @@ ROWS = [
         "b i x, o i",
         lambda x, w: F.conv1d(x, w[:, :, None], stride=2),
         "b i x, o i -> b o X; fixed x",
+    ),
+    (
+        "conv_transpose1d",
+        "b i x, i o",
+        lambda x, w: F.conv_transpose1d(x, w[:, :, None], output_padding=1, dilation=2),
+        "b i x, i o -> b o X; fixed x",
     ),
     ("prelu", "b c x, c", F.prelu, "b c x, c -> b c x"),
     ("prelu", "b c", lambda x: F.prelu(x, x.new_full((1,), 0.3)), "b c -> b c"),
@@ -397,11 +404,15 @@ def test_the_table_declares_what_the_row_expects(name, shapes, call, rule):
     shaped = torch.fx.map_arg(given, lambda n: tuple(n.meta["val"].shape))
     found = rules.table()[name]
     found = rules.parse(found if isinstance(found, str) else found(rules.Call(shaped)))
-    first = shapes.split(",")[0].split()
-    names = [axis for axis in found.operands[0] if axis != "..."][-len(first) :]
-    space = " ".join(axis for axis in first if axis in SPATIAL)
+    space = " ".join(axis for axis in shapes.split(",")[0].split() if axis in SPATIAL)
     declared = rules.parse(rule or f"{shapes} -> b c {space.upper()}; fixed {space}")
-    for axis, theirs in zip(reversed(first), reversed(names), strict=False):
+    operands = list(zip(declared.operands, found.operands, strict=False))
+    if name != "prelu":  # of others the first operand names all axes
+        operands = operands[:1]
+    pairs = [zip(reversed(mine), reversed(names), strict=False) for mine, names in operands]
+    for axis, theirs in itertools.chain(*pairs):
+        if theirs == "...":
+            continue
         wanted = declared.kind(axis, any(axis in out for out in declared.outputs))
         kind = found.kind(theirs, any(theirs in out for out in found.outputs))
         both_hold_still = {wanted, kind} <= {"mixed", "fixed"}
