@@ -420,6 +420,21 @@ def test_channels_with_a_group_each_do_not_mix():
     assert kind_of(deps, "1.weight", 0) == {"chain"}
 
 
+class Uneven(Middle):
+    """Two parts of six channels, and three of four: no number of them leaves both even."""
+
+    def between(self, hidden):
+        two, three = hidden.unflatten(-1, (2, 6)), hidden.unflatten(-1, (3, 4))
+        return torch.relu(two).flatten(-2) + torch.tanh(three).flatten(-2)
+
+
+def test_blocks_of_unequal_size_stay():
+    deps = halved(Uneven(12), torch.randn(3, 5, 6))
+
+    assert kind_of(deps, "up.weight", 0) == {"frozen"}
+    assert "blocks of unequal size [2, 4]" in deps.explain("up.weight")
+
+
 class Flat(nn.Module):
     """Attention of one head on [tokens, channels]."""
 
