@@ -100,8 +100,8 @@ def exponent(rows: list[dict[str, Any]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", default="2,4,8,16")
-    parser.add_argument("--models", default=",".join(DEPTH))
+    parser.add_argument("--layers", default="2,4,8,16", help="depths that are timed")
+    parser.add_argument("--models", default=",".join(DEPTH), help="which of these families")
     parser.add_argument("--full", action="store_true", help="the depth of the real models as well")
     parser.add_argument("--output", type=Path, default=Path("build/analysis.json"))
     options = parser.parse_args()
