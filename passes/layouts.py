@@ -109,7 +109,7 @@ def _turn(module: GraphModule, node: Node, run: Run) -> None:
     places = torch.arange(math.prod(split)).view(split)
     for user in list(node.users):
         dim, ranges = taken(module, user) or (None, [])
-        if dim == run.end - 1 and op_name(user) not in ("select", "unbind"):
+        if dim == run.end - 1:  # never one place by itself: normalize takes those of the flat dim
             redirect(user, [_turned(module, user, node, run, places[..., a:b]) for a, b in ranges])
         else:
             user.replace_input_with(node, _turned(module, user, node, run, places))

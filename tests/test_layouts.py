@@ -8,6 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import fasp_graph as fg
+from passes.capture import capture
+from passes.reshapes import before
+from passes.visit import op_name
 
 HEADS, SIZE = 4, 6
 TOKENS = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -163,3 +166,50 @@ def test_every_layout_has_the_groups_of_heads_in_rows(name):
     assert len(pruned.plan.kept) == 3 and pruned.report.verify_max_error < 1e-12
     fresh = torch.randn(2, *inputs.shape[1:], dtype=torch.float64)
     assert torch.allclose(pruned.model(fresh), pruned.graph_module(fresh), 0, 1e-12)
+
+
+class Read(nn.Module):
+    """Sizes before heads; what the first head has is read by itself as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.v, self.out, self.first = nn.Linear(24, 24), nn.Linear(24, 5), nn.Linear(6, 5)
+
+    def forward(self, x):
+        v = self.v(x).unflatten(-1, (SIZE, HEADS))
+        mixed = v.permute(0, 3, 1, 2).softmax(2).mT @ v.permute(0, 3, 1, 2)
+        mixed = mixed.permute(0, 2, 3, 1).flatten(2)
+        return self.out(mixed).mean(1) + self.first(v[..., 0]).mean(1)
+
+
+def test_a_head_that_is_selected_is_no_range_of_heads():
+    config = fg.Config(sparsity=0.3, kinds=KINDS, method="random", check=True)
+
+    pruned = fg.prune(Read().double().eval(), TOKENS, None, config)
+
+    assert pruned.report.verify_max_error < 1e-12
+    assert torch.allclose(pruned.model(TOKENS), pruned.graph_module(TOKENS), 0, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "call", "found"),
+    [
+        ("reshape", (2, 1, 1, 6), lambda x: x.reshape(2, 1, 1, 3, 2), [0, 1, 2, None, None]),
+        ("squeeze", (2, 3, 6), lambda x: x.squeeze(1), [None, None, None]),
+        ("squeeze", (2, 1, 6), lambda x: x.squeeze(1), [0, 2]),
+    ],
+)
+def test_the_dim_of_the_source_that_a_dim_was(op, shape, call, found):
+    graph = capture(Calling(call), torch.randn(shape)).graph_module.graph
+    (node,) = [node for node in graph.nodes if op_name(node) == op]
+
+    assert [before(node, dim) for dim in range(len(found))] == found
+
+
+class Calling(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x + 1)
