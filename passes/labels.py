@@ -267,7 +267,7 @@ def _movable(visit: Visit, values: list[Value]) -> bool:
         return False  # a view of the bits
     if visit.name in moves.RESHAPES and math.prod(values[0].shape) != math.prod(visit.shape):
         return False  # numbers decide how many places there are
-    if visit.name == "as_strided" and not values[0].fake.is_contiguous():
+    if visit.name == "as_strided":
         return False  # strides count in memory
     if visit.node.target is torch.ops.aten.repeat_interleave.Tensor:
         return False  # places by data

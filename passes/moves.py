@@ -40,7 +40,7 @@ SELECTION = {"clone", "contiguous", "to", "_to_copy", "detach", "alias"}
 LIKE = {"view_as", "reshape_as", "expand_as"}
 SAME_DIMS = {"slice", "narrow", "split", "split_with_sizes", "chunk", "flip", "tensor_split"}
 CHANNEL_HOME = {"pixel_shuffle": -3, "pixel_unshuffle": -3}
-UNMOVABLE = {"roll", "unfold", "diagonal", "as_strided", "rot90"}  # places depend on the size
+UNMOVABLE = {"roll", "unfold", "diagonal"}  # places depend on the size
 ALONG = {"repeat_interleave", "index_select", "roll", "flip"}  # their dims lose or change places
 RESHAPES = {"reshape", "view", "_unsafe_view", "flatten", "reshape_as", "view_as"}
 GROWING = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
@@ -116,9 +116,7 @@ def _executor(visit: Visit, value: Value) -> Callable[[Tensor], list[Tensor]]:
     def execute(array: Tensor) -> list[Tensor]:
         if along_dims and not set(varying(array)).intersection(_dims(visit, rank)):
             return [array]
-        whole = array.expand(value.shape)
-        whole = whole.contiguous() if visit.name == "as_strided" else whole
-        arguments = {**given, first: whole}
+        arguments = {**given, first: array.expand(value.shape)}
         result = visit.node.target(**arguments)  # type: ignore[operator]
         return [result] if isinstance(result, Tensor) else list(result)
 

@@ -141,6 +141,10 @@ CHAINS = {
         8,
     ),
     "written by an index": (Calls(written_by_index), 8),
+    "turned as a plane": (
+        Calls(lambda m, x: m.b(torch.relu(m.a(x.view(2, 3, 7))).rot90(1, (1, 2)).mT)),
+        8,
+    ),
     "rows repeated": (
         Calls(lambda m, x: m.b(torch.relu(m.a(x)).repeat_interleave(2, 0).roll(1, 0).flip([0]))),
         8,
@@ -187,6 +191,14 @@ FROZEN = {
     "padded by ones": (
         Calls(lambda m, x: m.b(F.pad(torch.relu(m.a(x)), (1, 1), value=1.0)), b=(10, 5)),
         "padded by",
+    ),
+    "strides in memory": (
+        Calls(lambda m, x: m.b(m.a(x)[:, :4].as_strided((6, 4), (8, 2))), b=(4, 5)),
+        "as_strided",
+    ),
+    "more of memory than is seen": (
+        Calls(lambda m, x: m.b(m.a(x)[:2].as_strided((6, 8), (8, 1)))),
+        "as_strided",
     ),
     "chances": (
         Calls(lambda m, x: m.b(m.a(x) * torch.bernoulli(m.a(x).sigmoid()))),
