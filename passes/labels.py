@@ -31,7 +31,7 @@ from .axes import apply_rule
 from .composed import SPECIAL
 from .control import WHY
 from .covered import check_covered
-from .errors import where
+from .errors import user_line, where
 from .fakes import as_fake, executed, real_like
 from .free_axes import Args
 from .functional import written
@@ -139,7 +139,8 @@ class _Propagation:
             arrays = self.labels.arrays_for("parameter", str(node.target), tensor.shape)
             self.seen[id(tensor)] = Value(as_fake(self.fakes, tensor), arrays, weight=True)
             if tensor.is_complex() and isinstance(tensor, nn.Parameter):
-                reason = f"the complex weight {node.target} · {where(node)}"
+                told = node if user_line(node) else next(iter(node.users), node)
+                reason = f"the complex weight {node.target} · {where(told)}"
                 self.labels.mark("frozen", arrays.values(), reason, node)
         return self.seen[id(tensor)]
 

@@ -119,7 +119,9 @@ def choose(visit: Visit) -> list[Arrays]:
     least = int(visit.given.get("k") or abs(taken(visit.node, value.shape)))
     axis = _axis(visit, value) if least else None
     if axis is None:
-        visit.freeze([value.arrays[dim]] if dim in value.arrays else [], visit.name)
+        held = [value.arrays[dim]] if dim in value.arrays else []
+        blocks = " in each block" if held and held[0].numel() > held[0].shape[dim] else ""
+        visit.freeze(held, f"chosen by {visit.name}{blocks}")
     else:
         reason = visit.reason(f"chosen by {visit.name}")
         labels.marks.append(Mark("routed", axis, reason, visit.node, least))

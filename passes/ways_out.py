@@ -21,6 +21,8 @@ WAYS_OUT = {
     "blocks of unequal size": "give every block (head, part) as many units",
     "nothing sums it away": "a layer that reads it, a product that sums over it, lets it go",
     "reaches the model's output": "its size is the model's interface; layers before it are pruned",
+    "the complex weight": "hold its two parts as parameters and join them by torch.complex",
+    "in each block": "whole units may go where the choice is made over all of them at once",
     "selected by": "give the positions that are taken one by one a layer of their own",
     "indexed by data": "index another axis, or multiply by a one-hot matrix",
     "written by an index": _NEW,

@@ -51,7 +51,9 @@ def test_complex_weights_stay_and_the_channels_beside_them_go(tmp_path):
 
     assert set(pruned.plan.kept) == {"lift.0.0", "lower.0.0"}
     frozen = next(g for g in pruned.deps.groups if ("mixed", 1) in _members(g))
-    assert "the complex weight mixed" in frozen.reason
+    told = pruned.deps.explain("mixed")
+    assert "the complex weight mixed · node %einsum" in frozen.reason and frozen.reason in told
+    assert "test_derivatives.py" in frozen.reason and "join them by torch.complex" in told
     assert pruned.model.mixed.dtype == torch.complex64
     fg.save(pruned, tmp_path / "out")
     loaded = fg.load(tmp_path / "out", model=Fourier())

@@ -272,6 +272,15 @@ def test_what_cannot_go_says_why(name):
     assert any(reason in g.reason for g in mine), [g.reason for g in mine]
 
 
+def test_a_choice_in_each_block_says_so():
+    best = Calls(lambda m, x: m.b(m.a(x).view(6, 2, 4).topk(2)[0].flatten(1)), b=(4, 5))
+
+    told = fg.analyze(best.eval(), X, check=True).explain("a.weight")
+
+    assert "chosen by topk in each block · node %topk" in told
+    assert "help: whole units may go where the choice is made over all" in told
+
+
 class Quantised(nn.Module):
     """The nearest entries of a table that forward makes once and keeps."""
 
