@@ -335,16 +335,34 @@ def attention_layer():
     return nn.Sequential(nn.Linear(5, 8), layer).eval()
 
 
+def sloped_attention():
+    """A slope for each head, written for each head of each sequence."""
+
+    def attend(m, x):
+        parts = m.a(x).unflatten(-1, (3, 4, 2)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        slopes = torch.arange(4).repeat(x.shape[0])[:, None, None] * torch.arange(x.shape[1])
+        y = (parts[0] @ parts[1].mT - slopes).softmax(-1) @ parts[2]
+        return m.b(y.unflatten(0, (x.shape[0], 4)).transpose(1, 2).flatten(2))
+
+    return Calls(attend, a=(5, 24)).eval()
+
+
 @pytest.mark.parametrize(
     ("build", "shape", "kind"),
-    [(Conditioned, (6, 9, 9), "chain"), (attention_layer, (3, 5), "head")],
+    [
+        (Conditioned, (6, 9, 9), "chain"),
+        (attention_layer, (3, 5), "head"),
+        (sloped_attention, (3, 5), "head"),
+    ],
 )
 def test_the_graph_takes_other_batches_where_an_axis_holds_batch_and_units(build, shape, kind):
     model, draw = build(), torch.Generator().manual_seed(0)
-    config = fg.Config(sparsity=0.1, kinds=(kind,), method="magnitude")
+    config = fg.Config(sparsity=0.3, kinds=(kind,), method="magnitude")
 
     result = fg.prune(model, torch.randn(2, *shape, generator=draw), None, config)
 
+    ((group, kept),) = result.plan.kept.items()
+    assert len(kept) < result.deps[group].size
     x = torch.randn(5, *shape, generator=draw)
     assert torch.allclose(result.graph_module(x), result.model(x), atol=1e-5)
 
