@@ -37,7 +37,7 @@ def views(group: Group, deps: DependencyGraph, nodes: dict[str, Node]) -> list[V
         node = nodes[consumer.node]
         source = _source([s for s in sites if s.node.name == consumer.node], consumer, deps)
         shape = deps.parameters.get(consumer.parameter, ())  # a buffer is not refitted
-        if source is None or not _plain(node, source, len(shape)):
+        if source is None or not _plain(node, source.node.name, len(shape)):
             return []
         name, dim = nodes[source.node.name], source.dim
         found.append(View(node, consumer.parameter, consumer.dim, name, dim))
@@ -62,20 +62,20 @@ def linears(module: GraphModule) -> Iterator[View]:
         weight = held.get(at)
         if not isinstance(weight, nn.Parameter) or uses[id(weight)] > 1 or not isinstance(x, Node):
             continue
-        kernel = first == "input" and weight.dim() > 2
-        one = not bound.get("transposed") and bound.get("groups", 1) == 1
-        if one if kernel else weight.dim() == 2:
-            dim = 1 if kernel else x.meta["val"].dim() - 1
+        if _plain(node, x.name, weight.dim()):
+            dim = 1 if weight.dim() > 2 else -1
             yield View(node, str(at.target), int(first == "input"), x, dim)
 
 
-def _plain(node: Node, source: Operand, rank: int) -> bool:
+def _plain(node: Node, source: str, rank: int) -> bool:
     """Y = X W^T with X first and a matrix W, or a convolution in one group."""
     first = MATRIX.get(op_name(node))
     bound = bind(node, node.args, node.kwargs)
-    if first is None or bound[first] is None or bound[first].name != source.node.name:
+    if first is None or bound[first] is None or bound[first].name != source:
         return False
-    return bound.get("groups", 1) == 1 if first == "input" and rank > 2 else rank == 2
+    if first == "input" and rank > 2:
+        return bound.get("groups", 1) == 1 and not bound.get("transposed")
+    return rank == 2
 
 
 def _source(sites: list[Site], consumer: Consumer, deps: DependencyGraph) -> Operand | None:

@@ -80,8 +80,9 @@ class Correction:
 
 @dataclass
 class _Sums:
-    """`cross`, `power`: M and the sum of g^2 by node; `second`: the sum of x x^T by entry; of D and
-    the tokens of this step, and of all tokens so far at the layer that sees most.
+    """`cross`, `power`: M and the sum of g^2 by node; `second`: the sum of x x^T by entry.
+    `distance`: D of this step; `tokens`, `seen`: tokens of this step, and of all steps so far, at
+    the layer that sees most.
     """
 
     cross: dict[Node, Tensor] = field(default_factory=dict)
@@ -178,42 +179,48 @@ def _gradients(
     sums.distance, sums.tokens = 0.0, 0
     for cross in sums.cross.values():
         cross *= MOMENTUM
-    for sample in fit:
-        rows: dict[Any, Tensor] = {}
-        probes: dict[Node, Tensor] = {}
-
-        def watch(
-            node: Node,
-            value: Any,
-            result: Tensor,
-            rows: dict[Any, Tensor] = rows,
-            probes: dict[Node, Tensor] = probes,
-        ) -> Tensor:
-            site = by_node.get(node)
-            if site is None:
-                return result
-            if site.entry not in rows:
-                rows[site.entry] = _rows(site, value, read)
-            probes[node] = torch.zeros_like(result, requires_grad=True)
-            return result + probes[node]
-
-        with torch.enable_grad():
-            (environment,) = environments(module, [sample.batch])
-            outputs = run(module, environment, read, watch)
-            loss = apart(outputs, sample.target(), words)
-        if not loss.requires_grad:
-            return False
-        for node, gradient in zip(probes, gradients(loss, list(probes.values())), strict=True):
-            site = by_node[node]
-            out = site.view.outputs(probes[node] if gradient is None else gradient)
-            _add(sums, site, out.detach().float(), rows[site.entry])
-        for entry, x in rows.items():
-            held = sums.second.setdefault(entry, x.new_zeros(x.shape[1], x.shape[1]))
-            held.addmm_(x.T, x)
-        sums.distance += float(loss.detach())
-        sums.tokens += max(map(len, rows.values()))
+    if not all(_add_sample(module, read, by_node, sample, words, sums) for sample in fit):
+        return False
     sums.seen += sums.tokens
     return sums.tokens > 0
+
+
+def _add_sample(
+    module: GraphModule,
+    read: Read,
+    by_node: Mapping[Node, Site],
+    sample: Sample,
+    words: frozenset[int],
+    sums: _Sums,
+) -> bool:
+    rows: dict[Any, Tensor] = {}
+    probes: dict[Node, Tensor] = {}
+
+    def watch(node: Node, value: Any, result: Tensor) -> Tensor:
+        site = by_node.get(node)
+        if site is None:
+            return result
+        if site.entry not in rows:
+            rows[site.entry] = _rows(site, value, read)
+        probes[node] = torch.zeros_like(result, requires_grad=True)
+        return result + probes[node]
+
+    with torch.enable_grad():
+        (environment,) = environments(module, [sample.batch])
+        outputs = run(module, environment, read, watch)
+        loss = apart(outputs, sample.target(), words)
+    if not loss.requires_grad:
+        return False
+    for node, gradient in zip(probes, gradients(loss, list(probes.values())), strict=True):
+        site = by_node[node]
+        out = site.view.outputs(probes[node] if gradient is None else gradient)
+        _add(sums, site, out.detach().float(), rows[site.entry])
+    for entry, x in rows.items():
+        held = sums.second.setdefault(entry, x.new_zeros(x.shape[1], x.shape[1]))
+        held.addmm_(x.T, x)
+    sums.distance += float(loss.detach())
+    sums.tokens += max(map(len, rows.values()))
+    return True
 
 
 def _rows(site: Site, value: Any, read: Read) -> Tensor:
@@ -232,7 +239,7 @@ def _add(sums: _Sums, site: Site, out: Tensor, rows: Tensor) -> None:
 
 
 def _steps(sites: Sequence[Site], sums: _Sums) -> dict[Node, Tensor]:
-    """[out, in (+ 1)] of every site; zero in removed columns. None where numbers overflow."""
+    """[out, in (+ 1)] of every site; zero in removed columns. Empty where numbers overflow."""
     found: dict[Node, Tensor] = {}
     factors: dict[Any, Tensor] = {}
     for site in sites:
