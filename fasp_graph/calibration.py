@@ -15,7 +15,7 @@ from passes.compare import tensors
 from passes.errors import CalibrationError, ConfigError, NoGradient
 from passes.lazy import is_lazy
 from passes.restore import TOWARDS
-from passes.score import NEEDS_DATA
+from passes.score import GREEDY, NEEDS_DATA
 
 from .config import Config
 from .correction import PIECES
@@ -169,7 +169,7 @@ def sensing(config: Config) -> bool:
 
 def solving(config: Config) -> bool:
     """Whether columns are chosen or repaired with the inverse of a Gram matrix."""
-    return config.passes.score == "obs" or config.passes.restore not in ("none", "bias")
+    return config.passes.score in GREEDY or config.passes.restore not in ("none", "bias")
 
 
 def few_tokens(found: Mapping[str, tuple[int, int]], inputs: Args) -> tuple[str, ...]:

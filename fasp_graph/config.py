@@ -25,9 +25,10 @@ class Passes:
 
 
 METHODS: dict[str, Passes] = {
-    "best": Passes("obs", "outputs", "sensitivity"),
+    "best": Passes("rotation", "outputs", "sensitivity"),
     "fasp": Passes("fasp", "fasp"),
     "slimgpt": Passes("obs", "obs"),
+    "modegpt": Passes("modegpt", "obs", "influence"),
     "flap": Passes("flap", "bias", "standardised"),
     "wanda": Passes("fasp", "none"),
     "magnitude": Passes("magnitude", "none"),
@@ -45,10 +46,11 @@ class Config:
         sparsity: removed share of the parameters in scope, which are all of the layers that a
             chain, bilinear or head group goes through, pruned or not. The share of the whole model
             is smaller: of a language model embeddings, norms and output head are not in scope.
-        method: preset of score, restore and allocation: best; fasp, slimgpt, flap, wanda,
-            magnitude and random from the literature (docs/accuracy.md).
+        method: preset of score, restore and allocation: best; fasp, slimgpt, modegpt, flap,
+            wanda, magnitude and random from the literature (docs/accuracy.md).
         score: overrides the method's score: obs, fasp, wanda_l2, magnitude, flap, taylor,
-            numerical, random.
+            numerical, random; rotation and modegpt, which also turn groups where nothing but linear
+            ops stand between producers and consumers.
         restore: overrides the method's repair: none, bias, fasp, obs, affine, asymmetric,
             residual, outputs.
         allocation: overrides how the sparsity is spread over groups: uniform, sensitivity, curves,

@@ -33,6 +33,8 @@ from passes.errors import NoGradient
 from passes.experts import expert_view, independent
 from passes.gates import gated
 from passes.removal import nodes_by_name
+from passes.rotate import rotatable
+from passes.score import ROTATING
 from passes.select import Budget, allocate
 from passes.sensitivity import Sensed, sense
 from passes.views import View
@@ -91,6 +93,7 @@ def decide(
         {group.name: expert_view(group, deps, nodes) for group in own},
         sensed,
         torch.Generator().manual_seed(config.seed),
+        _rotatable(captured, groups, found, config),
     )
     decided = Decisions(budget, notes=notes + _deaf(job))
     if config.passes.allocation not in ("uniform", "influence"):
@@ -101,6 +104,15 @@ def decide(
     settle_all(job, groups, batches, decided, progress, journal)
     decided.forward_passes = _cost(job, len(batches))
     return decided
+
+
+def _rotatable(
+    captured: Captured, groups: list[Group], found: dict[str, list[View]], config: Config
+) -> frozenset[str]:
+    if config.passes.score not in ROTATING:
+        return frozenset()
+    plain = [group for group in groups if found[group.name]]
+    return rotatable(captured.graph_module, plain, captured.inputs, config.seed)
 
 
 def _spread(job: Job, deps: DependencyGraph, groups: list[Group], decided: Decisions) -> Budget:

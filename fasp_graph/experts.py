@@ -20,7 +20,7 @@ from passes.experts import ExpertView
 from passes.observe import Moments, Walk
 from passes.restore import restore
 from passes.rewrite import attribute
-from passes.score import NEEDS_DATA, interactions, last_masked, score
+from passes.score import GREEDY, NEEDS_DATA, interactions, last_masked, score
 
 from .worth import Job, damped
 
@@ -96,7 +96,7 @@ def _order(
     method, mine = job.config.passes.score, unit >= 0
     if moments is None and method in NEEDS_DATA:
         method = "magnitude"
-    if method == "obs" and moments is not None:
+    if method in GREEDY and moments is not None:
         second = damped(moments.gram.double() / moments.tokens, job.config.ridge)
         found = eliminate([Problem(matrix.double(), second, unit)], [0] * size, size - keep)
         stays = torch.ones(size)

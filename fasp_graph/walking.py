@@ -22,11 +22,14 @@ from passes.eliminate import eliminate
 from passes.errors import where
 from passes.experts import ExpertView, Orders, moved
 from passes.gates import behind, level
+from passes.laws import moved as moved_weight
+from passes.lazy import Lazy, materialized
 from passes.observe import Moments, Room, Walk, probe, walk
 from passes.pieces import with_every_piece
 from passes.restore import restore
 from passes.rewrite import attribute
-from passes.score import NEEDS_DATA
+from passes.rotate import columns_of, turned, turned_drift, turned_moments, turns
+from passes.score import GREEDY, NEEDS_DATA
 from passes.select import Budget, select
 from passes.views import View
 
@@ -37,7 +40,7 @@ from .experts import settle_experts, weight_orders
 from .scale.distributed import total
 from .scale.journal import Journal, watch
 from .scale.spill import Spill
-from .worth import Job, Progress, problems_of, told, utility_of, weight_utility
+from .worth import Job, Progress, basis_of, problems_of, told, utility_of, weight_utility
 
 
 @dataclass
@@ -82,6 +85,7 @@ def settle_all(
     visit, nodes, room = watch(journal, stops.visit, decided), stops.nodes, _room(config)
     given = batches if nodes else []
     decided.weights = walk(module, given, nodes, visit, report, room, stops.again, stops.shut)
+    _turn(job, groups, decided)
     if stops.pending and config.passes.restore == "outputs":
         decided.weights = corrected(
             module, groups, job.views, decided.kept, decided.weights, batches, stops.dense
@@ -170,6 +174,23 @@ def _shut(
     return found
 
 
+def turn_of(group: Group) -> str:
+    """The name under which a walk holds the group's Q (passes/rotate.py): no parameter's."""
+    return f"Q of {group.name}"
+
+
+def _turn(job: Job, groups: list[Group], decided: Decisions) -> None:
+    """Producers and consumers of the groups that turned, in the basis that their units are of. Up
+    to here consumers took their inputs in the old one.
+    """
+    names = {turn_of(group): group.name for group in groups}
+    found = {names[n]: decided.weights.pop(n) for n in list(decided.weights) if n in names}
+    state = Walk(job.captured.graph_module, [], decided.weights)
+    for name, move in turns(groups, {n: materialized(q) for n, q in found.items()}).items():
+        held = state.held(name).detach()
+        decided.weights[name] = moved_weight(held, move) if isinstance(held, Lazy) else move(held)
+
+
 def _put_in_order(job: Job, groups: list[Group], decided: Decisions) -> None:
     """What each expert keeps goes in front, so that all of them keep the same positions."""
     state = Walk(job.captured.graph_module, [], decided.weights)
@@ -189,16 +210,23 @@ def _choose(
         moments = told(job, group, moments, state)
     if not moments:
         _select(group, weight_utility(module, group, scoring, job.generator), decided)
-    elif scoring != "obs":
-        _select(group, utility_of(job, group, moments, state), decided)
+        return
+    own = None
+    if scoring in GREEDY or group.name in job.rotatable:
+        problems = problems_of(job, group, moments, state)
+        own = basis_of(job, group, problems)
+    if scoring not in GREEDY:
+        _select(group, own.worth if own else utility_of(job, group, moments, state), decided)
     else:
         removals = group.size // group.blocks - decided.budget.keep[group.name]
-        problems = problems_of(job, group, moments, state)
+        problems = [own.problem(held) for held in problems] if own else problems
         gone = eliminate(problems, group.block_of.tolist(), removals).order
         worth = dict.fromkeys(range(group.size), len(gone)) | {u: k for k, u in enumerate(gone)}
         stay = [unit for unit in range(group.size) if worth[unit] == len(gone)]
         ranks = [float(worth[u]) for u in range(group.size)]
         decided.kept[group.name] = with_every_piece(group, stay, ranks)
+    if own:
+        state.weights[turn_of(group)] = own.orthogonal(decided.kept[group.name])
 
 
 def _judged_on(
@@ -245,15 +273,21 @@ def _repair(
         decided.untold[place] = (found.tokens, where(view.node))
         state.weights[view.parameter] = view.weight(view.matrix(weight) * mask, weight)
         return
-    gap = None
+    turn, gap = state.weights.get(turn_of(group)), None
     if dense is not None and sum(view.parameter == v.parameter for v in several) == 1:
         gap = drift(state, dense, view, method != "asymmetric")
     offset = offset_of(view)
     bias = offset.read(state.weight(offset.name).detach()) if offset else None
     if solving(job.config):
         decided.seen.setdefault(view.parameter, (found.tokens, len(found.gram)))
-    result = restore(method, view.matrix(weight), bias, found, mask, job.config.ridge, gap)
-    state.weights[view.parameter] = view.weight(result.weight, weight)
+    matrix = view.matrix(weight)
+    if turn is not None:
+        columns = columns_of(group, unit)
+        matrix = turned(matrix, 1, columns, turn)
+        found, gap = turned_moments(found, columns, turn), gap and turned_drift(gap, columns, turn)
+    result = restore(method, matrix, bias, found, mask, job.config.ridge, gap)
+    new = result.weight if turn is None else turned(result.weight, 1, columns, turn.mT)
+    state.weights[view.parameter] = view.weight(new, weight)
     if offset and result.bias is not None:
         state.weights[offset.name] = offset.read(result.bias)
     before, after = decided.errors.get(group.name, (0.0, 0.0))

@@ -23,6 +23,7 @@ from passes.experts import ExpertView
 from passes.gates import Gates
 from passes.observe import Moments, Walk
 from passes.rewrite import attribute
+from passes.rotate import Basis, basis
 from passes.score import interactions, last_masked, score
 from passes.sensitivity import Sensed, factor
 from passes.views import View
@@ -36,7 +37,8 @@ Progress = Callable[[str, int, int], None]
 class Job:
     """What every step needs to know. `experts`: the groups of which each expert keeps its own
     units, with their consumer where its inputs can be told by expert. `gates`: what the program
-    has for groups under a mean (passes/gates.py).
+    has for groups under a mean (passes/gates.py). `rotatable`: groups that choose in a basis of
+    their own (passes/rotate.py).
     """
 
     captured: Captured
@@ -47,6 +49,7 @@ class Job:
     experts: dict[str, ExpertView | None]
     sensed: dict[str, Sensed]
     generator: torch.Generator
+    rotatable: frozenset[str] = frozenset()
 
     @property
     def weighed(self) -> bool:
@@ -100,6 +103,8 @@ def _curve(job: Job, group: Group, moments: dict[str, Moments]) -> tuple[float, 
         return (0.0, *sums.tolist())
     removals = per - min(job.config.min_keep, per)
     problems = problems_of(job, group, moments, _dense(job))
+    turned = basis_of(job, group, problems)
+    problems = [turned.problem(held) for held in problems] if turned else problems
     errors = eliminate(problems, group.block_of.tolist(), removals, even=True).errors
     return (0.0, *errors[group.blocks - 1 :: group.blocks])
 
@@ -141,6 +146,13 @@ def problems_of(job: Job, group: Group, moments: dict[str, Moments], state: Walk
         unit = unit_columns(group, view, weight)
         problems.append(Problem(matrix, damped(second, job.config.ridge), unit))
     return problems
+
+
+def basis_of(job: Job, group: Group, problems: list[Problem]) -> Basis | None:
+    """The basis that the group's units are chosen in; None: their own."""
+    if group.name not in job.rotatable:
+        return None
+    return basis(group, problems, joint=job.config.passes.score == "rotation")
 
 
 def damped(second: Tensor, ridge: float) -> Tensor:

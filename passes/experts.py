@@ -19,17 +19,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .capture import Args
-from .compare import outputs
 from .consumers import TURNS
 from .groups import Consumer, DependencyGraph, Group, Member
-from .lazy import Lazy, replace
+from .laws import holds
 from .observe import Moments, Walk, add_gram, check_finite, mirror, summable
-from .precision import widened, widened_inputs
-from .skeleton import shared_copy
-from .verify import difference
 from .visit import bind, op_name
 
-SAME = 1e-4  # relative; sums in another order
 Orders = dict[str, list[list[int]]]
 """group -> for each expert, its units: those that stay, then the others"""
 
@@ -110,7 +105,6 @@ def independent(
     return [group for group in found if _holds(module, [group], deps, inputs, seed)]
 
 
-@torch.no_grad()
 def _holds(
     module: GraphModule, groups: Sequence[Group], deps: DependencyGraph, inputs: Args, seed: int
 ) -> bool:
@@ -119,20 +113,7 @@ def _holds(
         group.name: [draw.permutation(group.size).tolist() for _ in range(_experts(group, deps))]
         for group in groups
     }
-    moves = moved(groups, orders)
-
-    def turned(name: str, held: Tensor) -> Tensor | None:
-        if name not in moves:
-            return None
-        read = held.detach()
-        return Lazy(held.shape, held.dtype, lambda: moves[name](read), device=held.device)
-
-    plain, given = widened(module), widened_inputs(inputs)
-    other = shared_copy(module)
-    replace(other, turned)
-    other = widened(other)
-    pair = (outputs(graph, given) for graph in (plain, other))
-    return all(difference(a, b) <= SAME for a, b in zip(*pair, strict=True))
+    return holds(module, moved(groups, orders), inputs)
 
 
 def _experts(group: Group, deps: DependencyGraph) -> int:

@@ -11,6 +11,10 @@ taylor      E (g . W_:j X_j)^2 = (W^T A W)_jj E X_j^2    first-order Taylor, arX
 numerical   what ||W (1 - z) X||^2 over masks z drops last, greedily, nothing refitted: the masked
             output error of Numerical Pruning (arXiv 2412.12441), Hessian (W^T W) o (X X^T)
 obs         error after the others are refitted, greedy: passes/eliminate.py
+rotation    obs, in the basis of a group where it can be turned (passes/rotate.py) that sorts its
+            directions by the error of leaving out one, all else refitted
+modegpt     G (G + d I)^-1 at jj, d = mean(diag G): ridge leverage; where a group can be turned the
+            squared singular values of each block    MoDeGPT, arXiv 2408.09632
 """
 
 from __future__ import annotations
@@ -20,8 +24,13 @@ from torch import Tensor
 
 from .observe import Moments
 
-SCORES = ("fasp", "wanda_l2", "magnitude", "flap", "random", "taylor", "numerical", "obs")
-NEEDS_DATA = {"fasp", "wanda_l2", "flap", "taylor", "numerical", "obs"}
+SCORES = (
+    *("fasp", "wanda_l2", "magnitude", "flap", "random", "taylor", "numerical"),
+    *("obs", "rotation", "modegpt"),
+)
+NEEDS_DATA = {*SCORES} - {"magnitude", "random"}
+GREEDY = {"obs", "rotation"}
+ROTATING = {"rotation", "modegpt"}
 
 
 def score(
@@ -47,6 +56,12 @@ def score(
     if method == "flap":
         variance = (second / moments.tokens - moments.mean.double() ** 2).clamp_min(0)
         return variance * w.square().sum(0)
+    if method == "modegpt":
+        gram = moments.gram.double()
+        damping = second.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + damping * eye))
+        return 1 - damping * inverse.diagonal()
     if method == "taylor":
         felt = w if metric is None else metric.double() @ w
         return (w * felt).sum(0) * second / moments.tokens
