@@ -33,13 +33,15 @@ from passes.select import allocate
 from .accuracy_cases import CASES, Case
 
 PRESETS: dict[str, dict[str, Any]] = {
-    name: {"method": name} for name in ("fasp", "best", "slimgpt", "flap", "wanda", "magnitude")
+    name: {"method": name}
+    for name in ("fasp", "best", "slimgpt", "modegpt", "flap", "wanda", "magnitude")
 }
 ABLATION: dict[str, dict[str, Any]] = {
     "fasp": {"method": "fasp"},
     "best": {},
     "allocation=curves": {"allocation": "curves"},
     "allocation=uniform": {"allocation": "uniform"},
+    "score=obs": {"score": "obs"},
     "score=fasp": {"score": "fasp"},
     "allocation=influence": {"allocation": "influence", "restore": "residual"},
     "score=taylor": {"score": "taylor"},
@@ -49,6 +51,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "restore=asymmetric": {"restore": "asymmetric"},
     "restore=none": {"restore": "none"},
     "ridge=1e-3": {"ridge": 1e-3},
+    "ridge=held-out": {"ridge": "held-out"},
 }
 
 

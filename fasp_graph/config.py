@@ -34,6 +34,7 @@ METHODS: dict[str, Passes] = {
     "magnitude": Passes("magnitude", "none"),
     "random": Passes("random", "none"),
 }
+RIDGE, HELD_OUT = 1e-2, "held-out"
 KINDS = ("chain", "bilinear", "head", "width")
 LAYOUTS = ("free", "uniform")
 
@@ -60,7 +61,9 @@ class Config:
             exact, since norms then see fewer channels).
         align: what a group keeps of all its blocks together is a multiple of this.
         min_keep: units that every block keeps at least.
-        ridge: the repair's ridge, relative to the mean of the Gram matrix's diagonal.
+        ridge: the repair's ridge, relative to the mean of the Gram matrix's diagonal; or held-out:
+            for every weight the best on a quarter of its calibration tokens, when it is fitted to
+            the others.
         layout: free, where every group keeps what it should, or uniform: only groups whose size a
             field of the model's configuration says, equally many units for all groups of a field,
             so that a plain from_pretrained loads the result.
@@ -78,7 +81,7 @@ class Config:
     kinds: tuple[str, ...] = ("chain",)
     align: int = 1
     min_keep: int = 1
-    ridge: float = 1e-2
+    ridge: float | str = RIDGE
     layout: str = "free"
     seed: int = 0
     max_memory: int | None = None
@@ -109,12 +112,20 @@ class Config:
                 f"max_memory={self.max_memory} is no number of bytes above 0 · help: say "
                 "2000000000 for 2 GB, or leave it out to hold all activations in memory"
             )
+        if isinstance(self.ridge, str):
+            _one_of("ridge", self.ridge, (HELD_OUT,), "or a number")
         for name, low in (("align", 1), ("min_keep", 1), ("ridge", 0)):
-            if (held := getattr(self, name)) < low:
+            held = getattr(self, name)
+            if not isinstance(held, str) and held < low:
                 raise ConfigError(
                     f"{name}={held} is too small · help: at least {low}; the default is "
                     f"{getattr(Config, name)}"
                 )
+
+    @property
+    def damping(self) -> float:
+        """The ridge where units are chosen."""
+        return RIDGE if isinstance(self.ridge, str) else self.ridge
 
     @property
     def passes(self) -> Passes:
@@ -150,7 +161,7 @@ def _in_words(hint: Any) -> str:
     return words.get(hint, "None" if hint is types.NoneType else str(hint))
 
 
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...], more: str = "") -> None:
     if value not in allowed:
         known = ", ".join(str(held) for held in allowed if held is not None)
-        raise ConfigError(f"{name}={value!r} is unknown · help: one of {known}")
+        raise ConfigError(f"{name}={value!r} is unknown · help: one of {known} {more}".rstrip())

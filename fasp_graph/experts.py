@@ -18,10 +18,10 @@ from passes.couple import Group
 from passes.eliminate import Problem, eliminate
 from passes.experts import ExpertView
 from passes.observe import Moments, Walk
-from passes.restore import restore
 from passes.rewrite import attribute
 from passes.score import GREEDY, NEEDS_DATA, interactions, last_masked, score
 
+from .refit import folds, refit, whole
 from .worth import Job, damped
 
 UNKNOWN = (math.nan, math.nan)
@@ -59,35 +59,40 @@ def weight_orders(job: Job, group: Group, keep: int) -> list[list[int]]:
 class Settled:
     """The order of each expert's units, the mean errors without and with repair, the tokens of the
     expert that saw fewest (0: none saw any) and the channels of all; `untold`: experts of which
-    the data tell nothing, with their tokens.
+    the data tell nothing, with their tokens; `ridges`: those that were chosen on held-out tokens.
     """
 
     orders: list[list[int]]
     errors: tuple[float, float]
     seen: tuple[int, int]
     untold: dict[int, int]
+    ridges: tuple[float, ...]
 
 
 def settle_experts(job: Job, group: Group, view: ExpertView, state: Walk, keep: int) -> Settled:
     """Choose and repair; the repaired weight, its units where they were, goes to the walk."""
-    weight, every = state.weight(view.parameter).detach(), view.moments(state)
-    matrices, new, orders, errors = view.matrices(weight), [], [], []
+    weight = state.weight(view.parameter).detach()
+    parts = list(zip(*(view.moments(state, part) for part in folds(job.config)), strict=True))
+    every, matrices = [whole(held) for held in parts], view.matrices(weight)
+    new, orders, errors, ridges = [], [], [], []
     unit = units_along(group, view.parameter, view.dim, weight)
     found = [moments if moments.tell(unit >= 0) else None for moments in every]
-    for matrix, seen in zip(matrices, found, strict=True):
+    for matrix, seen, held in zip(matrices, found, parts, strict=True):
         order = _order(job, matrix, seen, unit, group.size, keep)
-        method = job.config.passes.restore if seen else "none"
-        mask = staying(group, order[:keep], unit)
-        held = restore(method, matrix, None, seen, mask, job.config.ridge)
-        new.append(held.weight)
         orders.append(order)
-        if seen:
-            errors.append((held.error_before, held.error_after))
+        mask = staying(group, order[:keep], unit)
+        if seen is None:
+            new.append(matrix * mask)
+            continue
+        result, ridge = refit(job.config, matrix, None, held, mask)
+        new.append(result.weight)
+        errors.append((result.error_before, result.error_after))
+        ridges += [ridge] if len(held) > 1 else []
     state.weights[view.parameter] = view.weight(torch.stack(new))
     before, after = torch.tensor(errors or [UNKNOWN], dtype=torch.float64).mean(0).tolist()
     least = min((seen.tokens for seen in found if seen), default=0)
     untold = {e: every[e].tokens for e, seen in enumerate(found) if seen is None}
-    return Settled(orders, (before, after), (least, matrices.shape[-1]), untold)
+    return Settled(orders, (before, after), (least, matrices.shape[-1]), untold, tuple(ridges))
 
 
 def _order(
@@ -97,7 +102,7 @@ def _order(
     if moments is None and method in NEEDS_DATA:
         method = "magnitude"
     if method in GREEDY and moments is not None:
-        second = damped(moments.gram.double() / moments.tokens, job.config.ridge)
+        second = damped(moments.gram.double() / moments.tokens, job.config.damping)
         found = eliminate([Problem(matrix.double(), second, unit)], [0] * size, size - keep)
         stays = torch.ones(size)
         stays[list(found.order)] = 0

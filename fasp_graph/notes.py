@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from statistics import median
 
 from passes.bounds import bounds
 from passes.branches import assumptions
@@ -12,6 +13,7 @@ from passes.select import Plan
 
 from .calibration import few_tokens, untold
 from .config import Config
+from .units import counted
 from .walking import Decisions
 
 _ALIKE = re.compile(r"\S+\.shape\[\d+\] == \S+\.shape\[\d+\]")  # two inputs of one batch
@@ -51,6 +53,13 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
             f"sparsity {plan.sparsity:.3f} was reached of {config.sparsity:.3f}: one unit of a "
             "group more would have removed too much · help: ask for more, or leave out a kind of "
             "groups"
+        )
+    ridges = [ridge for several in decisions.ridges.values() for ridge in several]
+    if ridges:
+        low, middle, high = (f"{held:.0e}" for held in (min(ridges), median(ridges), max(ridges)))
+        found.append(
+            f"ridges chosen on held-out tokens: {low} to {high}, in the middle {middle}, for "
+            f"{counted(len(ridges), 'matrix', 'matrices')}"
         )
     data = (*untold(decisions.untold), *few_tokens(decisions.seen, captured.inputs))
     return (*found, *decisions.notes, *data)

@@ -26,9 +26,8 @@ from passes.laws import moved as moved_weight
 from passes.lazy import Lazy, materialized
 from passes.observe import Moments, Room, Walk, probe, walk
 from passes.pieces import with_every_piece
-from passes.restore import restore
 from passes.rewrite import attribute
-from passes.rotate import columns_of, turned, turned_drift, turned_moments, turns
+from passes.rotate import columns_of, turns
 from passes.score import GREEDY, NEEDS_DATA
 from passes.select import Budget, select
 from passes.views import View
@@ -37,6 +36,7 @@ from .calibration import solving
 from .config import Config
 from .correction import beside, corrected
 from .experts import settle_experts, weight_orders
+from .refit import Turn, folds, refit, whole
 from .scale.distributed import total
 from .scale.journal import Journal, watch
 from .scale.spill import Spill
@@ -47,7 +47,8 @@ from .worth import Job, Progress, basis_of, problems_of, told, utility_of, weigh
 class Decisions:
     """Filled group by group. `curves[name][k]`: error of removing k units per block; `seen`: tokens
     and channels at each consumer's weight that is solved for; `untold`: tokens at each of which
-    calibration says nothing, and where it stands; `scores`: medians of the units that stay and of
+    calibration says nothing, and where it stands; `ridges`: those that were chosen on held-out
+    tokens, of a weight or of each expert's; `scores`: medians of the units that stay and of
     those that go; `orders`: groups of which each expert keeps its own units, put in front
     (passes/experts.py); `forward_passes`: the cost, in plain forward passes over the calibration
     batches; `notes`: what was done otherwise than asked for, and why.
@@ -59,6 +60,7 @@ class Decisions:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     seen: dict[str, tuple[int, int]] = field(default_factory=dict)
     untold: dict[str, tuple[int, str]] = field(default_factory=dict)
+    ridges: dict[str, tuple[float, ...]] = field(default_factory=dict)
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
     orders: Orders = field(default_factory=dict)
@@ -142,18 +144,20 @@ class _Stops:
         for group, inside in self.routed.get(node, ()):
             found = settle_experts(job, group, inside, state, len(decided.kept[group.name]))
             decided.orders[group.name], decided.errors[group.name] = found.orders, found.errors
+            decided.ridges |= {inside.parameter: found.ridges} if found.ridges else {}
             decided.untold |= {
                 f"{inside.parameter}[{expert}]": (tokens, where(node))
                 for expert, tokens in found.untold.items()
             }
             if solving(job.config) and found.seen[0]:
                 decided.seen[inside.parameter] = found.seen
-        moments = {view: state.moments(view) for _, view in here}
+        parts = {v: [state.moments(v, part) for part in folds(job.config)] for _, v in here}
+        moments = {view: whole(held) for view, held in parts.items()}
         chosen = [(group, view) for group, view in here if group.name not in decided.kept]
         for group, view in chosen:
             _choose(job, group, view, moments[view], state, decided)
         for group, view in here:
-            _repair(job, group, view, moments[view], state, self.dense, decided)
+            _repair(job, group, view, parts[view], state, self.dense, decided)
         counted = [(group, view) for group, view in chosen if group.name in job.gates]
         for group, _ in counted:
             state.weights |= _shut(job, group, decided, state.weights)
@@ -256,7 +260,7 @@ def _repair(
     job: Job,
     group: Group,
     view: View,
-    found: Moments,
+    parts: list[Moments],
     state: Walk,
     dense: Twin | None,
     decided: Decisions,
@@ -268,26 +272,23 @@ def _repair(
     weight = state.weight(view.parameter).detach()
     unit = unit_columns(group, view, weight)
     mask = staying(group, decided.kept[group.name], unit)
+    found = whole(parts)
     if not found.tell(unit >= 0):
         place = view.parameter if not found.tokens else _columns(group, view, unit)
         decided.untold[place] = (found.tokens, where(view.node))
         state.weights[view.parameter] = view.weight(view.matrix(weight) * mask, weight)
         return
-    turn, gap = state.weights.get(turn_of(group)), None
+    gap = None
     if dense is not None and sum(view.parameter == v.parameter for v in several) == 1:
         gap = drift(state, dense, view, method != "asymmetric")
-    offset = offset_of(view)
-    bias = offset.read(state.weight(offset.name).detach()) if offset else None
     if solving(job.config):
         decided.seen.setdefault(view.parameter, (found.tokens, len(found.gram)))
-    matrix = view.matrix(weight)
-    if turn is not None:
-        columns = columns_of(group, unit)
-        matrix = turned(matrix, 1, columns, turn)
-        found, gap = turned_moments(found, columns, turn), gap and turned_drift(gap, columns, turn)
-    result = restore(method, matrix, bias, found, mask, job.config.ridge, gap)
-    new = result.weight if turn is None else turned(result.weight, 1, columns, turn.mT)
-    state.weights[view.parameter] = view.weight(new, weight)
+    offset, maps = offset_of(view), state.weights.get(turn_of(group))
+    bias = offset.read(state.weight(offset.name).detach()) if offset else None
+    turn = None if maps is None else Turn(maps, columns_of(group, unit))
+    result, ridge = refit(job.config, view.matrix(weight), bias, parts, mask, gap, turn)
+    state.weights[view.parameter] = view.weight(result.weight, weight)
+    decided.ridges |= {view.parameter: (ridge,)} if len(parts) > 1 else {}
     if offset and result.bias is not None:
         state.weights[offset.name] = offset.read(result.bias)
     before, after = decided.errors.get(group.name, (0.0, 0.0))

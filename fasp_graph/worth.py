@@ -144,7 +144,7 @@ def problems_of(job: Job, group: Group, moments: dict[str, Moments], state: Walk
             power = torch.einsum("oi,ij,oj->", matrix, second, matrix)
             matrix = matrix / power.clamp_min(1e-300).sqrt()
         unit = unit_columns(group, view, weight)
-        problems.append(Problem(matrix, damped(second, job.config.ridge), unit))
+        problems.append(Problem(matrix, damped(second, job.config.damping), unit))
     return problems
 
 

@@ -22,7 +22,7 @@ from .capture import Args
 from .consumers import TURNS
 from .groups import Consumer, DependencyGraph, Group, Member
 from .laws import holds
-from .observe import Moments, Walk, add_gram, check_finite, mirror, summable
+from .observe import Moments, Walk, add_gram, check_finite, fold, mirror, summable
 from .visit import bind, op_name
 
 Orders = dict[str, list[list[int]]]
@@ -57,8 +57,8 @@ class ExpertView:
         """The inverse of `matrices`."""
         return matrices.movedim(-1, self.dim).contiguous()
 
-    def moments(self, state: Walk) -> list[Moments]:
-        """Of each expert, over the places that are its own."""
+    def moments(self, state: Walk, part: int | None = None) -> list[Moments]:
+        """Of each expert, over the places that are its own, or a part of them (`fold`)."""
         shape = state.held(self.parameter).shape
         experts, width = shape[0], shape[self.dim]
         gram: Tensor | None = None
@@ -71,7 +71,7 @@ class ExpertView:
                 total = torch.zeros(experts, width, **zeros)
                 count = torch.zeros(experts, dtype=torch.long, device=rows.device)
             for expert in range(experts):
-                mine = summable(rows[ids == expert].flatten(0, 1))
+                mine = summable(fold(rows[ids == expert].flatten(0, 1), part))
                 add_gram(gram[expert], mine)
                 total[expert] += mine.sum(0, dtype=torch.float32)
                 count[expert] += len(mine)

@@ -43,6 +43,18 @@ class Moments:
         """Whether they tell the worth of columns (bool [in]): some were other than zero."""
         return bool(self.gram.diagonal()[columns].any())
 
+    def __add__(self, other: Moments) -> Moments:
+        """Of the tokens of both."""
+        tokens = self.tokens + other.tokens
+        total = self.mean * self.tokens + other.mean * other.tokens
+        return Moments(self.gram + other.gram, total / max(tokens, 1), tokens)
+
+
+def fold(rows: Tensor, number: int | None) -> Tensor:
+    """All rows (None), those to fit to (0: the first three of four), those held out (1)."""
+    cut = len(rows) - len(rows) // 4
+    return rows if number is None else (rows[:cut], rows[cut:])[number]
+
 
 def _alone(value: Tensor) -> Tensor:
     return value
@@ -81,14 +93,17 @@ class Walk:
         """A node's value in one batch."""
         return self.weight(str(node.target)) if node.op == "get_attr" else environment[node]
 
-    def moments(self, view: View) -> Moments:
-        """Sums over all batches at a consumer; CalibrationError if an activation is not finite."""
+    def moments(self, view: View, part: int | None = None) -> Moments:
+        """Sums over all batches at a consumer, or over a part of each (`fold`); CalibrationError if
+        an activation is not finite.
+        """
         weight = self.held(view.parameter)  # for its shape
         gram: Tensor | None = None
         total: Tensor | None = None
         tokens = 0
         for environment in self.environments:
-            rows = summable(view.rows(self.value(environment, view.source), weight))
+            rows = view.rows(self.value(environment, view.source), weight)
+            rows = summable(fold(rows, part))
             if gram is None or total is None:
                 width = rows.shape[1]
                 zeros = functools.partial(rows.new_zeros, dtype=torch.float32)

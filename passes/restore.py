@@ -61,7 +61,7 @@ def restore(
         return Restored(weight * keep, bias, float("nan"), float("nan"))
     total, gone = _power(weight, moments), weight[:, ~keep].double()
     mean, pull = moments.mean.double(), TOWARDS.get(method, 0.0)
-    centred = bias is not None and method not in ("none", "fasp", "obs")
+    centred = centres(method, bias)
     extra = None
     if drift is not None and pull:
         extra = drift.cross / drift.tokens - (torch.outer(drift.mean, mean) if centred else 0)
@@ -83,6 +83,11 @@ def restore(
         float((fit.before + shift.square().sum()).clamp_min(0) / total),
         float((fit.after + offset.square().sum()).clamp_min(0) / total),
     )
+
+
+def centres(method: str, bias: Tensor | None) -> bool:
+    """Whether a repair is about the mean, since it refits the bias."""
+    return bias is not None and method not in ("none", "fasp", "obs")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ HELD = (
     "errors",
     "seen",
     "untold",
+    "ridges",
     "scores",
     "orders",
 )  # tables of Decisions that a stop adds to: name -> tuple
