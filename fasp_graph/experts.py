@@ -74,7 +74,8 @@ def settle_experts(job: Job, group: Group, view: ExpertView, state: Walk, keep: 
     weight = state.weight(view.parameter).detach()
     parts = list(zip(*(view.moments(state, part) for part in folds(job.config)), strict=True))
     every, matrices = [whole(held) for held in parts], view.matrices(weight)
-    new, orders, errors, ridges = [], [], [], []
+    new, orders, errors = [], [], []
+    ridges: list[float] = []
     unit = units_along(group, view.parameter, view.dim, weight)
     found = [moments if moments.tell(unit >= 0) else None for moments in every]
     for matrix, seen, held in zip(matrices, found, parts, strict=True):
@@ -84,10 +85,10 @@ def settle_experts(job: Job, group: Group, view: ExpertView, state: Walk, keep: 
         if seen is None:
             new.append(matrix * mask)
             continue
-        result, ridge = refit(job.config, matrix, None, held, mask)
+        result, chosen = refit(job.config, matrix, None, held, mask)
         new.append(result.weight)
         errors.append((result.error_before, result.error_after))
-        ridges += [ridge] if len(held) > 1 else []
+        ridges += chosen
     state.weights[view.parameter] = view.weight(torch.stack(new))
     before, after = torch.tensor(errors or [UNKNOWN], dtype=torch.float64).mean(0).tolist()
     least = min((seen.tokens for seen in found if seen), default=0)

@@ -241,6 +241,7 @@ def _group_reports(
             decisions.curves.get(g.name, ()),
             *decisions.scores.get(g.name, unknown),
             g.blocks,
+            g.name in decisions.rotated,
         )
         for g in deps.groups
         if g.name in plan.kept

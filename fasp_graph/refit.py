@@ -44,17 +44,18 @@ def refit(
     keep: Tensor,
     drift: Drift | None = None,
     turn: Turn | None = None,
-) -> tuple[Restored, float]:
-    """The repaired matrix, and the ridge that was taken. `parts`: moments for each of `folds`."""
+) -> tuple[Restored, tuple[float, ...]]:
+    """The repaired matrix, and the ridge if it was chosen. `parts`: moments for each of `folds`."""
     if turn is not None:
         columns, maps = turn.columns, turn.maps
         matrix = turned(matrix, 1, columns, maps)
         parts = [turned_moments(part, columns, maps) for part in parts]
         drift = drift and turned_drift(drift, columns, maps)
-    method, ridge = config.passes.restore, config.damping
+    method, chosen = config.passes.restore, tuple[float, ...]()
     if len(parts) > 1 and all(part.tokens for part in parts) and method not in ("none", "bias"):
-        ridge = held_out_ridge(method, matrix, bias, parts[0], parts[1], keep)
+        chosen = (held_out_ridge(method, matrix, bias, parts[0], parts[1], keep),)
+    (ridge,) = chosen or (config.damping,)
     found = restore(method, matrix, bias, whole(parts), keep, ridge, drift)
     if turn is not None:
         found = replace(found, weight=turned(found.weight, 1, columns, maps.mT))
-    return found, ridge
+    return found, chosen

@@ -16,7 +16,8 @@ class GroupReport:
     squared output error of its consumers, and how it was emitted. `curve[k]`: predicted error of
     removing k units per block, in the unit of the allocation (passes/allocate.py); empty for
     uniform allocation. `score_kept`, `score_removed`: medians of the units that stayed and that
-    went; NaN where units went one after the other (obs).
+    went; NaN where units went one after the other (obs, rotation). `rotated`: its units are not
+    channels of the dense model but combinations of a block's (passes/rotate.py).
     """
 
     name: str
@@ -30,6 +31,7 @@ class GroupReport:
     score_kept: float = math.nan
     score_removed: float = math.nan
     blocks: int = 1
+    rotated: bool = False
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,11 @@ class Decisions:
     """Filled group by group. `curves[name][k]`: error of removing k units per block; `seen`: tokens
     and channels at each consumer's weight that is solved for; `untold`: tokens at each of which
     calibration says nothing, and where it stands; `ridges`: those that were chosen on held-out
-    tokens, of a weight or of each expert's; `scores`: medians of the units that stay and of
-    those that go; `orders`: groups of which each expert keeps its own units, put in front
-    (passes/experts.py); `forward_passes`: the cost, in plain forward passes over the calibration
-    batches; `notes`: what was done otherwise than asked for, and why.
+    tokens, of a weight or of each expert's; `scores`: medians of the units that stay and of those
+    that go; `orders`: groups of which each expert keeps its own units, put in front
+    (passes/experts.py); `rotated`: groups whose units are of another basis (passes/rotate.py);
+    `forward_passes`: the cost, in plain forward passes over the calibration batches; `notes`: what
+    was done otherwise than asked for, and why.
     """
 
     budget: Budget
@@ -64,6 +65,7 @@ class Decisions:
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
     orders: Orders = field(default_factory=dict)
+    rotated: frozenset[str] = frozenset()
     forward_passes: float = 0.0
     notes: tuple[str, ...] = ()
 
@@ -189,6 +191,7 @@ def _turn(job: Job, groups: list[Group], decided: Decisions) -> None:
     """
     names = {turn_of(group): group.name for group in groups}
     found = {names[n]: decided.weights.pop(n) for n in list(decided.weights) if n in names}
+    decided.rotated = frozenset(found)
     state = Walk(job.captured.graph_module, [], decided.weights)
     for name, move in turns(groups, {n: materialized(q) for n, q in found.items()}).items():
         held = state.held(name).detach()
@@ -286,9 +289,9 @@ def _repair(
     offset, maps = offset_of(view), state.weights.get(turn_of(group))
     bias = offset.read(state.weight(offset.name).detach()) if offset else None
     turn = None if maps is None else Turn(maps, columns_of(group, unit))
-    result, ridge = refit(job.config, view.matrix(weight), bias, parts, mask, gap, turn)
+    result, ridges = refit(job.config, view.matrix(weight), bias, parts, mask, gap, turn)
     state.weights[view.parameter] = view.weight(result.weight, weight)
-    decided.ridges |= {view.parameter: (ridge,)} if len(parts) > 1 else {}
+    decided.ridges |= {view.parameter: ridges} if ridges else {}
     if offset and result.bias is not None:
         state.weights[offset.name] = offset.read(result.bias)
     before, after = decided.errors.get(group.name, (0.0, 0.0))

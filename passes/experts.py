@@ -70,8 +70,11 @@ class ExpertView:
                 gram = torch.zeros(experts, width, width, **zeros)
                 total = torch.zeros(experts, width, **zeros)
                 count = torch.zeros(experts, dtype=torch.long, device=rows.device)
+                before = [0] * experts
             for expert in range(experts):
-                mine = summable(fold(rows[ids == expert].flatten(0, 1), part))
+                own = rows[ids == expert].flatten(0, 1)
+                mine = summable(fold(own, before[expert], part))
+                before[expert] += len(own)
                 add_gram(gram[expert], mine)
                 total[expert] += mine.sum(0, dtype=torch.float32)
                 count[expert] += len(mine)

@@ -50,10 +50,12 @@ class Moments:
         return Moments(self.gram + other.gram, total / max(tokens, 1), tokens)
 
 
-def fold(rows: Tensor, number: int | None) -> Tensor:
-    """All rows (None), those to fit to (0: the first three of four), those held out (1)."""
-    cut = len(rows) - len(rows) // 4
-    return rows if number is None else (rows[:cut], rows[cut:])[number]
+def fold(rows: Tensor, seen: int, part: int | None) -> Tensor:
+    """All rows (None), those to fit to (0), or those held out (1): a quarter of all rows so far,
+    `seen` before these, and the last of a batch.
+    """
+    cut = len(rows) + seen // 4 - (seen + len(rows)) // 4
+    return rows if part is None else (rows[:cut], rows[cut:])[part]
 
 
 def _alone(value: Tensor) -> Tensor:
@@ -100,10 +102,11 @@ class Walk:
         weight = self.held(view.parameter)  # for its shape
         gram: Tensor | None = None
         total: Tensor | None = None
-        tokens = 0
+        tokens = seen = 0
         for environment in self.environments:
-            rows = view.rows(self.value(environment, view.source), weight)
-            rows = summable(fold(rows, part))
+            every = view.rows(self.value(environment, view.source), weight)
+            rows = summable(fold(every, seen, part))
+            seen += len(every)
             if gram is None or total is None:
                 width = rows.shape[1]
                 zeros = functools.partial(rows.new_zeros, dtype=torch.float32)

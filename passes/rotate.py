@@ -151,7 +151,7 @@ def rotatable(
     module: GraphModule, groups: Sequence[Group], inputs: Args, seed: int
 ) -> frozenset[str]:
     """Names of the groups for which the law was seen to hold at the example inputs."""
-    found = [g for g in groups if g.symmetry == "invertible" and g.consumers and not g.pieces]
+    found = [g for g in groups if g.symmetry == "invertible" and g.consumers]
     if not found or _holds(module, found, inputs, seed):
         return frozenset(group.name for group in found)
     return frozenset(group.name for group in found if _holds(module, [group], inputs, seed))

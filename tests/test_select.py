@@ -105,4 +105,5 @@ def test_the_presets_are_those_of_their_papers():
     assert METHODS["flap"] == Passes("flap", "bias", "standardised")
     assert METHODS["wanda"] == Passes("fasp", "none", "uniform")
     assert METHODS["magnitude"] == Passes("magnitude", "none", "uniform")
-    assert METHODS["best"] == Passes("obs", "outputs", "sensitivity")
+    assert METHODS["modegpt"] == Passes("modegpt", "obs", "influence")
+    assert METHODS["best"] == Passes("rotation", "outputs", "sensitivity")
