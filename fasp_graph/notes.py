@@ -10,7 +10,7 @@ from passes.capture import Captured
 from passes.held import held_inputs
 from passes.select import Plan
 
-from .calibration import few_tokens, untold
+from .calibration import few_tokens, measuring, untold
 from .config import Config
 from .walking import Decisions
 
@@ -46,9 +46,10 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
         f"{said}: it refuses the other, which an ONNX file and the model take unverified"
         for said in assumptions(captured.graph_module)
     ]
-    if plan.sparsity < config.sparsity / 2:
+    reached = decisions.budget.sparsity if measuring(config) else plan.sparsity
+    if reached < config.sparsity / 2:
         found.append(
-            f"sparsity {plan.sparsity:.3f} was reached of {config.sparsity:.3f}: one unit of a "
+            f"sparsity {reached:.3f} was reached of {config.sparsity:.3f}: one unit of a "
             "group more would have removed too much · help: ask for more, or leave out a kind of "
             "groups"
         )
