@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ from .accuracy_cases import CASES, Case
 
 
 def times(case: Case, graphs: dict[str, GraphModule], runs: int) -> dict[str, list[float]]:
-    """Seconds of every graph in every round, at the first calibration batch."""
+    """Processor seconds of every graph in every round, at the first calibration batch."""
     args, kwargs = as_args(case.calibration(0)[0])
     calls = {name: lambda g=graph: g(*args, **kwargs) for name, graph in graphs.items()}
-    return rounds(calls, runs)
+    return rounds(calls, runs, clock=time.process_time)
 
 
 def removed(case: Case, program: Program, pruned: Pruned, config: Config) -> float:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,7 @@ from .scale.spill import Spill
 from .timing import latency
 
 POINTS = 9  # counts of a group at which its ops are run
-REPEATS = 7
+REPEATS = 11
 SHORT = 1e-3  # seconds; a shorter call is repeated until it lasts as long
 Times = dict[str, float]
 
@@ -157,7 +158,10 @@ def _on_one_rank(calls: Mapping[str, Call]) -> Times:
 
 
 def seconds(calls: Mapping[str, Call]) -> Times:
-    """Median seconds of each call, runs alternating; NaN where it does not run by itself."""
+    """Median seconds of each call, runs alternating; NaN where it does not run by itself. On the
+    processor its own seconds count, those of all threads: what else the machine does hardly shows
+    in them.
+    """
     pool: Pool = {}
     runs: dict[str, Callable[[], Any]] = {}
     for told, call in calls.items():
@@ -167,10 +171,14 @@ def seconds(calls: Mapping[str, Call]) -> Times:
         except Exception:  # an op may refuse random numbers in any way
             continue
         runs[told] = run
-    once = latency(runs, repeats=2, warmup=1) if runs else {}
-    number = {told: min(100, math.ceil(SHORT / once[told]["median"])) for told in runs}
+    if not runs:
+        return dict.fromkeys(calls, math.nan)
+    host = all(call.host for call in calls.values())
+    clock = time.process_time if host else time.perf_counter
+    once = latency(runs, repeats=2, warmup=1, clock=clock)
+    number = {told: min(100, math.ceil(SHORT / max(once[told]["median"], 1e-9))) for told in runs}
     several = {told: _repeated(run, number[told]) for told, run in runs.items()}
-    found = latency(several, REPEATS, warmup=1) if runs else {}
+    found = latency(several, REPEATS, warmup=1, clock=clock)
     return {t: found[t]["median"] / number[t] if t in runs else math.nan for t in calls}
 
 

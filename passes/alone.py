@@ -72,10 +72,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class Call:
-    """`told` says everything that its time depends on; `start()` makes what runs it once."""
+    """`told` says all that its time depends on; `start(pool)` makes what runs it once; `host`: on
+    the processor.
+    """
 
     told: str
     start: Callable[[Pool], Callable[[], Any]]
+    host: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class Timed:
             given = [operand.make(size, slot, pool) for slot, (operand, size) in pairs]
             return lambda: one(*given)
 
-        return Call(f"{self.node.target} {args} {read}", start)
+        host = all(o.device is None or o.device.type == "cpu" for o in self.operands)
+        return Call(f"{self.node.target} {args} {read}", start, host)
 
 
 def alone(module: GraphModule, node: Node, cut: Removal) -> GraphModule:

@@ -215,7 +215,7 @@ def fingerprint(module: GraphModule, batches: Iterable[Any], config: Config) -> 
     found = hashlib.sha256(repr(told).encode())
     held = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in held:
-        found.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+        found.update(repr((name, tuple(tensor.shape), tensor.dtype, tensor.device.type)).encode())
         _add(found, tensor)
     for batch in batches:
         for leaf in pytree.tree_leaves(batch):
