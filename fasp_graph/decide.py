@@ -74,7 +74,8 @@ def decide(
     """
     shared = shared or []
     cost = parameter_cost(deps, groups)
-    budget = None if measuring(config) else even(deps, groups, shared, config, cost)
+    measured = bool(groups) and measuring(config)
+    budget = None if measured else even(deps, groups, shared, config, cost)
     every = batches_of(calibration, captured.inputs, config) if needs_data(config) else []
     module = captured.graph_module
     journal = open_journal(work, fingerprint(module, every, config), module) if work else None

@@ -260,6 +260,8 @@ def test_what_cannot_be_had_is_refused(monkeypatch, clock):
         fg.Config(budget="watts")
     with pytest.raises(BudgetError, match=r"sparsity 0.99 of the measured time cannot.*help: ask"):
         fg.prune(layers(1), batches()[0], batches(), latency(sparsity=0.99))
+    with pytest.raises(BudgetError, match="no group can be pruned"):
+        fg.prune(nn.Linear(6, 2), batches()[0], batches(), latency())
     monkeypatch.setattr(pricing, "seconds", lambda calls: dict.fromkeys(calls, math.nan))
     with pytest.raises(BudgetError, match="can be timed by itself · help: budget='parameters'"):
         fg.prune(layers(1), batches()[0], batches(), latency())
@@ -320,9 +322,12 @@ def test_a_folder_too_large_for_memory_has_a_budget_in_time(tmp_path, clock):
 
 
 def test_the_command_line_measures_for_a_plan_too(run, clock):
-    words = ("--budget", "latency", "--sparsity", 0.3, "--align", 8, "--dry-run", "--json")
-    code, out, _ = run("prune", "zoo:llama-random", *words)
+    words = ("--budget", "latency", "--method", "magnitude", "--dry-run")
+    code, told, _ = run("prune", "zoo:llama-random", *words)
+    assert code == 0 and "a run measures it anew" in told and "uniform allocation" not in told
+
+    code, out, _ = run("prune", "zoo:llama-random", *words, "--json")
 
     found = json.loads(out)
-    assert code == 0 and len(clock) == 1
+    assert code == 0 and len(clock) == 2
     assert not found["exact"] and 0 < found["sparsity"] < 1

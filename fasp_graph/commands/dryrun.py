@@ -81,7 +81,7 @@ def dry_run(target: Target, config: Config) -> DryRun:
     if config.layout == "uniform":
         groups, shared = uniform_groups(target.model, groups)
     counted_in = cost = parameter_cost(deps, groups)
-    if measuring(config):
+    if groups and measuring(config):
         data = target.calibration if needs_data(config) else None
         batches = batches_of(data, program.captured.inputs, config) if data else []
         counted_in = measured_cost(program.captured, deps, groups, batches, config)
@@ -169,7 +169,12 @@ def show_dry_run(target: Target, options: Config, json: bool) -> None:
         f"and {found.sparsity:.1%} of those in scope; {frozen} frozen; "
         f"about {found.expected_seconds:.0f} s"
     )
-    if not found.exact:
+    if measuring(options):
+        wide_console().print(
+            "The time of the layers was measured for these counts; a run measures it anew, and may "
+            "keep others."
+        )
+    if options.passes.allocation != "uniform":
         wide_console().print(
             f"The counts are those of uniform allocation. method={options.method} spreads the "
             f"sparsity over the groups by the calibration data (allocation="
