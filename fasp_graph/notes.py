@@ -12,6 +12,7 @@ from passes.select import Plan
 
 from .calibration import few_tokens, measuring, untold
 from .config import Config
+from .units import counted
 from .walking import Decisions
 
 _ALIKE = re.compile(r"\S+\.shape\[\d+\] == \S+\.shape\[\d+\]")  # two inputs of one batch
@@ -52,6 +53,12 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
             f"sparsity {reached:.3f} was reached of {config.sparsity:.3f}: one unit of a "
             "group more would have removed too much · help: ask for more, or leave out a kind of "
             "groups"
+        )
+    if decisions.cost.untimed:
+        count, first = len(decisions.cost.untimed), decisions.cost.untimed[0]
+        found.append(
+            f"{counted(count, 'op')} of the layers in scope did not run by itself, and counts "
+            f"nothing in the budget: {first} · help: budget='parameters' counts all weights"
         )
     data = (*untold(decisions.untold), *few_tokens(decisions.seen, captured.inputs))
     return (*found, *decisions.notes, *data)

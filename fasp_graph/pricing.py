@@ -1,12 +1,13 @@
 """pricing: budget="latency": what the ops of the layers in scope cost, in seconds on this machine.
 
 Every op that reads a parameter in scope runs by itself, at the sizes of the first calibration batch
-(of the example inputs, where the method takes no data): whole, and at up to POINTS counts of each
-group that cuts it.
+(as max_memory cuts it; of the example inputs, where the method takes no data): whole, and at up to
+POINTS counts of each group that cuts it. One forward pass of that batch tells the sizes; what is
+timed reads random numbers.
 
 Ops that say the same take one measurement (passes/alone.py): a model of equal layers costs as much
 as one of them. Between the counts times are linear, and they never fall where more is kept. What
-two groups take off one op multiplies (passes/cost.py). Weights are random numbers, none is read.
+two groups take off one op multiplies (passes/cost.py).
 
 Times differ from run to run, and so may the plan. A run with a journal keeps them in it, and goes
 on with them after an interruption. Of several processes the first one measures.
@@ -61,12 +62,13 @@ def measured_cost(
     sheet = _Sheet(timed(captured.graph_module, deps, batch, room))
     sheet.fill(captured, deps, groups, config)
     measure = functools.partial(_on_one_rank, sheet.calls)
-    items = sheet.items(journal.once("times", measure) if journal else measure())
+    times = journal.once("times", measure) if journal else measure()
+    items, untimed = sheet.items(times), sheet.untimed(times)
     if not items:
         raise BudgetError(
             "no op of the layers in scope can be timed by itself · help: budget='parameters'"
         )
-    return Cost(items, sum(item.size for item in items), measured=True)
+    return Cost(items, sum(item.size for item in items), measured=True, untimed=untimed)
 
 
 @dataclass
@@ -112,6 +114,11 @@ class _Sheet:
             if math.isfinite(times[whole])
         )
 
+    def untimed(self, times: Times) -> tuple[str, ...]:
+        """A weight of each op that does not run by itself."""
+        pairs = zip(self.whole, self.ops, strict=True)
+        return tuple(op.weights[0] for whole, op in pairs if not math.isfinite(times[whole]))
+
 
 def counts(group: Group, step: int, min_keep: int) -> list[int]:
     """Counts per block from the least to all: evenly spaced, of those that may be kept."""
@@ -148,13 +155,8 @@ def layer_seconds(deps: DependencyGraph, plan: Plan, cost: Cost) -> tuple[float 
 def _on_one_rank(calls: Mapping[str, Call]) -> Times:
     """The times that the first process measures, on all of them."""
     measured = seconds(calls) if world()[0] == 0 else dict.fromkeys(calls, 0.0)
-    return dict(
-        zip(
-            calls,
-            total(torch.tensor([*measured.values()], dtype=torch.float64)).tolist(),
-            strict=True,
-        )
-    )
+    agreed = total(torch.tensor([*measured.values()], dtype=torch.float64))
+    return dict(zip(calls, agreed.tolist(), strict=True))
 
 
 def seconds(calls: Mapping[str, Call]) -> Times:

@@ -55,12 +55,13 @@ class Item:
 @dataclass(frozen=True)
 class Cost:
     """All items of a budget; `total`: what they and all else in scope cost. `measured`: in seconds,
-    not in parameters.
+    not in parameters; `untimed`: weights of ops that could not be measured, and count nothing.
     """
 
     items: tuple[Item, ...]
     total: float
     measured: bool = False
+    untimed: tuple[str, ...] = ()
 
     def removed(self, keep: Mapping[str, int]) -> float:
         """The share of the total that goes when each group keeps `keep` units per block."""

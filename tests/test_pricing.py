@@ -250,9 +250,24 @@ def test_real_calls_are_timed_and_what_does_not_run_is_left_out():
 
     assert all(times[told] > 0 for told in sheet.calls) and math.isnan(times["broken"])
     assert len(sheet.items(times)) == 2
-    assert len(sheet.items({**times, sheet.whole[0]: math.nan})) == 2 - sheet.whole.count(
-        sheet.whole[0]
-    )
+    first = {**times, sheet.whole[0]: math.nan}
+    assert len(sheet.items(first)) + len(sheet.untimed(first)) == 2
+    assert sheet.untimed(first)[0] == ops[0].weights[0]
+
+
+def test_what_could_not_be_timed_is_told(clock, monkeypatch):
+    known = pricing.seconds
+    entry = layers(1)
+
+    def seconds(calls):
+        found = known(calls)
+        return {told: math.nan if "[4, 32]" in told else time for told, time in found.items()}
+
+    monkeypatch.setattr(pricing, "seconds", seconds)
+    report = fg.prune(entry, batches()[0], batches(), latency()).report
+
+    assert any("1 op of the layers in scope did not run by itself" in n for n in report.notes)
+    assert report.layer_seconds_before == 32 * 8 + 32 * 32
 
 
 def test_what_cannot_be_had_is_refused(monkeypatch, clock):
