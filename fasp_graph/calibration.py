@@ -167,6 +167,11 @@ def sensing(config: Config) -> bool:
     return config.passes.allocation != "uniform" or config.passes.score == "taylor"
 
 
+def measuring(config: Config) -> bool:
+    """Whether the budget is in seconds, which are measured."""
+    return config.budget == "latency"
+
+
 def solving(config: Config) -> bool:
     """Whether columns are chosen or repaired with the inverse of a Gram matrix."""
     return config.passes.score in GREEDY or config.passes.restore not in ("none", "bias")

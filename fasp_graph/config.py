@@ -37,6 +37,7 @@ METHODS: dict[str, Passes] = {
 RIDGE, HELD_OUT = 1e-2, "held-out"
 KINDS = ("chain", "bilinear", "head", "width")
 LAYOUTS = ("free", "uniform")
+BUDGETS = ("parameters", "latency")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Config:
         layout: free, where every group keeps what it should, or uniform: only groups whose size a
             field of the model's configuration says, equally many units for all groups of a field,
             so that a plain from_pretrained loads the result.
+        budget: what the sparsity is a share of: parameters; or latency, where it is the removed
+            share of the time that the ops of the layers in scope take by themselves, measured at
+            the sizes of the first calibration batch, on this machine, so that plans differ from
+            run to run. Good with align=8, 16 or 32.
         seed: for score=random and the inputs of the verification.
         max_memory: bytes of live activations to hold in memory between nodes; more is spilled to
             files in the folder for temporary files. Without it all of them are held.
@@ -83,6 +88,7 @@ class Config:
     min_keep: int = 1
     ridge: float | str = RIDGE
     layout: str = "free"
+    budget: str = "parameters"
     seed: int = 0
     max_memory: int | None = None
     check: bool = False
@@ -100,6 +106,7 @@ class Config:
         _one_of("restore", self.restore, (None, *RESTORES))
         _one_of("allocation", self.allocation, (None, *ALLOCATIONS))
         _one_of("layout", self.layout, LAYOUTS)
+        _one_of("budget", self.budget, BUDGETS)
         for kind in self.kinds:
             _one_of("kinds", kind, KINDS)
         if not 0 < self.sparsity < 1:

@@ -10,6 +10,7 @@ Cost in plain forward passes over the calibration batches, a backward pass count
         several consumers),
     sense: 1/2 of the batches (1/4 with restore outputs) x 3 (allocation sensitivity, score taylor)
         or x 1 (the others)
+    budget latency: one of the batches x 1
     restore outputs: up to three steps on 1/8 of the batches x 3 or 4 (fasp_graph/correction.py)
 
 Few batches are cut along their rows; where they cannot be, method="best" repairs with `residual`
@@ -28,6 +29,7 @@ import torch
 from passes.allocate import allocate_by_error, leans
 from passes.capture import Args, Captured
 from passes.consumers import views
+from passes.cost import Cost, parameter_cost
 from passes.couple import DependencyGraph, Group
 from passes.errors import NoGradient
 from passes.experts import expert_view, independent
@@ -43,6 +45,7 @@ from .calibration import (
     affordable,
     backward,
     batches_of,
+    measuring,
     needs_data,
     sensing,
     shared_batches,
@@ -51,6 +54,7 @@ from .calibration import (
 from .config import Config
 from .correction import beside, correction_cost, sensed_on
 from .emit.layout import Said, settled
+from .pricing import measured_cost
 from .scale.journal import fingerprint, open_journal
 from .scale.microbatch import microbatches
 from .walking import Decisions, settle_all
@@ -71,14 +75,19 @@ def decide(
     that must keep equally many units. `work`: folder of the journal.
     """
     shared = shared or []
-    budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep)
-    budget = settled(deps, groups, budget, shared, config)
-    module, gates = gated(captured.graph_module, groups, deps)
+    cost = parameter_cost(deps, groups)
+    measured = bool(groups) and measuring(config)
+    budget = None if measured else even(deps, groups, shared, config, cost)
+    every = batches_of(calibration, captured.inputs, config) if needs_data(config) else []
+    module = captured.graph_module
+    journal = open_journal(work, fingerprint(module, every, config), module) if work else None
+    if budget is None:
+        cost = measured_cost(captured, deps, groups, every, config, journal)
+        budget = even(deps, groups, shared, config, cost)
+    module, gates = gated(module, groups, deps)
     captured = replace(captured, graph_module=module)
     nodes = nodes_by_name(module.graph.nodes)
     found = {group.name: views(group, deps, nodes) for group in groups}
-    every = batches_of(calibration, captured.inputs, config) if needs_data(config) else []
-    key = fingerprint(captured.graph_module, every, config) if work else ""
     batches, config = affordable(captured, shared_batches(every, config) if every else [], config)
     batches = microbatches(captured, batches, config.max_memory)
     alone = [group for group in groups if not found[group.name]]
@@ -95,14 +104,14 @@ def decide(
         torch.Generator().manual_seed(config.seed),
         _rotatable(captured, groups, found, config),
     )
-    decided = Decisions(budget, notes=notes + _deaf(job))
+    decided = Decisions(budget, cost, notes=notes + _deaf(job))
     if config.passes.allocation not in ("uniform", "influence"):
         decided.curves = curves_of(job, groups, progress)
     spread = _spread(job, deps, groups, decided)
-    decided.budget = settled(deps, groups, spread, shared, config)
-    journal = open_journal(work, key, captured.graph_module) if work else None
+    decided.budget = settled(deps, groups, spread, shared, config, cost)
     settle_all(job, groups, batches, decided, progress, journal)
     decided.forward_passes = _cost(job, len(batches))
+    decided.forward_passes += 1 / len(every) if every and measuring(config) else 0.0
     return decided
 
 
@@ -115,16 +124,27 @@ def _rotatable(
     return rotatable(captured.graph_module, plain, captured.inputs, config.seed)
 
 
+def even(
+    deps: DependencyGraph, groups: list[Group], shared: list[Said], config: Config, cost: Cost
+) -> Budget:
+    """One ratio for all groups."""
+    limits = (config.sparsity, config.align, config.min_keep)
+    return settled(deps, groups, allocate(deps, groups, *limits, cost=cost), shared, config, cost)
+
+
 def _spread(job: Job, deps: DependencyGraph, groups: list[Group], decided: Decisions) -> Budget:
     """The uniform budget, spread over the groups as the allocation wants it."""
     config, uniform = job.config, decided.budget
     limits = (config.sparsity, config.align, config.min_keep)
     if config.passes.allocation == "influence":
-        return allocate(deps, groups, *limits, lean=leans(cosines_of(job, groups)))
+        lean = leans(cosines_of(job, groups))
+        return allocate(deps, groups, *limits, lean=lean, cost=decided.cost)
     if not decided.curves:
         return uniform
     per_unit = config.passes.allocation == "standardised"
-    return allocate_by_error(deps, groups, uniform, decided.curves, *limits, per_unit=per_unit)
+    return allocate_by_error(
+        deps, groups, uniform, decided.curves, *limits, per_unit=per_unit, cost=decided.cost
+    )
 
 
 def _sense(

@@ -11,7 +11,7 @@ from passes.capture import Captured
 from passes.held import held_inputs
 from passes.select import Plan
 
-from .calibration import few_tokens, untold
+from .calibration import few_tokens, measuring, untold
 from .config import Config
 from .units import counted
 from .walking import Decisions
@@ -48,9 +48,10 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
         f"{said}: it refuses the other, which an ONNX file and the model take unverified"
         for said in assumptions(captured.graph_module)
     ]
-    if plan.sparsity < config.sparsity / 2:
+    reached = decisions.budget.sparsity if measuring(config) else plan.sparsity
+    if reached < config.sparsity / 2:
         found.append(
-            f"sparsity {plan.sparsity:.3f} was reached of {config.sparsity:.3f}: one unit of a "
+            f"sparsity {reached:.3f} was reached of {config.sparsity:.3f}: one unit of a "
             "group more would have removed too much · help: ask for more, or leave out a kind of "
             "groups"
         )
@@ -60,6 +61,12 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
         found.append(
             f"ridges chosen on held-out tokens: {low} to {high}, in the middle {middle}, for "
             f"{counted(len(ridges), 'matrix', 'matrices')}"
+        )
+    if decisions.cost.untimed:
+        count, first = len(decisions.cost.untimed), decisions.cost.untimed[0]
+        found.append(
+            f"{counted(count, 'op')} of the layers in scope did not run by itself, and counts "
+            f"nothing in the budget: {first} · help: budget='parameters' counts all weights"
         )
     data = (*untold(decisions.untold), *few_tokens(decisions.seen, captured.inputs))
     return (*found, *decisions.notes, *data)

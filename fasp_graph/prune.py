@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from passes.analysis import analysis
 from passes.capture import Args, Captured, capture
+from passes.cost import scope
 from passes.couple import DependencyGraph
 from passes.errors import UnsupportedOp
 from passes.kernels import widen
@@ -28,7 +29,7 @@ from passes.lazy import is_lazy, replace
 from passes.rehearsal import frozen, refusals, rehearsed
 from passes.removal import removal
 from passes.rewrite import attribute, rewrite
-from passes.select import Plan, scope
+from passes.select import Plan
 from passes.state import steady
 from passes.verify import verify
 
@@ -42,6 +43,7 @@ from .evaluate import flops, shapes_of
 from .inputs import refuse_modelless, refuse_unmergeable, refuse_unstreamable
 from .memory import peak_cuda, peak_host, restart
 from .notes import notes
+from .pricing import layer_seconds
 from .report import Frozen, GroupReport, Report
 from .walking import Decisions
 
@@ -283,4 +285,5 @@ def _report(
         peak_host(),
         peak_cuda(),
         shapes_of(*captured.inputs),
+        *layer_seconds(deps, plan, decisions.cost),
     )

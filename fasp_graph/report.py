@@ -52,6 +52,8 @@ class Report:
     this run, each with a way out. `peak_memory`: bytes of resident memory
     that the process held at most during the run, all that was there before included;
     `peak_memory_cuda`: the allocator's peak, None without a GPU (fasp_graph/memory.py).
+    `layer_seconds_before`, `layer_seconds_after`: with budget="latency" what the ops of the layers
+    in scope take for one calibration batch, as the plan counts it (fasp_graph/pricing.py).
     """
 
     params_before: int
@@ -70,6 +72,8 @@ class Report:
     peak_memory: int | None = None
     peak_memory_cuda: int | None = None
     inputs: str = ""
+    layer_seconds_before: float | None = None
+    layer_seconds_after: float | None = None
 
     @property
     def removed(self) -> float:
@@ -91,10 +95,21 @@ class Report:
             f"parameters {self.params_before:,} -> {self.params_after:,}, "
             f"{self.removed:.1%} of all and {self.sparsity:.1%} of those in scope removed\n"
             f"FLOPs {self.flops_before:,} -> {self.flops_after:,} at {self.inputs}\n"
+            f"{self._times()}"
             f"{counted(len(self.groups), 'group')} {keep} {kept:,} of {counted(units, 'unit')}\n"
             f"{self._left_alone()}\n"
             f"verified to {self.verify_max_error:.1e}, {self.forward_passes:g} forward {forward}, "
             f"{sum(self.seconds.values()):.1f} s{self._memory()}"
+        )
+
+    def _times(self) -> str:
+        """A line of the measured budget, where there was one."""
+        before, after = self.layer_seconds_before, self.layer_seconds_after
+        if before is None or after is None:
+            return ""
+        return (
+            f"layers in scope {1e3 * before:.4g} ms -> {1e3 * after:.4g} ms for one calibration "
+            f"batch, each op by itself: {1 - after / before:.1%} removed\n"
         )
 
     def _left_alone(self) -> str:

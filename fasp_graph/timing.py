@@ -20,28 +20,38 @@ from typing import Any
 
 import torch
 
+Clock = Callable[[], float]
+
 
 def latency(
-    calls: Mapping[str, Callable[[], Any]], repeats: int = 15, warmup: int = 2
+    calls: Mapping[str, Callable[[], Any]],
+    repeats: int = 15,
+    warmup: int = 2,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Seconds per call: {name: {median, spread}}; spread is the interquartile range."""
-    return {name: summary(held) for name, held in rounds(calls, repeats, warmup).items()}
+    return {name: summary(held) for name, held in rounds(calls, repeats, warmup, clock).items()}
 
 
 def rounds(
-    calls: Mapping[str, Callable[[], Any]], repeats: int = 15, warmup: int = 2
+    calls: Mapping[str, Callable[[], Any]],
+    repeats: int = 15,
+    warmup: int = 2,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """The seconds of each call in each round."""
+    """The seconds of each call in each round, by a clock: `time.process_time` is that of the
+    processor, which other processes hardly touch.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         for number in range(warmup + max(2, repeats)):
             for name, call in calls.items():
                 _synchronize()
-                started = time.perf_counter()
+                started = clock()
                 call()
                 _synchronize()
                 if number >= warmup:
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(clock() - started)
     return seconds
 
 

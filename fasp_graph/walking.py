@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from passes.capture import Args
 from passes.consumers import offset_of, staying, unit_columns
+from passes.cost import Cost
 from passes.couple import Group
 from passes.drift import Twin, drift, twin
 from passes.eliminate import eliminate
@@ -45,17 +46,18 @@ from .worth import Job, Progress, basis_of, problems_of, told, utility_of, weigh
 
 @dataclass
 class Decisions:
-    """Filled group by group. `curves[name][k]`: error of removing k units per block; `seen`: tokens
-    and channels at each consumer's weight that is solved for; `untold`: tokens at each of which
-    calibration says nothing, and where it stands; `ridges`: those that were chosen on held-out
-    tokens, of a weight or of each expert's; `scores`: medians of the units that stay and of those
-    that go; `orders`: groups of which each expert keeps its own units, put in front
-    (passes/experts.py); `rotated`: groups whose units are of another basis (passes/rotate.py);
-    `forward_passes`: the cost, in plain forward passes over the calibration batches; `notes`: what
-    was done otherwise than asked for, and why.
+    """Filled group by group. `cost`: what the budget counts; `curves[name][k]`: error of removing k
+    units per block; `seen`: tokens and channels at each consumer's weight that is solved for;
+    `untold`: tokens at each of which calibration says nothing, and where it stands; `ridges`: those
+    that were chosen on held-out tokens, of a weight or of each expert's; `scores`: medians of the
+    units that stay and of those that go; `orders`: groups of which each expert keeps its own units,
+    put in front (passes/experts.py); `rotated`: groups whose units are of another basis
+    (passes/rotate.py); `forward_passes`: what deciding cost, in plain forward passes over the
+    calibration batches; `notes`: what was done otherwise than asked for, and why.
     """
 
     budget: Budget
+    cost: Cost
     kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """allocate: how many units each group loses, by what the loss costs.
 
-    minimise sum_l E_l(k_l)   so that the removed parameters reach the budget
+    minimise sum_l E_l(k_l)   so that what is removed reaches the budget
 
 E_l(k): the error of removing k units from every block of group l, read off a greedy elimination
 (passes/eliminate.py), in one of three units:
@@ -12,22 +12,23 @@ E_l(k): the error of removing k units from every block of group l, read off a gr
 
 `influence` knows no errors: one ratio, times a factor per group (`leans`).
 
-The others are solved by a price p per parameter: every group takes
-argmin_k E_l(k) - p * parameters(k), and p is bisected until the budget is met; then units are
-given back, dearest first, while it still is.
+The others are solved by a price p: every group takes argmin_k E_l(k) - p * saved_l(k), with
+saved_l(k) the share of the budget's cost that it removes alone (passes/cost.py), and p is bisected
+until the budget is met; then units are given back, dearest first, while it still is. Where a
+measured saved_l is a staircase, that keeps what costs nothing: counts stand at the edges of stairs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from .cost import Cost, parameter_cost, scope_size
 from .couple import DependencyGraph, Group
-from .errors import BudgetError
-from .select import Budget, least, removed_parameters, scope_size, steps
+from .select import Budget, least, steps
 
 ALLOCATIONS = ("uniform", "sensitivity", "curves", "standardised", "influence")
 
@@ -50,40 +51,44 @@ def allocate_by_error(
     align: int = 1,
     min_keep: int = 1,
     per_unit: bool = False,
+    cost: Cost | None = None,
 ) -> Budget:
-    """Counts that meet `target` at least error. Groups without a curve keep their uniform count.
+    """Counts that remove the share `target` of `cost` (parameters, if None) at least error. Groups
+    without a curve keep their uniform count.
 
     `curves[name][k]`: error at k units removed per block. `per_unit`: a unit costs one, whatever
-    its parameters.
+    it is made of.
     """
-    total = scope_size(deps)
+    cost = cost or parameter_cost(deps, groups)
     open_ = [g for g in groups if g.name in curves]
     multiple = steps(deps, open_, align)
     choices = {g.name: _choices(g, len(curves[g.name]), multiple[g.name], min_keep) for g in open_}
-    price = {g.name: 1.0 if per_unit else _price(deps, g) for g in open_}
-    errors = {g.name: torch.tensor(curves[g.name], dtype=torch.float64) for g in open_}
+    errors, saved = {}, {}
+    for g in open_:
+        allowed = choices[g.name]
+        errors[g.name] = torch.tensor(curves[g.name], dtype=torch.float64)[allowed]
+        alone = torch.from_numpy(cost.alone(g, (g.size // g.blocks - allowed).tolist()))
+        saved[g.name] = g.blocks * allowed.double() if per_unit else alone
 
-    def at(level: float) -> tuple[dict[str, int], float]:
-        keep = dict(uniform.keep)
-        for g in open_:
-            allowed = choices[g.name]
-            cost = errors[g.name][allowed] - level * price[g.name] * g.blocks * allowed
-            keep[g.name] = g.size // g.blocks - int(allowed[cost.argmin()])
-        return keep, removed_parameters(deps, groups, keep) / total
+    def counts(chosen: Mapping[str, int]) -> dict[str, int]:
+        cut = {g.name: g.size // g.blocks - int(choices[g.name][chosen[g.name]]) for g in open_}
+        return uniform.keep | cut
+
+    def at(level: float) -> dict[str, int]:
+        price = math.exp(level)
+        return {g.name: int((errors[g.name] - price * saved[g.name]).argmin()) for g in open_}
+
+    def reached(chosen: Mapping[str, int]) -> float:
+        return cost.removed(counts(chosen))
 
     low, high = -60.0, 60.0
-    if at(math.exp(high))[1] < target - 1e-9:
-        raise BudgetError(
-            f"sparsity {target:.3f} cannot be reached: {at(math.exp(high))[1]:.3f} is the largest "
-            f"with min_keep={min_keep} and align={align} · help: ask for less, or prune more kinds"
-        )
+    if reached(at(high)) < target - 1e-9:
+        raise cost.unreachable(target, reached(at(high)), min_keep, align)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if at(math.exp(middle))[1] < target - 1e-9 else (low, middle)
-    keep, _ = at(math.exp(high))
-    keep = _give_back(deps, groups, open_, keep, choices, errors, price, target * total)
-    reached = removed_parameters(deps, groups, keep) / total
-    return Budget(keep, uniform.ratio, reached, total)
+        low, high = (middle, high) if reached(at(middle)) < target - 1e-9 else (low, middle)
+    chosen = _give_back(at(high), errors, saved, lambda c: reached(c) >= target * (1 - 1e-9))
+    return Budget(counts(chosen), uniform.ratio, reached(chosen), scope_size(deps))
 
 
 def _choices(group: Group, length: int, step: int, min_keep: int) -> Tensor:
@@ -97,42 +102,27 @@ def _choices(group: Group, length: int, step: int, min_keep: int) -> Tensor:
     return torch.tensor(removable)
 
 
-def _price(deps: DependencyGraph, group: Group) -> float:
-    """Parameters of one unit, all else dense."""
-    one = {group.name: group.size // group.blocks - 1}
-    return max(removed_parameters(deps, [group], one) / group.blocks, 1)
-
-
 def _give_back(
-    deps: DependencyGraph,
-    groups: list[Group],
-    open_: list[Group],
-    keep: dict[str, int],
-    choices: dict[str, Tensor],
-    errors: dict[str, Tensor],
-    price: dict[str, float],
-    needed: float,
+    chosen: dict[str, int],
+    errors: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor],
+    enough: Callable[[dict[str, int]], bool],
 ) -> dict[str, int]:
-    """The steepest last step of a curve is undone first, as long as the budget holds."""
-    closed: set[str] = set()
-    while len(closed) < len(open_):
-        gains = {}
-        for g in open_:
-            gone = g.size // g.blocks - keep[g.name]
-            before = choices[g.name][choices[g.name] < gone]
-            if g.name in closed or not len(before):
-                closed.add(g.name)
-                continue
-            less = int(before[-1])
-            step = float(errors[g.name][gone] - errors[g.name][less])
-            gains[g.name] = (step / (price[g.name] * g.blocks * (gone - less)), less, g)
-        if not gains:
-            break
-        name = max(gains, key=lambda key: gains[key][0])
-        _, less, group = gains[name]
-        tried = {**keep, name: group.size // group.blocks - less}
-        if removed_parameters(deps, groups, tried) < needed * (1 - 1e-9):
-            closed.add(name)
-        else:
-            keep = tried
-    return keep
+    """The steepest last step of a curve is undone first, as long as the budget holds; a step that
+    saves nothing is the steepest. `chosen`: the place of each group's count among its choices.
+    """
+
+    def steepness(name: str) -> float:
+        last, before = chosen[name], chosen[name] - 1
+        rise = float(errors[name][last] - errors[name][before])
+        return rise / max(float(saved[name][last] - saved[name][before]), 1e-15)
+
+    open_ = [name for name, place in chosen.items() if place]
+    while open_:
+        name = max(open_, key=steepness)
+        tried = {**chosen, name: chosen[name] - 1}
+        if enough(tried):
+            chosen = tried
+        if not enough(tried) or not chosen[name]:
+            open_.remove(name)
+    return chosen

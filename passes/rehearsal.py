@@ -19,16 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from .alone import alone
 from .capture import Args
 from .errors import UnsupportedOp, brief, where
 from .functional import written
 from .groups import KINDS, DependencyGraph, Group
 from .lazy import Lazy
 from .removal import Removal, count, removal
-from .rewrite import shrink, shrink_node
+from .rewrite import shrink
 from .select import least, select
 from .values import Value
 
@@ -231,12 +232,8 @@ def _standing(node: Node, cut: Removal, layer: int) -> np.ndarray:
 
 def _refuses(module: GraphModule, node: Node, cut: Removal) -> bool:
     """Whether a node by itself, in a graph of nothing else, cannot be rewritten."""
-    graph = Graph()
-    sources = {arg: graph.placeholder(arg.name) for arg in node.all_input_nodes}
-    made = graph.node_copy(node, sources.__getitem__)
-    graph.output(made)
     try:
-        shrink_node(GraphModule(module, graph), made, cut, {})
+        alone(module, node, cut)
     except UnsupportedOp:
         return True
     return False

@@ -1,7 +1,8 @@
 """select: how many units of each group go, and which.
 
-    sparsity = removed parameters / parameters in scope
+    sparsity = removed parameters / parameters in scope, or the same of measured time
     scope    = all parameters of the modules that hold a member of a chain, bilinear or head group
+               (passes/cost.py)
 
 Uniform allocation: one ratio r for every pruned group, solved so that the sparsity is met; since
 scope also holds Q and K, which stay, r is larger than the sparsity. A group's `lean` multiplies its
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cost import Cost, parameter_cost, scope_size
 from .couple import DependencyGraph, Group
 from .errors import BudgetError
 from .pieces import with_every_piece
@@ -51,29 +53,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many units per block each group keeps."""
+    """How many units per block each group keeps. `sparsity`: the share of what the budget counts
+    that this removes; `scope`: parameters in scope.
+    """
 
     keep: dict[str, int]
     ratio: float
     sparsity: float
     scope: int
-
-
-def scope(deps: DependencyGraph) -> set[str]:
-    """Names of the parameters that the sparsity is measured on: of modules with a chain, bilinear
-    or head group; of those with a width group where there is none.
-    """
-    inner = [group for group in deps.groups if group.kind in ("chain", "bilinear", "head")]
-    wide = [group for group in deps.groups if group.kind == "width"]
-    owners = {
-        member.parameter.rpartition(".")[0] for group in inner or wide for member in group.members
-    }
-    return {name for name in deps.parameters if name.rpartition(".")[0] in owners}
-
-
-def scope_size(deps: DependencyGraph) -> int:
-    """Parameters in scope."""
-    return sum(_numel(deps.parameters[name]) for name in scope(deps))
 
 
 def allocate(
@@ -84,14 +71,16 @@ def allocate(
     min_keep: int = 1,
     fixed: Mapping[str, int] | None = None,
     lean: Mapping[str, float] | None = None,
+    cost: Cost | None = None,
 ) -> Budget:
-    """Counts that meet `sparsity` with one ratio, times `lean` (group name -> factor); `fixed`
-    counts are given. BudgetError states the largest feasible one.
+    """Counts that remove the share `sparsity` of `cost` (parameters, if None) with one ratio, times
+    `lean` (group name -> factor); `fixed` counts are given. BudgetError states the largest
+    feasible one. Of parameters the nearest share counts, of time the next that is enough.
     """
     if not groups:
         raise BudgetError("no group can be pruned · help: fasp-graph inspect lists the reasons")
-    total = scope_size(deps)
-    if not total:
+    cost = cost or parameter_cost(deps, groups)
+    if not cost.total:
         raise BudgetError(
             "no parameter can be pruned: they are plain tensors · help: make them nn.Parameter"
         )
@@ -106,29 +95,21 @@ def allocate(
         by = {g.name: min(1.0, ratio * leans.get(g.name, 1.0)) for g in groups}
         keep = {g.name: _count(g, by[g.name], multiple[g.name], min_keep) for g in groups}
         keep |= dict(fixed or {})
-        return keep, removed_parameters(deps, groups, keep) / total
+        return keep, cost.removed(keep)
 
     leans = lean or {}
     most = 1 / min([1.0, *leans.values()])
     _, largest = at(most)
     if largest < sparsity:
-        reachable = math.floor(1000 * largest) / 1000
-        raise BudgetError(
-            f"sparsity {sparsity:g} cannot be reached: {reachable:g} is the largest with "
-            f"min_keep={min_keep} and align={align} · help: ask for less, or prune more kinds of "
-            "groups"
-        )
+        raise cost.unreachable(sparsity, largest, min_keep, align)
     low, high = 0.0, most
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle)[1] < sparsity else (low, middle)
-    ratio = min((low, high), key=lambda r: abs(at(r)[1] - sparsity))
+    near = (high,) if cost.measured else (low, high)
+    ratio = min(near, key=lambda r: abs(at(r)[1] - sparsity))
     keep, reached = at(ratio)
-    return Budget(keep, ratio, reached, total)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+    return Budget(keep, ratio, reached, scope_size(deps))
 
 
 def _count(group: Group, ratio: float, step: int, min_keep: int) -> int:
@@ -162,28 +143,6 @@ def least(group: Group, min_keep: int) -> int:
     """Units that a block keeps at least: as asked, and as many as a router chooses."""
     size = group.size // group.blocks
     return min(max(min_keep, -(-group.least // group.blocks)), size)
-
-
-def removed_parameters(deps: DependencyGraph, groups: list[Group], keep: Mapping[str, int]) -> int:
-    """Parameters that vanish when each group keeps `keep` units per block. Whole blocks and what
-    is inside blocks overlap: their shares multiply.
-    """
-    gone: dict[str, dict[tuple[int, int], int]] = {}
-    for group in groups:
-        units = group.size - keep[group.name] * group.blocks
-        for member in group.members:
-            dims = gone.setdefault(member.parameter, {})
-            key = (member.dim, group.layer)
-            dims[key] = dims.get(key, 0) + units * len(member.indices[0])
-    removed = 0
-    for name, dims in gone.items():
-        if name not in deps.parameters:  # a buffer
-            continue
-        left = [float(size) for size in deps.parameters[name]]
-        for (dim, _), count in dims.items():
-            left[dim] *= 1 - count / deps.parameters[name][dim]
-        removed += _numel(deps.parameters[name]) - round(math.prod(left))
-    return removed
 
 
 def select(group: Group, utility: Tensor, keep: int) -> tuple[int, ...]:

@@ -11,8 +11,9 @@ from torch import nn
 
 from fasp_graph import Config, analyze, prune
 from fasp_graph.config import METHODS, Passes
+from passes.cost import parameter_cost, scope
 from passes.errors import BudgetError
-from passes.select import _count, allocate, removed_parameters, scope, select
+from passes.select import _count, allocate, select
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +71,11 @@ def test_what_heads_and_channels_remove_together_is_counted_once():
     groups = [group for group in pruned.deps.groups if group.name in pruned.plan.kept]
     keep = {g.name: len(pruned.plan.kept[g.name]) // g.blocks for g in groups}
 
-    counted = removed_parameters(pruned.deps, groups, keep)
+    cost = parameter_cost(pruned.deps, groups)
+    counted = cost.removed(keep) * cost.total
 
     assert {group.kind for group in groups} == {"chain", "bilinear", "head"}
-    assert counted == pruned.report.params_before - pruned.report.params_after
+    assert round(counted) == pruned.report.params_before - pruned.report.params_after
 
 
 def test_the_scope_is_all_parameters_of_the_modules_that_groups_go_through():

@@ -23,17 +23,19 @@ from rich.markup import escape
 
 from passes.capture import as_args
 from passes.consumers import views
+from passes.cost import parameter_cost
 from passes.groups import DependencyGraph, Group
 from passes.names import folded, pattern
 from passes.removal import nodes_by_name
-from passes.select import Plan, allocate
+from passes.select import Plan
 
-from ..calibration import affordable, batches_of, needs_data, sensing
+from ..calibration import affordable, batches_of, measuring, needs_data, sensing
 from ..config import Config
-from ..decide import _cost
-from ..emit.layout import Said, settled, uniform_groups
+from ..decide import _cost, even
+from ..emit.layout import Said, uniform_groups
 from ..jsontext import to_json
 from ..pages.view import shapes_after
+from ..pricing import measured_cost
 from ..prune import Program, read
 from ..targets import Target
 from ..units import counted
@@ -78,14 +80,18 @@ def dry_run(target: Target, config: Config) -> DryRun:
     shared: list[Said] = []
     if config.layout == "uniform":
         groups, shared = uniform_groups(target.model, groups)
-    budget = allocate(deps, groups, config.sparsity, config.align, config.min_keep)
-    budget = settled(deps, groups, budget, shared, config)
+    counted_in = cost = parameter_cost(deps, groups)
+    if groups and measuring(config):
+        data = target.calibration if needs_data(config) else None
+        batches = batches_of(data, program.captured.inputs, config) if data else []
+        counted_in = measured_cost(program.captured, deps, groups, batches, config)
+    budget = even(deps, groups, shared, config, counted_in)
     blocks = {group.name: group.blocks for group in groups}
     kept = {name: range(count * blocks[name]) for name, count in budget.keep.items()}
     plan = Plan(
         {name: tuple(units) for name, units in kept.items()},
         budget.ratio,
-        budget.sparsity,
+        cost.removed(budget.keep),
         budget.scope,
     )
     before = {name: _numel(shape) for name, shape in deps.parameters.items()}
@@ -94,13 +100,13 @@ def dry_run(target: Target, config: Config) -> DryRun:
     return DryRun(
         sum(before.values()),
         sum({**before, **after}.values()),
-        budget.sparsity,
+        plan.sparsity,
         budget.keep,
         {group.name: group.size // group.blocks for group in groups},
         {group.name: group.reason for group in deps.groups if group.kind == "frozen"},
         passes,
         round(2 * analysed + _deciding(target, passes, _gram_share(deps, set(plan.kept))), 2),
-        config.passes.allocation == "uniform",
+        config.passes.allocation == "uniform" and not measuring(config),
     )
 
 
@@ -163,7 +169,12 @@ def show_dry_run(target: Target, options: Config, json: bool) -> None:
         f"and {found.sparsity:.1%} of those in scope; {frozen} frozen; "
         f"about {found.expected_seconds:.0f} s"
     )
-    if not found.exact:
+    if measuring(options):
+        wide_console().print(
+            "The time of the layers was measured for these counts; a run measures it anew, and may "
+            "keep others."
+        )
+    if options.passes.allocation != "uniform":
         wide_console().print(
             f"The counts are those of uniform allocation. method={options.method} spreads the "
             f"sparsity over the groups by the calibration data (allocation="

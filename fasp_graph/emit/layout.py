@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from passes.cost import Cost
 from passes.couple import DependencyGraph, Group
 from passes.errors import BudgetError
 from passes.select import Budget, allocate
@@ -148,7 +149,12 @@ def uniform_groups(model: nn.Module, groups: list[Group]) -> tuple[list[Group], 
 
 
 def settled(
-    deps: DependencyGraph, groups: list[Group], budget: Budget, shared: list[Said], config: Config
+    deps: DependencyGraph,
+    groups: list[Group],
+    budget: Budget,
+    shared: list[Said],
+    config: Config,
+    cost: Cost,
 ) -> Budget:
     """`budget` with equal counts where fields are shared; what rounding to whole heads took or left
     is made up for by the other groups, as far as they can.
@@ -158,7 +164,9 @@ def settled(
     if not 0 < len(blocks) < len(groups):
         return even
     try:
-        again = allocate(deps, groups, config.sparsity, config.align, config.min_keep, blocks)
+        again = allocate(
+            deps, groups, config.sparsity, config.align, config.min_keep, blocks, cost=cost
+        )
     except BudgetError:  # the others alone cannot: the plan states what was reached
         return even
     return _equalised(again, shared)

@@ -1,6 +1,7 @@
 """journal: what a walk has decided so far, on disk, so that a later run goes on from there.
 
     folder/key.json          sha256 of all that the result depends on
+    folder/times.json        with budget="latency": the seconds that were measured for the plan
     folder/00007.safetensors after the 8th stop of the walk: the repaired weights; as metadata the
                              node and what it adds to each table of HELD
 
@@ -94,6 +95,20 @@ class Journal:
             return dict(weights)
         total(torch.zeros(1))  # no rank reads before rank 0 has written
         return self._weights(path)
+
+    def once(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `make` gave when the run began: where it differs from run to run, a run that goes on
+        goes on with the same. `make` must bring all ranks together, if there are several.
+        """
+        path = self.folder / f"{name}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        made = make()
+        if world()[0] == 0:
+            draft = path.with_suffix(".draft")
+            draft.write_text(json.dumps(made) + "\n", encoding="utf-8")
+            os.replace(draft, path)
+        return made
 
     def _weights(self, path: Path) -> dict[str, Tensor]:
         found = stored(path).items()
@@ -201,7 +216,7 @@ def fingerprint(module: GraphModule, batches: Iterable[Any], config: Config) -> 
     found = hashlib.sha256(repr(told).encode())
     held = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in held:
-        found.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+        found.update(repr((name, tuple(tensor.shape), tensor.dtype, tensor.device.type)).encode())
         _add(found, tensor)
     for batch in batches:
         for leaf in pytree.tree_leaves(batch):
