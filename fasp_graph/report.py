@@ -96,7 +96,8 @@ class Report:
             f"{self.removed:.1%} of all and {self.sparsity:.1%} of those in scope removed\n"
             f"FLOPs {self.flops_before:,} -> {self.flops_after:,} at {self.inputs}\n"
             f"{self._times()}"
-            f"{counted(len(self.groups), 'group')} {keep} {kept:,} of {counted(units, 'unit')}\n"
+            f"{counted(len(self.groups), 'group')} {keep} {kept:,} of {counted(units, 'unit')}"
+            f"{self._rotated()}\n"
             f"{self._left_alone()}\n"
             f"verified to {self.verify_max_error:.1e}, {self.forward_passes:g} forward {forward}, "
             f"{sum(self.seconds.values()):.1f} s{self._memory()}"
@@ -111,6 +112,10 @@ class Report:
             f"layers in scope {1e3 * before:.4g} ms -> {1e3 * after:.4g} ms for one calibration "
             f"batch, each op by itself: {1 - after / before:.1%} removed\n"
         )
+
+    def _rotated(self) -> str:
+        turned = sum(group.rotated for group in self.groups)
+        return f", {turned} of them in a basis of their own" if turned else ""
 
     def _left_alone(self) -> str:
         """How many groups stayed as they are, by kind and reason; of a reason its first part."""

@@ -251,7 +251,9 @@ def test_pruned_and_verified_it_is_nearer_to_the_dense_model(name, given):
         return float((pair[0] - pair[1]).square().mean())
 
     assert [g.rotated for g in pruned.report.groups] == [True]
+    assert "units, 1 of them in a basis of their own\n" in pruned.report.to_text()
     assert [g.rotated for g in plain.report.groups] == [False]
+    assert "basis" not in plain.report.to_text()
     assert pruned.report.verify_max_error < 1e-12
     if (
         name != "grouped queries"

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import fasp_graph as fg
-from fasp_graph import cli, walking
+from fasp_graph import cli, refit
 from fasp_graph.folders.lazyfolder import open_folder
 from fasp_graph.folders.shards import folder_tensors, write_shard
 from fasp_graph.scale.journal import KEY, _begin, close, work_folder
@@ -90,6 +90,27 @@ def test_killed_and_resumed_the_folder_is_that_of_memory(dense, in_memory, tmp_p
     assert torch.equal(loaded(**INPUTS).logits, expected(**INPUTS).logits)
 
 
+def test_turned_groups_stream_and_resume(dense, tmp_path):
+    config = fg.Config(method="slimgpt", score="rotation", ridge="held-out", sparsity=0.4)
+    output, model = tmp_path / "out", OPTForCausalLM.from_pretrained(dense).eval()
+
+    def interrupted(stage, done, total):
+        if len(list(work_folder(output).glob("*.safetensors"))) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(dense, INPUTS, batches(), config, output, None, SHARD, interrupted)
+    report = prune_folder(dense, INPUTS, batches(), config, output, None, SHARD).report
+    pruned = fg.prune(model, INPUTS, batches(), config)
+
+    assert sorted(group.rotated for group in report.groups) == [False, True]
+    assert report.notes == pruned.report.notes
+    errors = ([g.error_after for g in held.groups] for held in (report, pruned.report))
+    assert next(errors) == next(errors)
+    logits = pruned.model.eval()(**INPUTS).logits
+    torch.testing.assert_close(fg.load(output)(**INPUTS).logits, logits, rtol=0, atol=1e-6)
+
+
 def test_what_cannot_be_streamed_is_refused(dense, tmp_path):
     with pytest.raises(ConfigError, match="allocation=sensitivity"):
         prune_folder(dense, INPUTS, batches(), fg.Config(method="best"), tmp_path / "out")
@@ -145,7 +166,7 @@ def model():
 def test_a_run_in_memory_resumes_with_the_same_numbers(tmp_path, monkeypatch):
     data = [torch.randn(18, 12, generator=torch.Generator().manual_seed(n)) for n in range(2)]
     work, repaired = tmp_path / "work", []
-    real = walking.restore
+    real = refit.restore
 
     def counted(*args):
         repaired.append(1)
@@ -153,7 +174,7 @@ def test_a_run_in_memory_resumes_with_the_same_numbers(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(walking, "restore", counted)
+    monkeypatch.setattr(refit, "restore", counted)
     with pytest.raises(KeyboardInterrupt):
         fg.prune(model(), data[0], data, CONFIG, work=work)
     resumed = fg.prune(model(), data[0], data, CONFIG, work=work)
