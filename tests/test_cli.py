@@ -15,7 +15,7 @@ from torch.fx import symbolic_trace
 from transformers import AutoConfig
 
 import fasp_graph as fg
-from fasp_graph import bench, cli, data
+from fasp_graph import bench, data
 from fasp_graph.commands import demo, dryrun, inspecting, pruning, terminal
 from fasp_graph.exports.onnx import write_graph
 
@@ -343,6 +343,10 @@ def test_a_card_names_no_path_of_this_machine(tmp_path):
         (("prune", "zoo:resnet", "--calibration", "text.txt"), "cannot read text.txt"),
         (("prune", "--sparsity", "0.2"), "without MODEL"),
         (("prune", "--dry-run", "--evaluation", "t.txt"), "--evaluation, --dry-run without MODEL"),
+        (("prune", "--device", "cpu", "--stream"), "--stream, --device without MODEL"),
+        (("inspect", "no_such_package:x"), "cannot import no_such_package:x: ModuleNotFound"),
+        (("eval", "zoo:resnet", "--limit", "3"), "--limit counts samples of a task · help: --task"),
+        (("eval", "zoo:resnet", "--stride", "3"), "and none is · help: --data TEXT, or leave"),
         (("prune", "zoo:resnet", "--config", "no.toml"), "cannot read no.toml"),
         (("inspect", "zoo:resnet", "--format", "png"), "json, dot, graphml, mermaid, svg"),
         (("inspect", "zoo:resnet", "--explain", "conv"), "close names"),
@@ -397,11 +401,18 @@ def test_an_interrupt_is_exit_code_130(run, monkeypatch):
         ("export", "zoo:nothing", "x.onnx", "--debug"),
     ],
 )
-def test_debug_shows_where_an_error_came_from(monkeypatch, words):
-    monkeypatch.setattr(sys, "argv", ["fasp-graph", *words])
+def test_debug_shows_where_an_error_came_from(run, words):
+    code, _, error = run(*words)
 
-    with pytest.raises(fg.FaspGraphError):
-        cli.main()
+    assert code == 2 and error.startswith("Traceback") and "nothing" in error.splitlines()[-1]
+
+
+def test_debug_leaves_the_exit_code_of_an_error_inside(run, monkeypatch):
+    monkeypatch.setattr(inspecting, "analyze", lambda *_: [][1])
+
+    code, out, error = run("inspect", "zoo:resnet", "--debug")
+
+    assert code == 1 and out == "" and error.endswith("IndexError: list index out of range\n")
 
 
 def test_an_export_that_fails_in_its_process_is_told(tmp_path):

@@ -1,16 +1,23 @@
 """What each command tells a person: the tables and lines, not their JSON."""
 
 import dataclasses
+import io
 import json
 
 import decoding
 import pytest
 import torch
+from programs_of_zoo import program
+from rich.console import Console
 from transformers import AutoTokenizer
 
 import fasp_graph as fg
 from fasp_graph import bench
 from fasp_graph.commands import measuring, recovering
+from fasp_graph.commands.cells import share_tables
+from fasp_graph.commands.listing import groups_table
+from fasp_graph.commands.progress import progress_bar, staged
+from fasp_graph.commands.terminal import said, wide_console
 from fasp_graph.exports import export
 from fasp_graph.training import Training
 from models_zoo.train import DATA
@@ -30,6 +37,47 @@ def cells(out):
 def lines(out):
     """`name: value` lines."""
     return dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
+
+
+def test_prune_shows_what_each_layer_keeps(run):
+    asked = ("prune", "zoo:llama-random", "--method", "magnitude")
+    out, report = run(*asked)[1], json.loads(run(*asked, "--json")[1])
+
+    shares = [100 * held["kept"] / held["units"] for held in report["groups"][:2]]
+    assert [row for row in cells(out) if len(row) == 3] == [
+        ["", "self_attn.v_proj", "mlp.gate_proj"],
+        ["model.layers.{0,1}", *(f"{int(share + 0.5)}%" for share in shares)],
+    ]
+
+
+def test_kept_shares_that_are_too_wide_are_several_tables():
+    part = [f"net.{k}.part{n}.0" for k in range(3) for n in range(9)]
+    groups = [{"name": name, "units": 8, "kept": n % 9} for n, name in enumerate(part)]
+    console = Console(width=60, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+
+    tables = list(share_tables(groups, console.width))
+    for table in tables:
+        console.print(table)
+
+    printed = console.file.getvalue()
+    assert len(tables) == 2 and "…" not in printed and "net.{0..2}" in printed
+    heads = [column.header for table in tables for column in table.columns]
+    assert [head for head in heads if head] == [f"part{n}" for n in range(9)]
+    assert "\x1b[38;2;6;34;43;48;2;" in printed  # dark on a colour
+    assert list(share_tables([], 80)) == []
+
+
+def test_names_are_printed_as_they_are(capsys):
+    wide_console().print(groups_table("net:x:", program("kan")[1].deps, False, 200))
+    said("zoo:car:")
+    bars = progress_bar(Console(file=io.StringIO(), force_terminal=True, width=80))
+    with bars:
+        staged(bars)("zoo[bold]: set up")
+        bars.refresh()
+
+    captured = capsys.readouterr()
+    assert "net:x:" in captured.out and "zoo:car:" in captured.err
+    assert "zoo[bold]: set up" in bars.console.file.getvalue()
 
 
 def test_bench_puts_each_figure_under_its_heading(run, monkeypatch):

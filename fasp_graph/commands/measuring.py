@@ -79,6 +79,8 @@ def eval_command(
     On text that is perplexity, or with --reference the similarity of embeddings; on images with
     labels accuracy; with --task the accuracy of tasks.
     """
+    if limit is not None and not task:
+        raise ConfigError("--limit counts samples of a task · help: --task NAME, or --windows")
     with stages("load model and data"):
         target = load_target(model, device=device)
         quality = Quality(target, data, reference, length, windows, stride)
