@@ -18,6 +18,7 @@ import fasp_graph as fg
 from fasp_graph import bench, data
 from fasp_graph.commands import demo, dryrun, inspecting, pruning, terminal
 from fasp_graph.exports.onnx import write_graph
+from fasp_graph.targets import Target
 
 PERPLEXITIES = ("perplexity_before", "perplexity_after")
 
@@ -121,6 +122,14 @@ def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
     assert 0 < plan["removed"] == report["removed"]
     assert f"{plan['removed']:.1%} of all and {plan['sparsity']:.1%} of those in scope" in words
     assert plan["exact"] and "Plan, nothing pruned" in words and "a run keeps other" not in words
+
+
+def test_a_dry_run_says_where_a_run_keeps_others(run):
+    asked = ("prune", "decoding:llama", "--dry-run", "--method", "best")
+
+    assert json.loads(run(*asked, "--json")[1])["exact"] is False
+    words = " ".join(run(*asked)[1].split())
+    assert "a run keeps other numbers of each group" in words and "allocation=sensitivity" in words
 
 
 @pytest.mark.parametrize("method", ["best", "fasp", "flap", "magnitude"])
@@ -259,6 +268,26 @@ def test_peak_memory_is_of_a_fresh_process(monkeypatch):
     monkeypatch.setattr(bench.sys, "executable", "ls")  # fails, and says at what
     with pytest.raises(fg.FaspGraphError, match="(?s)memory of zoo:none failed: .*zoo:none"):
         bench.peak_memory("zoo:none", 1, 8)
+
+
+def test_peak_memory_is_what_comes_on_top_of_the_process(monkeypatch):
+    seen, steps = iter([700, 1000]), []
+    monkeypatch.setattr(bench.peaks, "restart", lambda: steps.append("restart"))
+    monkeypatch.setattr(bench.peaks, "peak_host", lambda: next(seen))
+
+    assert bench._grown(lambda: steps.append("run")) == 300
+    assert steps == ["restart", "run"]
+
+
+def test_a_session_has_a_peak_of_memory_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2000, 2000), nn.ReLU(), nn.Linear(2000, 2000))
+
+    eager, session = bench.bench([Target("heavy", model, torch.randn(2, 2000))], runs=2)
+
+    assert (eager.runtime, session.runtime) == ("torch", "onnxruntime")
+    assert 32e6 < session.bytes < session.peak_memory < 9 * session.bytes
+    assert eager.peak_memory is None  # of a model without a name no other process loads it
 
 
 def test_a_device_is_chosen_or_refused_with_a_reason(run):

@@ -93,6 +93,14 @@ def test_bench_puts_each_figure_under_its_heading(run, monkeypatch):
     }
 
 
+def test_bench_tells_short_calls_apart(run, monkeypatch):
+    monkeypatch.setattr(measuring, "bench", lambda *_: [dataclasses.replace(ROW, median=4.26e-5)])
+
+    heads, row = cells(run("bench", "zoo:kan")[1])
+
+    assert dict(zip(heads, row, strict=True))["ms"] == "0.0426"
+
+
 def test_bench_has_no_column_for_what_was_not_measured(run, monkeypatch):
     bare = dataclasses.replace(ROW, peak_memory=None, perplexity=None, speedup=None)
     monkeypatch.setattr(measuring, "bench", lambda *_: [bare, bare])

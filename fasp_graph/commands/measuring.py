@@ -158,14 +158,15 @@ def _table(found: list[Result]) -> Table:
 
 def _cells(row: Result) -> dict[str, str]:
     """Heading -> text."""
+    digits = 2 if row.median >= 1e-3 else 4
     return {
         "model": escape(row.model),
         "runtime": row.runtime,
         "parameters": f"{row.parameters:,}",
         "weights": in_bytes(row.bytes),
         "one call": in_flops(row.flops),
-        "ms": f"{row.median * 1e3:.2f}",
-        "± IQR": f"{row.spread * 1e3:.2f}",
+        "ms": f"{row.median * 1e3:.{digits}f}",
+        "± IQR": f"{row.spread * 1e3:.{digits}f}",
         "times as fast": _times(row),
         "tokens/s": "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
         "peak memory": "" if row.peak_memory is None else in_bytes(row.peak_memory),
