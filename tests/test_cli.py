@@ -266,7 +266,9 @@ def test_peak_memory_is_of_a_fresh_process(monkeypatch):
 
     assert bench.peak_memory("zoo:llama", 1, 8) > weights
     monkeypatch.setattr(bench.sys, "executable", "ls")  # fails, and says at what
-    with pytest.raises(fg.FaspGraphError, match="(?s)memory of zoo:none failed: .*zoo:none"):
+    with pytest.raises(
+        fg.FaspGraphError, match="(?s)measuring the memory of zoo:none failed: .*zoo:none"
+    ):
         bench.peak_memory("zoo:none", 1, 8)
 
 
