@@ -119,11 +119,11 @@ def test_bench_runs_as_often_as_asked(run, monkeypatch):
         return {name: [0.25, 0.25, 0.25] for name in calls}
 
     monkeypatch.setattr(bench, "rounds", rounds)
-    more = ("--runs", 7, "--threads", 1, "--no-onnx", "--no-memory", "--json")
+    more = ("--runs", 7, "--threads", 2, "--no-onnx", "--no-memory", "--json")
 
     (row,) = json.loads(run("bench", "zoo:kan", *more)[1])
 
-    assert asked == [(7, 1)] and (row["median"], row["spread"]) == (0.25, 0)
+    assert asked == [(7, 2)] and (row["median"], row["spread"]) == (0.25, 0)
     assert row["speedup"] is row["warning"] is None
 
 

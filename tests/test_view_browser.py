@@ -178,8 +178,8 @@ def test_the_outline_is_driven_by_keys(show, pruned):
     assert browser.switch_to.active_element.get_attribute("aria-expanded") == "false"
     browser.switch_to.active_element.send_keys(webdriver.Keys.ARROW_RIGHT)
     assert rows(browser) == before
-    names = [element.accessible_name for element in find(browser, "button, input, select, [role]")]
-    assert all(names)
+    parts = [part for part in find(browser, "button, input, select, [role]") if part.is_displayed()]
+    assert len(parts) > 9 and all(part.accessible_name for part in parts)
 
 
 def test_open_all_opens_what_close_all_closed(show, pruned):
@@ -246,6 +246,16 @@ def test_a_fold_is_turned_by_keys_and_spread_by_a_double_click(show):
     assert {"m:net.0", "m:net.3"} <= set(browser.execute_script(drawn))
 
 
+@pytest.mark.parametrize("layers", [1, 4])
+def test_only_a_fold_has_buttons_that_turn_it(show, layers):
+    browser = show(many_layers(layers, parts=1))
+
+    shown = [button.text for button in find(browser, "header button") if button.is_displayed()]
+
+    assert ("‹ layer" in shown, "layer ›" in shown) == (layers > 1, layers > 1)
+    assert "Open all" in shown
+
+
 def test_the_legend_counts_the_groups_of_each_kind(show, pruned):
     browser = show(pruned.deps)
 
@@ -280,10 +290,11 @@ def test_hostile_names_are_only_text(show):
     assert HOSTILE in rows(browser) and not find(browser, "img")
 
 
-def many_layers(layers, width=8):
-    """A graph of layers * 100 parameters, as `analyze` would give for a very deep model."""
+def many_layers(layers, width=8, parts=50):
+    """A graph of layers * 2 * parts parameters, as `analyze` would give for a very deep model."""
     each = np.arange(width)[:, None]
-    names = [f"net.{k}.part{j}.{w}" for k in range(layers) for j in range(50) for w in ("a", "b")]
+    places = [f"net.{k}.part{j}" for k in range(layers) for j in range(parts)]
+    names = [f"{place}.{w}" for place in places for w in ("a", "b")]
     groups = tuple(
         Group(
             name=f"{up}.0",
