@@ -13,12 +13,13 @@ from transformers import AutoTokenizer
 
 import fasp_graph as fg
 from fasp_graph import bench
-from fasp_graph.commands import measuring, recovering
+from fasp_graph.commands import measuring, pruning, recovering
 from fasp_graph.commands.cells import share_tables
 from fasp_graph.commands.listing import groups_table
 from fasp_graph.commands.progress import progress_bar, staged
 from fasp_graph.commands.terminal import said, wide_console
 from fasp_graph.exports import export
+from fasp_graph.scale.journal import work_folder
 from fasp_graph.training import Training
 from models_zoo.train import DATA
 
@@ -37,6 +38,21 @@ def cells(out):
 def lines(out):
     """`name: value` lines."""
     return dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
+
+
+@pytest.mark.parametrize("more", [(), ("--no-resume",)])
+def test_prune_keeps_a_journal_unless_told_not_to(run, tmp_path, monkeypatch, more):
+    seen = []
+
+    def prune(*_, work):
+        seen.append(work)
+        raise fg.FaspGraphError("enough · help: none")
+
+    monkeypatch.setattr(pruning, "prune", prune)
+    asked = ("prune", "decoding:llama", "--method", "magnitude", "--output", tmp_path / "small")
+
+    assert run(*asked, *more)[0] == 2
+    assert seen == [None if more else work_folder(tmp_path / "small")]
 
 
 def test_prune_shows_what_each_layer_keeps(run):
