@@ -74,7 +74,7 @@ def main() -> None:
         transformers.utils.logging.disable_progress_bar()
     try:
         with joined():
-            app()
+            app(prog_name="fasp-graph")  # however it is started, completion is of that name
     except FaspGraphError as error:
         _fail(error, 2)
     except OSError as error:  # where it names a path, that is no folder, full or not ours

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 import fasp_graph as fg
 from fasp_graph import bench, data
-from fasp_graph.commands import demo, dryrun, inspecting, pruning, terminal
+from fasp_graph.commands import demo, dryrun, inspecting, pruning
 from fasp_graph.exports.onnx import write_graph
 from fasp_graph.targets import Target
 
@@ -312,9 +312,31 @@ def test_a_device_is_chosen_or_refused_with_a_reason(run):
     assert code == 2 and "--stream computes on the CPU · help: leave --device out" in error
 
 
-def test_shell_completion_offers_the_zoo():
-    assert "zoo:resnet" in terminal.known_models("zoo:re")
-    assert terminal.known_models("folder") == []
+@pytest.mark.parametrize(
+    "words",
+    ["inspect", "prune", "eval", "eval x --reference", "bench x", "export", "recover x --distill"],
+)
+def test_a_shell_is_offered_the_zoo_where_a_model_stands(run, monkeypatch, words):
+    line = f"fasp-graph {words} zoo:re"
+    monkeypatch.setenv("_FASP_GRAPH_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
+
+    code, out, _ = run()
+
+    assert code == 0 and "zoo:resnet" in out.split()
+    assert all(word.startswith("zoo:re") for word in out.split())
+
+
+def test_completion_is_shown_and_installed(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_, **__: ("bash", "/bin/bash"))
+
+    code, out, _ = run("--show-completion")
+    assert code == 0 and "_FASP_GRAPH_COMPLETE=complete_bash" in out
+
+    assert run("--install-completion")[0] == 0
+    assert "fasp-graph" in (tmp_path / ".bashrc").read_text()
 
 
 def test_a_factory(run, tmp_path, monkeypatch):

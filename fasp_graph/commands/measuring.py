@@ -37,6 +37,7 @@ from .terminal import (
     Length,
     Model,
     Windows,
+    known_models,
     said,
     show,
     stages,
@@ -57,7 +58,12 @@ def eval_command(
         ),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The dense encoder, to be similar to.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense encoder, to be similar to.",
+            autocompletion=known_models,
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -113,7 +119,12 @@ def _costs(target: Target) -> dict[str, Any]:
 
 def bench_command(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="Say, the dense and the pruned one.")
+        list[str],
+        typer.Argument(
+            metavar="MODEL",
+            help="Say, the dense and the pruned one.",
+            autocompletion=known_models,
+        ),
     ],
     data: Annotated[
         str | None, typer.Option("--data", metavar="DATA", help="Text to measure perplexity on.")
