@@ -203,6 +203,10 @@ def test_prune_writes_a_report_and_a_picture(run, tmp_path):
     )
     assert again[0] == 0, again[2]
     assert AutoConfig.from_pretrained(folder).model_type == "llama"  # what layout uniform is for
+    frozen = json.loads((folder / "report.json").read_text())["frozen"]
+    reasons = {(held["kind"], held["reason"]) for held in frozen}
+    assert ("chain", "layout=uniform: no field of the configuration says its size") in reasons
+    assert ("head", "not asked for") in reasons
 
 
 def test_a_foreign_folder_is_refused_before_any_work(run, tmp_path, monkeypatch):

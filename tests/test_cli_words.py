@@ -61,7 +61,7 @@ def test_prune_shows_what_each_layer_keeps(run):
 
     shares = [100 * held["kept"] / held["units"] for held in report["groups"][:2]]
     assert [row for row in cells(out) if len(row) == 3] == [
-        ["", "self_attn.v_proj", "mlp.gate_proj"],
+        ["kept share of", "self_attn.v_proj", "mlp.gate_proj"],
         ["model.layers.{0,1}", *(f"{int(share + 0.5)}%" for share in shares)],
     ]
 
@@ -78,7 +78,7 @@ def test_kept_shares_that_are_too_wide_are_several_tables():
     printed = console.file.getvalue()
     assert len(tables) == 2 and "…" not in printed and "net.{0..2}" in printed
     heads = [column.header for table in tables for column in table.columns]
-    assert [head for head in heads if head] == [f"part{n}" for n in range(9)]
+    assert [h for h in heads if h != "kept share of"] == [f"part{n}" for n in range(9)]
     assert "\x1b[38;2;6;34;43;48;2;" in printed  # dark on a colour
     assert list(share_tables([], 80)) == []
 

@@ -34,10 +34,10 @@ def share_tables(groups: Iterable[Mapping[str, Any]], width: int) -> Iterator[Ta
     for row, held in shares.cells.items():
         alike.setdefault(tuple(map(held.get, shares.columns)), []).append(row)
     rows = {"\n".join(folded(names)): cells for cells, names in alike.items()}
-    room = width - max((len(line) for name in rows for line in name.split("\n")), default=0) - 4
+    names = [line for name in rows for line in name.split("\n")]
+    room = width - max(len("kept share of"), *map(len, names)) - 4 if names else width
     for start, stop in _runs(shares, room):
-        result = Table(title="Kept share of each group", title_justify="left")
-        result.add_column()
+        result = Table("kept share of")
         for column in shares.columns[start:stop]:
             result.add_column(escape(column), justify="center")
         for name, cells in rows.items():
