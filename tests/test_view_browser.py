@@ -182,6 +182,67 @@ def test_the_outline_is_driven_by_keys(show, pruned):
     assert len(parts) > 9 and all(part.accessible_name for part in parts)
 
 
+def test_arrows_go_through_the_outline_and_enter_chooses(show, pruned):
+    browser = show(pruned.deps, pruned.plan, pruned.report)
+    find(browser, "#outline [role=treeitem]")[0].click()
+    keys, names = webdriver.Keys, rows(browser)
+
+    def press(key):
+        browser.switch_to.active_element.send_keys(key)
+        return browser.switch_to.active_element.text
+
+    assert press(keys.ARROW_DOWN) == names[1] and press(keys.END) == names[-1]
+    assert press(keys.ARROW_UP) == names[-2] and press(keys.HOME) == names[0]
+    press(keys.END)
+    press(keys.ENTER)
+    chosen = browser.switch_to.active_element
+    assert chosen.get_attribute("aria-selected") == "true"
+    assert "lm_head" in find(browser, "#detail h2")[0].text
+
+
+def test_keys_zoom_fit_and_change_the_theme(show, pruned):
+    browser = show(pruned.deps)
+    body, zoom = find(browser, "body")[0], "return faspGraph.cy.zoom()"
+    fitted, offered = browser.execute_script(zoom), find(browser, "#theme")[0].text
+
+    body.send_keys("+")
+    larger = browser.execute_script(zoom)
+    body.send_keys("--")
+    smaller = browser.execute_script(zoom)
+    body.send_keys("f")
+    back = browser.execute_script(zoom)
+    body.send_keys("d")
+
+    assert smaller < fitted < larger and back == pytest.approx(fitted, rel=0.01)
+    assert find(browser, "#theme")[0].text != offered
+
+
+def test_a_click_on_a_band_tells_of_its_group(show, pruned):
+    browser = show(pruned.deps)
+    place = (
+        "const e = faspGraph.cy.edges().filter(e => e.data('groups').length == 1)[0];"
+        "const g = faspGraph.model.data.groups[e.data('groups')[0]];"
+        "e.emit('tap'); return g.name;"
+    )
+
+    name = browser.execute_script(place)
+
+    assert find(browser, "#detail h2")[0].text == name and lit(browser, "member")
+
+
+def test_the_legend_switches_bands_and_the_list_chooses_a_kind(show, pruned):
+    browser = show(pruned.deps)
+    drawn = "return faspGraph.cy.edges('.chain').filter(edge => edge.visible()).length"
+    assert browser.execute_script(drawn)
+
+    find(browser, "#legend input")[0].click()  # of chain
+    assert not browser.execute_script(drawn)
+
+    find(browser, "#kind option[value=frozen]")[0].click()
+    frozen = [group.name for group in pruned.deps.groups if group.kind == "frozen"]
+    assert [chip.text.split("\n")[0] for chip in find(browser, "#groups .chip")] == frozen
+
+
 def test_open_all_opens_what_close_all_closed(show, pruned):
     browser = show(pruned.deps, pruned.plan, pruned.report, "llama-random")
     drawn = "return faspGraph.cy.nodes().map(node => node.data('label'))"
