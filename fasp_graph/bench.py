@@ -32,7 +32,7 @@ from . import memory as peaks
 from .data import load_target, refuse_long
 from .evaluate import flops, perplexity, size_of
 from .exports.onnx import onnx_session, run_session, write_graph
-from .targets import Target
+from .targets import Target, refuse_unrunnable
 from .timing import rounds, speedup, summary, threads
 
 VARIED = 0.25  # interquartile range / median: torch.utils.benchmark's for a disturbed measurement
@@ -188,6 +188,7 @@ def _alike(targets: list[Target]) -> None:
 
 def _torch_call(target: Target, sample: Args) -> Callable[[], Any]:
     model = target.model.eval()
+    refuse_unrunnable(target, *sample)
 
     def call() -> Any:
         with torch.no_grad():

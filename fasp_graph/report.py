@@ -92,7 +92,7 @@ class Report:
             f"FLOPs {self.flops_before:,} -> {self.flops_after:,} at {self.inputs}\n"
             f"{counted(len(self.groups), 'group')} {keep} {kept:,} of {counted(units, 'unit')}\n"
             f"{self._left_alone()}\n"
-            f"verified to {self.verify_max_error:.1e}, {self.forward_passes:g} forward {forward}, "
+            f"verified to {self.verify_max_error:.1e}, {self.forward_passes:.3g} forward {forward}, "
             f"{sum(self.seconds.values()):.1f} s{self._stages()}{self._memory()}"
         )
 

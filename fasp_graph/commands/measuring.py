@@ -25,7 +25,7 @@ from ..exports.onnx_reduce import DTYPES
 from ..jsontext import to_json
 from ..measures import tasks
 from ..quality import Quality
-from ..targets import Target
+from ..targets import Target, refuse_unrunnable
 from ..timing import latency
 from ..units import in_bytes, in_flops
 from .cells import figures_table
@@ -101,6 +101,7 @@ def eval_command(
 def _costs(target: Target) -> dict[str, Any]:
     """Sizes, and what one call at the example inputs takes."""
     args, kwargs = as_args(target.inputs)
+    refuse_unrunnable(target, args, kwargs)
     parameters, size = size_of(target.model)
 
     def call() -> Any:

@@ -139,7 +139,7 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Memory, time and passes of the run; what was not measured is left out."""
     named = {"peak memory": "peak_memory", "peak GPU memory": "peak_memory_cuda"}
     rows = [(name, in_bytes(held)) for name, key in named.items() if (held := report[key])]
-    rows.append(("forward passes over the calibration data", f"{report['forward_passes']:g}"))
+    rows.append(("forward passes over the calibration data", f"{report['forward_passes']:.3g}"))
     return [*rows, ("seconds", f"{sum(report['seconds'].values()):.1f}")]
 
 
