@@ -84,7 +84,8 @@ class Report:
         kept = sum(group.kept for group in self.groups)
         units = sum(group.units for group in self.groups)
         keep = "keeps" if len(self.groups) == 1 else "keep"
-        forward = "pass" if self.forward_passes == 1 else "passes"
+        several = "" if self.forward_passes == 1 else "es"
+        forward = f"{self.forward_passes:.3g} forward pass{several}"
         return (
             f"parameters {self.params_before:,} -> {self.params_after:,}, "
             f"{self.removed:.1%} of all and {self.sparsity:.1%} of those in scope removed\n"
@@ -92,7 +93,7 @@ class Report:
             f"FLOPs {self.flops_before:,} -> {self.flops_after:,} at {self.inputs}\n"
             f"{counted(len(self.groups), 'group')} {keep} {kept:,} of {counted(units, 'unit')}\n"
             f"{self._left_alone()}\n"
-            f"verified to {self.verify_max_error:.1e}, {self.forward_passes:.3g} forward {forward}, "
+            f"verified to {self.verify_max_error:.1e}, {forward}, "
             f"{sum(self.seconds.values()):.1f} s{self._stages()}{self._memory()}"
         )
 
