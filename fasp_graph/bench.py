@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -217,8 +218,9 @@ def session_memory(path: Path, sample: Args) -> int:
     """Bytes by which a fresh process grows at most while ONNX Runtime loads a file and runs it
     once on `sample`, which lies beside it meanwhile.
     """
-    beside = path.with_suffix(".pt")
-    torch.save([v.cpu() for v in pytree.tree_leaves(sample) if isinstance(v, Tensor)], beside)
+    beside = path.with_suffix(".safetensors")
+    leaves = [leaf for leaf in pytree.tree_leaves(sample) if isinstance(leaf, Tensor)]
+    save_file({f"{k:03}": leaf.cpu().contiguous().clone() for k, leaf in enumerate(leaves)}, beside)
     return _fresh(path.name, "onnxruntime", str(path), str(beside))
 
 
@@ -251,7 +253,8 @@ def _torch_once(text: str, batch: str, length: str, device: str) -> int:
 
 
 def _onnx_once(path: str, beside: str) -> int:
-    sample = tuple(torch.load(beside, weights_only=True))
+    held = load_file(beside)
+    sample = tuple(held[name] for name in sorted(held))
     return _grown(lambda: run_session(onnx_session(path), (sample, {})))
 
 
