@@ -4,8 +4,10 @@ latency   one forward pass, median and interquartile range of runs that alternat
           models and runtimes (fasp_graph/timing.py)
 speedup   against the first model in the same runtime, and what these runs can tell of it
 tokens/s  tokens of the input / median latency
-memory    growth of the peak resident memory of a fresh process that loads the model and runs it
-          once (on CUDA the peak of the allocator)
+memory    growth of the peak resident memory of a fresh process that loads the model, in torch by
+          its name, in ONNX Runtime by its file, and runs it once (on CUDA the allocator's peak)
+
+ONNX Runtime runs on the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from passes.capture import Args, as_args, capture
 from passes.errors import FaspGraphError
@@ -29,7 +33,7 @@ from . import memory as peaks
 from .data import load_target, refuse_long
 from .evaluate import flops, perplexity, size_of
 from .exports.onnx import onnx_session, run_session, write_graph
-from .targets import Target
+from .targets import Target, refuse_unrunnable
 from .timing import rounds, speedup, summary, threads
 
 VARIED = 0.25  # interquartile range / median: torch.utils.benchmark's for a disturbed measurement
@@ -79,14 +83,23 @@ def bench(
             calls[f"{number} torch"] = _torch_call(target, sample)
             if onnx:
                 step(f"{target.name}: to ONNX")
-                path = Path(scratch) / f"{number}.onnx"
+                path = _onnx_file(Path(scratch), number)
                 calls[f"{number} onnxruntime"] = _onnx_call(target, sample, path)
         step("runs, alternating")
         times = rounds(calls, runs)
-    found = [
-        _result(targets[int(key.split()[0])], key, samples, times[key], memory, batch, length, step)
-        for key in calls
-    ]
+        held: dict[str, int | None] = dict.fromkeys(calls)
+        for key in calls if memory else ():
+            number, runtime = int(key.split()[0]), key.split()[1]
+            step(f"{targets[number].name}: memory")
+            if runtime == "onnxruntime":
+                held[key] = session_memory(_onnx_file(Path(scratch), number), samples[number])
+            elif targets[number].source:
+                held[key] = _memory(targets[number], batch, length)
+    found = []
+    for key in calls:
+        number, runtime = int(key.split()[0]), key.split()[1]
+        step(f"{targets[number].name}: perplexity")
+        found.append(_result(targets[number], runtime, samples[number], times[key], held[key]))
     first = {runtime: key for key in reversed(calls) for runtime in key.split()[1:]}
     return [
         _compared(row, targets[0].name, times[first[row.runtime]], times[key])
@@ -95,21 +108,11 @@ def bench(
 
 
 def _result(
-    target: Target,
-    key: str,
-    samples: list[Args],
-    seconds: list[float],
-    memory: bool,
-    batch: int,
-    length: int,
-    step: Callable[[str], None],
+    target: Target, runtime: str, sample: Args, seconds: list[float], memory: int | None
 ) -> Result:
-    number, runtime = key.split()
-    sample = samples[int(number)]
-    eager = runtime == "torch"
+    text = target.heldout if runtime == "torch" else None
     tokens = sum(v.numel() for v in _ids(sample)[:1])
     times = summary(seconds)
-    step(f"{target.name}: memory, perplexity")
     return Result(
         target.name,
         runtime,
@@ -118,8 +121,8 @@ def _result(
         times["median"],
         times["spread"],
         tokens / times["median"] if tokens else None,
-        _memory(target, batch, length) if eager and memory and target.source else None,
-        perplexity(target.model, target.heldout) if eager and target.heldout is not None else None,
+        memory,
+        perplexity(target.model, text) if text is not None else None,
     )
 
 
@@ -186,12 +189,17 @@ def _alike(targets: list[Target]) -> None:
 
 def _torch_call(target: Target, sample: Args) -> Callable[[], Any]:
     model = target.model.eval()
+    refuse_unrunnable(target, *sample)
 
     def call() -> Any:
         with torch.no_grad():
             return model(*sample[0], **sample[1])
 
     return call
+
+
+def _onnx_file(scratch: Path, number: int) -> Path:
+    return scratch / f"{number}.onnx"
 
 
 def _onnx_call(target: Target, sample: Args, path: Path) -> Callable[[], Any]:
@@ -203,26 +211,53 @@ def _onnx_call(target: Target, sample: Args, path: Path) -> Callable[[], Any]:
 
 def peak_memory(text: str, batch: int, length: int, device: str = "cpu") -> int:
     """Bytes by which a fresh process grows at most while it loads `text` and runs it once."""
-    command = [sys.executable, "-m", "fasp_graph.bench", text, str(batch), str(length), device]
+    return _fresh(text, "torch", text, str(batch), str(length), device)
+
+
+def session_memory(path: Path, sample: Args) -> int:
+    """Bytes by which a fresh process grows at most while ONNX Runtime loads a file and runs it
+    once on `sample`, which lies beside it meanwhile.
+    """
+    beside = path.with_suffix(".safetensors")
+    leaves = [leaf for leaf in pytree.tree_leaves(sample) if isinstance(leaf, Tensor)]
+    save_file({f"{k:03}": leaf.cpu().contiguous().clone() for k, leaf in enumerate(leaves)}, beside)
+    return _fresh(path.name, "onnxruntime", str(path), str(beside))
+
+
+def _fresh(name: str, *arguments: str) -> int:
+    command = [sys.executable, "-m", "fasp_graph.bench", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise FaspGraphError(
-            f"measuring the memory of {text} failed: {done.stderr.strip()[-300:]} · help: "
+            f"measuring the memory of {name} failed: {done.stderr.strip()[-300:]} · help: "
             "--no-memory leaves it out"
         )
     return int(json.loads(done.stdout.strip().splitlines()[-1])["peak_memory"])
 
 
-def _grown(text: str, batch: int, length: int, device: str) -> int:
+def _grown(call: Callable[[], Any]) -> int:
     peaks.restart()
     before = peaks.peak_host() or 0
-    target = load_target(text, device=device)
-    sample = sample_inputs(target, batch, length)
-    with torch.no_grad():
-        target.model(*sample[0], **sample[1])
+    call()
     return peaks.peak_cuda() or max(0, (peaks.peak_host() or 0) - before)
 
 
+def _torch_once(text: str, batch: str, length: str, device: str) -> int:
+    def call() -> None:
+        target = load_target(text, device=device)
+        sample = sample_inputs(target, int(batch), int(length))
+        with torch.no_grad():
+            target.model(*sample[0], **sample[1])
+
+    return _grown(call)
+
+
+def _onnx_once(path: str, beside: str) -> int:
+    held = load_file(beside)
+    sample = tuple(held[name] for name in sorted(held))
+    return _grown(lambda: run_session(onnx_session(path), (sample, {})))
+
+
 if __name__ == "__main__":
-    grown = _grown(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-    print(json.dumps({"peak_memory": grown}))
+    once: dict[str, Callable[..., int]] = {"torch": _torch_once, "onnxruntime": _onnx_once}
+    print(json.dumps({"peak_memory": once[sys.argv[1]](*sys.argv[2:])}))

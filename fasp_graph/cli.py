@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 import warnings
 from typing import Annotated
 
 import transformers
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from passes.errors import FaspGraphError
@@ -27,6 +27,7 @@ from .commands.interrupts import interruptible
 from .commands.measuring import bench_command, eval_command, export_command, zoo_command
 from .commands.pruning import prune_command
 from .commands.recovering import recover_command
+from .commands.terminal import plain_console
 from .folders.manifest import versions
 from .scale.distributed import joined
 
@@ -73,7 +74,7 @@ def main() -> None:
         transformers.utils.logging.disable_progress_bar()
     try:
         with joined():
-            app()
+            app(prog_name="fasp-graph")  # however it is started, completion is of that name
     except FaspGraphError as error:
         _fail(error, 2)
     except OSError as error:  # where it names a path, that is no folder, full or not ours
@@ -103,12 +104,14 @@ def in_flags(message: str) -> str:
 
 
 def _fail(error: Exception, code: int) -> None:
-    """One message on stderr, and the exit code; with --debug the traceback."""
+    """One message on stderr, with --debug the traceback instead, and the exit code."""
     if "--debug" in sys.argv:
-        raise error
+        traceback.print_exception(error)
+        sys.exit(code)
     inside = "" if code == 2 else " · help: this is a bug; run again with --debug and report it"
     message = f"{type(error).__name__}: {in_flags(str(error))}{inside}"
-    Console(stderr=True).print(f"[red]{escape(message)}[/red]", soft_wrap=True, highlight=False)
+    told = f"[red]{escape(message)}[/red]"
+    plain_console(stderr=True).print(told, soft_wrap=True, highlight=False)
     sys.exit(code)
 
 

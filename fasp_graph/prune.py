@@ -152,7 +152,7 @@ def prune(
         numbers = functools.partial(stand_in, model, captured, cut) if is_lazy(model) else None
         small, emission = emit_model(model, compact, deps, plan, captured.inputs, numbers)
     decisions.notes = notes(captured, plan, decisions, config)
-    report = _report(captured, compact, deps, plan, decisions, emission, seconds, error)
+    report = _report(captured, compact, deps, plan, decisions, emission, seconds, error, config)
     return Pruned(
         compact,
         small,
@@ -250,6 +250,13 @@ def _group_reports(
     )
 
 
+def _why_left(kind: str, config: Config) -> str:
+    """Why a group that can be pruned was not."""
+    if config.layout == "uniform" and kind in config.kinds:
+        return "layout=uniform: no field of the configuration says its size"
+    return "not asked for"
+
+
 def _report(
     captured: Captured,
     compact: GraphModule,
@@ -259,10 +266,11 @@ def _report(
     emission: Emission,
     seconds: dict[str, float],
     error: float,
+    config: Config,
 ) -> Report:
     pruned = _group_reports(deps, plan, decisions, emission)
     left = tuple(
-        Frozen(g.name, g.kind, g.reason or "not asked for")
+        Frozen(g.name, g.kind, g.reason or _why_left(g.kind, config))
         for g in deps.groups
         if g.name not in plan.kept
     )

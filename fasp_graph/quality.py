@@ -31,6 +31,15 @@ class Quality:
 
     def measure(self) -> dict[str, Any]:
         """No data: the model's own held-out text, if it has any."""
+        found = self._measured()
+        if self.stride is not None and "stride" not in found:
+            raise ConfigError(
+                "--stride is of windows that perplexity is measured on, and none is · help: "
+                "--data TEXT, or leave --stride out"
+            )
+        return found
+
+    def _measured(self) -> dict[str, Any]:
         if self.reference is not None:
             return self._similarity(self.reference)
         if self.data is not None and image_files(self.data):

@@ -90,17 +90,19 @@ class Report:
         kept = sum(group.kept for group in self.groups)
         units = sum(group.units for group in self.groups)
         keep = "keeps" if len(self.groups) == 1 else "keep"
-        forward = "pass" if self.forward_passes == 1 else "passes"
+        several = "" if self.forward_passes == 1 else "es"
+        forward = f"{self.forward_passes:.3g} forward pass{several}"
         return (
             f"parameters {self.params_before:,} -> {self.params_after:,}, "
             f"{self.removed:.1%} of all and {self.sparsity:.1%} of those in scope removed\n"
+            f"weights {in_bytes(self.bytes_before)} -> {in_bytes(self.bytes_after)}\n"
             f"FLOPs {self.flops_before:,} -> {self.flops_after:,} at {self.inputs}\n"
             f"{self._times()}"
             f"{counted(len(self.groups), 'group')} {keep} {kept:,} of {counted(units, 'unit')}"
             f"{self._rotated()}\n"
             f"{self._left_alone()}\n"
-            f"verified to {self.verify_max_error:.1e}, {self.forward_passes:g} forward {forward}, "
-            f"{sum(self.seconds.values()):.1f} s{self._memory()}"
+            f"verified to {self.verify_max_error:.1e}, {forward}, "
+            f"{sum(self.seconds.values()):.1f} s{self._stages()}{self._memory()}"
         )
 
     def _times(self) -> str:
@@ -124,6 +126,10 @@ class Report:
         more = f": {told}; fasp-graph inspect MODEL --frozen tells where" if told else ""
         were = "was" if len(self.frozen) == 1 else "were"
         return f"{counted(len(self.frozen), 'group')} {were} left alone{more}"
+
+    def _stages(self) -> str:
+        told = ", ".join(f"{stage} {held:.1f}" for stage, held in self.seconds.items())
+        return f" ({told})" if told else ""
 
     def _memory(self) -> str:
         named = ((self.peak_memory, "memory"), (self.peak_memory_cuda, "GPU memory"))

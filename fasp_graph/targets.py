@@ -12,6 +12,7 @@ owner/name                a model of the Hugging Face hub
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,18 @@ def model_of(text: str, stream: bool = False) -> Target:
     return _transformers(text)
 
 
+def refuse_unrunnable(target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """FaspGraphError if the model fails on these inputs, which is its own fault or theirs."""
+    try:
+        with torch.no_grad():
+            target.model(*args, **kwargs)
+    except Exception as error:  # the user's code, which may fail in any way
+        raise FaspGraphError(
+            f"{target.name} fails on its example inputs: {type(error).__name__}: {error} · help: "
+            "give inputs as the model is called with; --debug shows where"
+        ) from error
+
+
 def folder_of(text: str) -> tuple[Path, str]:
     """(folder, factory) of a target's text; the factory is empty where none stands behind an @."""
     folder, _, build = text.rpartition("@")
@@ -115,8 +128,13 @@ def _factory(text: str) -> Target:
             f"{text} returned {type(result[0]).__name__} where the model stands · help: return a "
             "torch.nn.Module first"
         )
-    calibration = list(result[2]) if len(result) == 3 and result[2] is not None else []
-    return Target(text, result[0].eval(), result[1], calibration)
+    batches = result[2] if len(result) == 3 and result[2] is not None else []
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Tensor, Mapping)):
+        raise FaspGraphError(
+            f"{text} returned {type(batches).__name__} where the calibration stands · help: return "
+            "(model, inputs, a list of batches like the inputs)"
+        )
+    return Target(text, result[0].eval(), result[1], list(batches))
 
 
 def _own(folder: Path, build: str) -> Target:

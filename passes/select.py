@@ -114,10 +114,10 @@ def allocate(
 
 def _count(group: Group, ratio: float, step: int, min_keep: int) -> int:
     size = group.size // group.blocks
-    count = round((1 - ratio) * size)
+    count, floor = round((1 - ratio) * size), least(group, min_keep)
     if count < size:
-        count = round(count / step) * step
-    return max(min(count, size), least(group, min_keep))
+        count = max(round(count / step), -(-floor // step)) * step
+    return max(min(count, size), floor)
 
 
 def steps(deps: DependencyGraph, groups: list[Group], align: int) -> dict[str, int]:

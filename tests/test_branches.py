@@ -2,6 +2,9 @@
 was seen the graph asserts it, others are refused with their line.
 """
 
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from torch.nn.functional import gelu, one_hot
 from trial import zeroed
 
 import fasp_graph as fg
+from passes.branches import Assumed
 from passes.capture import capture
 from passes.errors import CalibrationError, CaptureError
 
@@ -253,6 +257,14 @@ REFUSED = {
     "the first that is chosen": (Calls(first_of_all), LEFT.flip(0)),
     "a loop on numbers": (Calls(until_small), drawn(5).repeat(1, 2)[:, :WIDTH]),
 }
+
+
+def test_a_loop_without_an_end_in_a_trace_is_refused():
+    site = (("/home/me/mine.py", 12, 0),)
+    trace = SimpleNamespace(_asked=Counter({site: 64}), watch=SimpleNamespace(most={site: 1}))
+
+    with pytest.raises(CaptureError, match=r"for as long as numbers say at mine\.py:12 · help: "):
+        Assumed._way(trace, torch.tensor(True), {True}, site)
 
 
 @pytest.mark.parametrize("model, x", REFUSED.values(), ids=REFUSED)

@@ -15,9 +15,10 @@ from torch.fx import symbolic_trace
 from transformers import AutoConfig
 
 import fasp_graph as fg
-from fasp_graph import bench, cli, data
-from fasp_graph.commands import demo, dryrun, inspecting, pruning, terminal
+from fasp_graph import bench, data
+from fasp_graph.commands import demo, dryrun, inspecting, pruning
 from fasp_graph.exports.onnx import write_graph
+from fasp_graph.targets import Target
 
 PERPLEXITIES = ("perplexity_before", "perplexity_after")
 
@@ -123,6 +124,14 @@ def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
     assert plan["exact"] and "Plan, nothing pruned" in words and "a run keeps other" not in words
 
 
+def test_a_dry_run_says_where_a_run_keeps_others(run):
+    asked = ("prune", "decoding:llama", "--dry-run", "--method", "best")
+
+    assert json.loads(run(*asked, "--json")[1])["exact"] is False
+    words = " ".join(run(*asked)[1].split())
+    assert "a run keeps other numbers of each group" in words and "allocation=sensitivity" in words
+
+
 @pytest.mark.parametrize("method", ["best", "fasp", "flap", "magnitude"])
 def test_a_dry_run_expects_the_passes_that_a_run_takes(run, monkeypatch, method):
     clock = iter(range(100))  # every look at the clock is a second after the one before
@@ -194,6 +203,10 @@ def test_prune_writes_a_report_and_a_picture(run, tmp_path):
     )
     assert again[0] == 0, again[2]
     assert AutoConfig.from_pretrained(folder).model_type == "llama"  # what layout uniform is for
+    frozen = json.loads((folder / "report.json").read_text())["frozen"]
+    reasons = {(held["kind"], held["reason"]) for held in frozen}
+    assert ("chain", "layout=uniform: no field of the configuration says its size") in reasons
+    assert ("head", "not asked for") in reasons
 
 
 def test_a_foreign_folder_is_refused_before_any_work(run, tmp_path, monkeypatch):
@@ -257,8 +270,30 @@ def test_peak_memory_is_of_a_fresh_process(monkeypatch):
 
     assert bench.peak_memory("zoo:llama", 1, 8) > weights
     monkeypatch.setattr(bench.sys, "executable", "ls")  # fails, and says at what
-    with pytest.raises(fg.FaspGraphError, match="(?s)memory of zoo:none failed: .*zoo:none"):
+    with pytest.raises(
+        fg.FaspGraphError, match="(?s)measuring the memory of zoo:none failed: .*zoo:none"
+    ):
         bench.peak_memory("zoo:none", 1, 8)
+
+
+def test_peak_memory_is_what_comes_on_top_of_the_process(monkeypatch):
+    seen, steps = iter([700, 1000]), []
+    monkeypatch.setattr(bench.peaks, "restart", lambda: steps.append("restart"))
+    monkeypatch.setattr(bench.peaks, "peak_host", lambda: next(seen))
+
+    assert bench._grown(lambda: steps.append("run")) == 300
+    assert steps == ["restart", "run"]
+
+
+def test_a_session_has_a_peak_of_memory_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2000, 2000), nn.ReLU(), nn.Linear(2000, 2000))
+
+    eager, session = bench.bench([Target("heavy", model, torch.randn(2, 2000))], runs=2)
+
+    assert (eager.runtime, session.runtime) == ("torch", "onnxruntime")
+    assert 32e6 < session.bytes < session.peak_memory < 9 * session.bytes
+    assert eager.peak_memory is None  # of a model without a name no other process loads it
 
 
 def test_a_device_is_chosen_or_refused_with_a_reason(run):
@@ -281,9 +316,31 @@ def test_a_device_is_chosen_or_refused_with_a_reason(run):
     assert code == 2 and "--stream computes on the CPU · help: leave --device out" in error
 
 
-def test_shell_completion_offers_the_zoo():
-    assert "zoo:resnet" in terminal.known_models("zoo:re")
-    assert terminal.known_models("folder") == []
+@pytest.mark.parametrize(
+    "words",
+    ["inspect", "prune", "eval", "eval x --reference", "bench x", "export", "recover x --distill"],
+)
+def test_a_shell_is_offered_the_zoo_where_a_model_stands(run, monkeypatch, words):
+    line = f"fasp-graph {words} zoo:re"
+    monkeypatch.setenv("_FASP_GRAPH_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
+
+    code, out, _ = run()
+
+    assert code == 0 and "zoo:resnet" in out.split()
+    assert all(word.startswith("zoo:re") for word in out.split())
+
+
+def test_completion_is_shown_and_installed(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_, **__: ("bash", "/bin/bash"))
+
+    code, out, _ = run("--show-completion")
+    assert code == 0 and "_FASP_GRAPH_COMPLETE=complete_bash" in out
+
+    assert run("--install-completion")[0] == 0
+    assert "fasp-graph" in (tmp_path / ".bashrc").read_text()
 
 
 def test_a_factory(run, tmp_path, monkeypatch):
@@ -343,6 +400,10 @@ def test_a_card_names_no_path_of_this_machine(tmp_path):
         (("prune", "zoo:resnet", "--calibration", "text.txt"), "cannot read text.txt"),
         (("prune", "--sparsity", "0.2"), "without MODEL"),
         (("prune", "--dry-run", "--evaluation", "t.txt"), "--evaluation, --dry-run without MODEL"),
+        (("prune", "--device", "cpu", "--stream"), "--stream, --device without MODEL"),
+        (("inspect", "no_such_package:x"), "cannot import no_such_package:x: ModuleNotFound"),
+        (("eval", "zoo:resnet", "--limit", "3"), "--limit counts samples of a task · help: --task"),
+        (("eval", "zoo:resnet", "--stride", "3"), "and none is · help: --data TEXT, or leave"),
         (("prune", "zoo:resnet", "--config", "no.toml"), "cannot read no.toml"),
         (("inspect", "zoo:resnet", "--format", "png"), "json, dot, graphml, mermaid, svg"),
         (("inspect", "zoo:resnet", "--explain", "conv"), "close names"),
@@ -397,11 +458,18 @@ def test_an_interrupt_is_exit_code_130(run, monkeypatch):
         ("export", "zoo:nothing", "x.onnx", "--debug"),
     ],
 )
-def test_debug_shows_where_an_error_came_from(monkeypatch, words):
-    monkeypatch.setattr(sys, "argv", ["fasp-graph", *words])
+def test_debug_shows_where_an_error_came_from(run, words):
+    code, _, error = run(*words)
 
-    with pytest.raises(fg.FaspGraphError):
-        cli.main()
+    assert code == 2 and error.startswith("Traceback") and "nothing" in error.splitlines()[-1]
+
+
+def test_debug_leaves_the_exit_code_of_an_error_inside(run, monkeypatch):
+    monkeypatch.setattr(inspecting, "analyze", lambda *_: [][1])
+
+    code, out, error = run("inspect", "zoo:resnet", "--debug")
+
+    assert code == 1 and out == "" and error.endswith("IndexError: list index out of range\n")
 
 
 def test_an_export_that_fails_in_its_process_is_told(tmp_path):

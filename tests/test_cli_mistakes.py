@@ -71,6 +71,17 @@ def test_a_factory_of_data_that_gives_none(run, mine, name, message):
         refused(run("eval", "my_mistakes:build", "--data", source), f"{source}", "--data")
 
 
+@pytest.mark.parametrize("words", [("eval",), ("bench", "--no-onnx", "--no-memory")])
+def test_a_model_that_fails_on_its_own_inputs(run, mine, words):
+    (mine / "my_misfit.py").write_text(
+        "import torch\ndef build():\n    return torch.nn.Linear(6, 2), torch.zeros(3, 7)\n"
+    )
+
+    told = run(words[0], "my_misfit:build", *words[1:])
+
+    refused(told, "my_misfit:build fails on its example inputs: RuntimeError: mat1", "--debug")
+
+
 def test_a_module_of_the_users_that_cannot_be_read(run, mine):
     (mine / "my_slip.py").write_text("def build(:")
 

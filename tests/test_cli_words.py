@@ -1,17 +1,25 @@
 """What each command tells a person: the tables and lines, not their JSON."""
 
 import dataclasses
+import io
 import json
 
 import decoding
 import pytest
 import torch
+from programs_of_zoo import program
+from rich.console import Console
 from transformers import AutoTokenizer
 
 import fasp_graph as fg
 from fasp_graph import bench
-from fasp_graph.commands import measuring, recovering
+from fasp_graph.commands import measuring, pruning, recovering
+from fasp_graph.commands.cells import share_tables
+from fasp_graph.commands.listing import groups_table
+from fasp_graph.commands.progress import progress_bar, staged
+from fasp_graph.commands.terminal import said, wide_console
 from fasp_graph.exports import export
+from fasp_graph.scale.journal import work_folder
 from fasp_graph.training import Training
 from models_zoo.train import DATA
 
@@ -32,6 +40,62 @@ def lines(out):
     return dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
 
 
+@pytest.mark.parametrize("more", [(), ("--no-resume",)])
+def test_prune_keeps_a_journal_unless_told_not_to(run, tmp_path, monkeypatch, more):
+    seen = []
+
+    def prune(*_, work):
+        seen.append(work)
+        raise fg.FaspGraphError("enough · help: none")
+
+    monkeypatch.setattr(pruning, "prune", prune)
+    asked = ("prune", "decoding:llama", "--method", "magnitude", "--output", tmp_path / "small")
+
+    assert run(*asked, *more)[0] == 2
+    assert seen == [None if more else work_folder(tmp_path / "small")]
+
+
+def test_prune_shows_what_each_layer_keeps(run):
+    asked = ("prune", "zoo:llama-random", "--method", "magnitude")
+    out, report = run(*asked)[1], json.loads(run(*asked, "--json")[1])
+
+    shares = [100 * held["kept"] / held["units"] for held in report["groups"][:2]]
+    assert [row for row in cells(out) if len(row) == 3] == [
+        ["kept share of", "self_attn.v_proj", "mlp.gate_proj"],
+        ["model.layers.{0,1}", *(f"{int(share + 0.5)}%" for share in shares)],
+    ]
+
+
+def test_kept_shares_that_are_too_wide_are_several_tables():
+    part = [f"net.{k}.part{n}.0" for k in range(3) for n in range(9)]
+    groups = [{"name": name, "units": 8, "kept": n % 9} for n, name in enumerate(part)]
+    console = Console(width=60, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+
+    tables = list(share_tables(groups, console.width))
+    for table in tables:
+        console.print(table)
+
+    printed = console.file.getvalue()
+    assert len(tables) == 2 and "…" not in printed and "net.{0..2}" in printed
+    heads = [column.header for table in tables for column in table.columns]
+    assert [h for h in heads if h != "kept share of"] == [f"part{n}" for n in range(9)]
+    assert "\x1b[38;2;6;34;43;48;2;" in printed  # dark on a colour
+    assert list(share_tables([], 80)) == []
+
+
+def test_names_are_printed_as_they_are(capsys):
+    wide_console().print(groups_table("net:x:", program("kan")[1].deps, False, 200))
+    said("zoo:car:")
+    bars = progress_bar(Console(file=io.StringIO(), force_terminal=True, width=80))
+    with bars:
+        staged(bars)("zoo[bold]: set up")
+        bars.refresh()
+
+    captured = capsys.readouterr()
+    assert "net:x:" in captured.out and "zoo:car:" in captured.err
+    assert "zoo[bold]: set up" in bars.console.file.getvalue()
+
+
 def test_bench_puts_each_figure_under_its_heading(run, monkeypatch):
     monkeypatch.setattr(measuring, "bench", lambda *_: [ROW])
 
@@ -43,6 +107,14 @@ def test_bench_puts_each_figure_under_its_heading(run, monkeypatch):
         **{"one call": "2.5 MFLOPs", "ms": "4.00", "± IQR": "0.50", "tokens/s": "250"},
         **{"times as fast": "1.25 (0.90-1.50)", "peak memory": "9 B", "perplexity": "7.500"},
     }
+
+
+def test_bench_tells_short_calls_apart(run, monkeypatch):
+    monkeypatch.setattr(measuring, "bench", lambda *_: [dataclasses.replace(ROW, median=4.26e-5)])
+
+    heads, row = cells(run("bench", "zoo:kan")[1])
+
+    assert dict(zip(heads, row, strict=True))["ms"] == "0.0426"
 
 
 def test_bench_has_no_column_for_what_was_not_measured(run, monkeypatch):
@@ -63,11 +135,11 @@ def test_bench_runs_as_often_as_asked(run, monkeypatch):
         return {name: [0.25, 0.25, 0.25] for name in calls}
 
     monkeypatch.setattr(bench, "rounds", rounds)
-    more = ("--runs", 7, "--threads", 1, "--no-onnx", "--no-memory", "--json")
+    more = ("--runs", 7, "--threads", 2, "--no-onnx", "--no-memory", "--json")
 
     (row,) = json.loads(run("bench", "zoo:kan", *more)[1])
 
-    assert asked == [(7, 1)] and (row["median"], row["spread"]) == (0.25, 0)
+    assert asked == [(7, 2)] and (row["median"], row["spread"]) == (0.25, 0)
     assert row["speedup"] is row["warning"] is None
 
 

@@ -198,6 +198,8 @@ def test_a_factory_that_fails_or_returns_something_else(tmp_path, monkeypatch):
         "def fails():\n    raise IndexError('out of layers')\n"
         "def alone():\n    return torch.nn.Linear(2, 2)\n"
         "def swapped():\n    return torch.zeros(2, 2), torch.nn.Linear(2, 2)\n"
+        "def five():\n    return torch.nn.Linear(2, 2), torch.zeros(2, 2), 5\n"
+        "def rows():\n    return torch.nn.Linear(2, 2), torch.zeros(2, 2), torch.zeros(4, 2)\n"
     )
     monkeypatch.chdir(tmp_path)
 
@@ -205,6 +207,8 @@ def test_a_factory_that_fails_or_returns_something_else(tmp_path, monkeypatch):
         ("fails", "failed: IndexError: out of layers"),
         ("alone", "help: return "),
         ("swapped", "where the model stands"),
+        ("five", "returned int where the calibration stands"),
+        ("rows", "returned Tensor where .* help: return .model, inputs, a list of batches"),
         ("absent", "cannot import"),
     ):
         with pytest.raises(fg.FaspGraphError, match=message):

@@ -168,6 +168,17 @@ def test_the_flags_of_a_call_are_found_in_its_source():
     assert found == {"--json", "--seed", "--stream", "--length"}
 
 
+def test_every_flag_before_a_command_is_used_by_a_test():
+    own = {flag.opts[0] for flag in typer.main.get_command(app).params}
+    tests = Path(__file__).parent.glob("test_*.py")
+
+    used = {
+        flag for path in tests for command, flag in called_with(path.read_text()) if not command
+    }
+
+    assert own <= used and "--version" in own
+
+
 def test_every_flag_of_every_command_is_used_by_a_test_of_that_command():
     tests = Path(__file__).parent.glob("test_*.py")
     used = {pair for path in tests for pair in called_with(path.read_text())}

@@ -1,10 +1,14 @@
 """The bar on a terminal."""
 
 import io
+import re
 
 from rich.console import Console
+from rich.progress import TimeRemainingColumn
 
 from fasp_graph.commands.progress import progress_bar, staged
+
+CLOCK = r"\d:\d\d:\d\d"
 
 
 def test_a_stage_does_not_show_the_counts_of_the_one_before():
@@ -25,3 +29,19 @@ def test_a_stage_does_not_show_the_counts_of_the_one_before():
     assert seen == ("  prune", 3, 336)
     assert (second.description, second.completed, second.total) == ("  rewrite", 0, None)
     assert second.time_remaining is None
+
+
+def test_a_bar_tells_the_time_that_went_by_and_that_is_left():
+    clock = iter(range(0, 1000, 10))  # every look is ten seconds after the one before
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    bars = progress_bar(console)
+    bars.get_time = lambda: float(next(clock))
+    task = bars.add_task("prune", total=4)
+    for _ in range(2):
+        bars.advance(task)
+
+    (held,) = bars.tasks
+    elapsed, remaining = (str(column.render(held)) for column in bars.columns[-2:])
+
+    assert re.fullmatch(CLOCK, elapsed) and elapsed != "0:00:00"
+    assert isinstance(bars.columns[-1], TimeRemainingColumn) and re.fullmatch(CLOCK, remaining)

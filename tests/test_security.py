@@ -122,7 +122,7 @@ def test_no_format_holds_a_name_as_markup(hostile, form):
 
     assert "<img" not in found or form in ("json", "dot")  # these quote a name, no page holds them
     if form == "dot":
-        assert f'"{HOSTILE}.weight" -> "out.weight"' in found
+        assert f'"{HOSTILE}.weight" -> "group:{HOSTILE}.0"' in found
 
 
 def test_a_folder_holds_hostile_names_as_data(hostile, tmp_path):

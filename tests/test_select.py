@@ -92,6 +92,13 @@ def test_a_block_keeps_min_keep_units():
     assert [_count(group, ratio, 1, 3) for ratio in (0.0, 0.5, 0.9, 1.0)] == [12, 6, 3, 3]
 
 
+def test_a_step_is_kept_whole():
+    group = SimpleNamespace(size=24, blocks=2, least=1)
+
+    assert [_count(group, ratio, 4, 5) for ratio in (0.0, 0.5, 0.9, 1.0)] == [12, 8, 8, 8]
+    assert [_count(group, ratio, 16, 1) for ratio in (0.0, 0.5, 1.0)] == [12, 12, 12]
+
+
 def test_the_largest_budget_that_is_named_can_be_had(deps):
     groups = chains(deps)
     with pytest.raises(BudgetError, match="is the largest") as caught:

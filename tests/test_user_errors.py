@@ -8,18 +8,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 import fasp_graph as fg
 from fasp_graph import corpora, data, jsontext
 from fasp_graph.evaluate import call_with_tokens, logits_of
+from fasp_graph.exports import caching, onnx
 from fasp_graph.folders.huggingface import resave, save
 from fasp_graph.folders.lazyfolder import open_folder
 from fasp_graph.folders.manifest import FORMAT
 from fasp_graph.folders.shards import folder_tensors, stored
-from fasp_graph.measures import embeddings
+from fasp_graph.measures import _accuracy, accuracy, embeddings
 from fasp_graph.quality import Quality
+from fasp_graph.scale import journal
 from fasp_graph.scale.spill import Spill
+from fasp_graph.targets import _example
 from passes.capture import capture
 
 IDS = torch.zeros(2, 3, dtype=torch.long)
@@ -109,6 +112,24 @@ def not_finite(_, __):
     fg.recover(model, [IDS], lora=0)
 
 
+def cut_short(tmp_path, _):
+    path = shard(tmp_path)
+    path.write_bytes(path.read_bytes()[:-4])
+    stored(path)
+
+
+def no_program(_, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
+    inputs = ((torch.zeros(2, 4),), {})
+    onnx._program(capture(nn.Linear(4, 3), inputs[0]).graph_module, inputs, None, onnx.Form())
+
+
+def unseen(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "world", lambda: (1, 2))  # not the rank that makes the folder
+    monkeypatch.setattr(journal, "total", lambda tensor: tensor)
+    journal.open_journal(tmp_path / "elsewhere", "key", GraphModule(nn.Module(), Graph()))
+
+
 def index_of_none(tmp_path, _):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')
     folder_tensors(tmp_path)
@@ -165,6 +186,42 @@ ERRORS = {
         lambda t, m: embeddings(nn.Identity(), [torch.zeros(2, 3, 4, 5)]),
         "an embedding is made of [batch, width] or [batch, length, width], not (2, 3, 4, 5)",
     ),
+    "eval: no samples": (
+        lambda t, m: accuracy(nn.Identity(), []),
+        "no samples to measure accuracy on · help: give at least one batch",
+    ),
+    "eval: a task without accuracy": (
+        lambda t, m: _accuracy("wikitext", {"word_perplexity,none": 9.0}),
+        "the task wikitext has no accuracy, but word_perplexity,none · help: a task of choices has",
+    ),
+    "eval: a function of data that fails": (
+        lambda t, m: corpora.made("math:sqrt"),
+        "math:sqrt() failed: TypeError: ",
+    ),
+    "model: a function that fails": (
+        lambda t, m: data.load_target("math:sqrt"),
+        "math:sqrt() failed: TypeError: ",
+    ),
+    "model: no example": (
+        lambda t, m: _example(SimpleNamespace(main_input_name="input_features")),
+        "takes input_features, for which no example can be made · help: use package.module:factory",
+    ),
+    "graph: no such group": (
+        lambda t, m: fg.analyze(nn.Linear(4, 3), torch.zeros(2, 4))["fc.0"],
+        "no group named 'fc.0' · help: deps.groups lists 2 groups",
+    ),
+    "export: another cache": (
+        lambda t, m: caching.flat(SimpleNamespace(layers=[SimpleNamespace(states=IDS)])),
+        "this model's cache is not a key and a value per layer · help: export it without a cache",
+    ),
+    "export: no program": (
+        no_program,
+        "torch.onnx.export returned no program · help: format='pt2' may work",
+    ),
+    "export: int8 that overflows": (
+        lambda t, m: onnx._same(torch.ones(2), torch.tensor([1.0, float("inf")]), 0, "int8"),
+        "output 0 is not finite in int8 · help: another dtype",
+    ),
     "eval: no texts": (lambda t, m: embeddings(nn.Identity(), []), "no texts to embed · help: "),
     "eval: no logits": (
         lambda t, m: logits_of(torch.zeros(2, 3)),
@@ -213,7 +270,19 @@ ERRORS = {
         lambda t, m: stored(shard(t, b"\x02\0\0\0\0\0\0\0[]")),
         "is no safetensors file",
     ),
+    "stream: a file that is cut short": (
+        cut_short,
+        "model.safetensors is cut short or damaged at weight · help: fetch it again",
+    ),
+    "stream: a folder that one rank does not see": (
+        unseen,
+        "rank 1 does not see ",
+    ),
     "stream: a file that shrinks": (shortened, "ends early · help: fetch it again"),
+    "recover: no data": (
+        lambda t, m: fg.recover(nn.Linear(4, 3), []),
+        "no data to recover on · help: give at least one batch of inputs",
+    ),
     "recover: nothing for LoRA": (
         lambda t, m: fg.recover(nn.Embedding(9, 9), [IDS]),
         "Embedding has no linear layer for LoRA · help: lora=0 trains all weights",

@@ -178,8 +178,69 @@ def test_the_outline_is_driven_by_keys(show, pruned):
     assert browser.switch_to.active_element.get_attribute("aria-expanded") == "false"
     browser.switch_to.active_element.send_keys(webdriver.Keys.ARROW_RIGHT)
     assert rows(browser) == before
-    names = [element.accessible_name for element in find(browser, "button, input, select, [role]")]
-    assert all(names)
+    parts = [part for part in find(browser, "button, input, select, [role]") if part.is_displayed()]
+    assert len(parts) > 9 and all(part.accessible_name for part in parts)
+
+
+def test_arrows_go_through_the_outline_and_enter_chooses(show, pruned):
+    browser = show(pruned.deps, pruned.plan, pruned.report)
+    find(browser, "#outline [role=treeitem]")[0].click()
+    keys, names = webdriver.Keys, rows(browser)
+
+    def press(key):
+        browser.switch_to.active_element.send_keys(key)
+        return browser.switch_to.active_element.text
+
+    assert press(keys.ARROW_DOWN) == names[1] and press(keys.END) == names[-1]
+    assert press(keys.ARROW_UP) == names[-2] and press(keys.HOME) == names[0]
+    press(keys.END)
+    press(keys.ENTER)
+    chosen = browser.switch_to.active_element
+    assert chosen.get_attribute("aria-selected") == "true"
+    assert "lm_head" in find(browser, "#detail h2")[0].text
+
+
+def test_keys_zoom_fit_and_change_the_theme(show, pruned):
+    browser = show(pruned.deps)
+    body, zoom = find(browser, "body")[0], "return faspGraph.cy.zoom()"
+    fitted, offered = browser.execute_script(zoom), find(browser, "#theme")[0].text
+
+    body.send_keys("+")
+    larger = browser.execute_script(zoom)
+    body.send_keys("--")
+    smaller = browser.execute_script(zoom)
+    body.send_keys("f")
+    back = browser.execute_script(zoom)
+    body.send_keys("d")
+
+    assert smaller < fitted < larger and back == pytest.approx(fitted, rel=0.01)
+    assert find(browser, "#theme")[0].text != offered
+
+
+def test_a_click_on_a_band_tells_of_its_group(show, pruned):
+    browser = show(pruned.deps)
+    place = (
+        "const e = faspGraph.cy.edges().filter(e => e.data('groups').length == 1)[0];"
+        "const g = faspGraph.model.data.groups[e.data('groups')[0]];"
+        "e.emit('tap'); return g.name;"
+    )
+
+    name = browser.execute_script(place)
+
+    assert find(browser, "#detail h2")[0].text == name and lit(browser, "member")
+
+
+def test_the_legend_switches_bands_and_the_list_chooses_a_kind(show, pruned):
+    browser = show(pruned.deps)
+    drawn = "return faspGraph.cy.edges('.chain').filter(edge => edge.visible()).length"
+    assert browser.execute_script(drawn)
+
+    find(browser, "#legend input")[0].click()  # of chain
+    assert not browser.execute_script(drawn)
+
+    find(browser, "#kind option[value=frozen]")[0].click()
+    frozen = [group.name for group in pruned.deps.groups if group.kind == "frozen"]
+    assert [chip.text.split("\n")[0] for chip in find(browser, "#groups .chip")] == frozen
 
 
 def test_open_all_opens_what_close_all_closed(show, pruned):
@@ -246,6 +307,16 @@ def test_a_fold_is_turned_by_keys_and_spread_by_a_double_click(show):
     assert {"m:net.0", "m:net.3"} <= set(browser.execute_script(drawn))
 
 
+@pytest.mark.parametrize("layers", [1, 4])
+def test_only_a_fold_has_buttons_that_turn_it(show, layers):
+    browser = show(many_layers(layers, parts=1))
+
+    shown = [button.text for button in find(browser, "header button") if button.is_displayed()]
+
+    assert ("‹ layer" in shown, "layer ›" in shown) == (layers > 1, layers > 1)
+    assert "Open all" in shown
+
+
 def test_the_legend_counts_the_groups_of_each_kind(show, pruned):
     browser = show(pruned.deps)
 
@@ -280,10 +351,11 @@ def test_hostile_names_are_only_text(show):
     assert HOSTILE in rows(browser) and not find(browser, "img")
 
 
-def many_layers(layers, width=8):
-    """A graph of layers * 100 parameters, as `analyze` would give for a very deep model."""
+def many_layers(layers, width=8, parts=50):
+    """A graph of layers * 2 * parts parameters, as `analyze` would give for a very deep model."""
     each = np.arange(width)[:, None]
-    names = [f"net.{k}.part{j}.{w}" for k in range(layers) for j in range(50) for w in ("a", "b")]
+    places = [f"net.{k}.part{j}" for k in range(layers) for j in range(parts)]
+    names = [f"{place}.{w}" for place in places for w in ("a", "b")]
     groups = tuple(
         Group(
             name=f"{up}.0",

@@ -25,7 +25,7 @@ from ..exports.onnx_reduce import DTYPES
 from ..jsontext import to_json
 from ..measures import tasks
 from ..quality import Quality
-from ..targets import Target
+from ..targets import Target, refuse_unrunnable
 from ..timing import latency
 from ..units import in_bytes, in_flops
 from .cells import figures_table
@@ -37,6 +37,7 @@ from .terminal import (
     Length,
     Model,
     Windows,
+    known_models,
     said,
     show,
     stages,
@@ -57,7 +58,12 @@ def eval_command(
         ),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The dense encoder, to be similar to.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense encoder, to be similar to.",
+            autocompletion=known_models,
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -79,6 +85,8 @@ def eval_command(
     On text that is perplexity, or with --reference the similarity of embeddings; on images with
     labels accuracy; with --task the accuracy of tasks.
     """
+    if limit is not None and not task:
+        raise ConfigError("--limit counts samples of a task · help: --task NAME, or --windows")
     with stages("load model and data"):
         target = load_target(model, device=device)
         quality = Quality(target, data, reference, length, windows, stride)
@@ -93,6 +101,7 @@ def eval_command(
 def _costs(target: Target) -> dict[str, Any]:
     """Sizes, and what one call at the example inputs takes."""
     args, kwargs = as_args(target.inputs)
+    refuse_unrunnable(target, args, kwargs)
     parameters, size = size_of(target.model)
 
     def call() -> Any:
@@ -111,7 +120,12 @@ def _costs(target: Target) -> dict[str, Any]:
 
 def bench_command(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="Say, the dense and the pruned one.")
+        list[str],
+        typer.Argument(
+            metavar="MODEL",
+            help="Say, the dense and the pruned one.",
+            autocompletion=known_models,
+        ),
     ],
     data: Annotated[
         str | None, typer.Option("--data", metavar="DATA", help="Text to measure perplexity on.")
@@ -156,14 +170,15 @@ def _table(found: list[Result]) -> Table:
 
 def _cells(row: Result) -> dict[str, str]:
     """Heading -> text."""
+    digits = 2 if row.median >= 1e-3 else 4
     return {
         "model": escape(row.model),
         "runtime": row.runtime,
         "parameters": f"{row.parameters:,}",
         "weights": in_bytes(row.bytes),
         "one call": in_flops(row.flops),
-        "ms": f"{row.median * 1e3:.2f}",
-        "± IQR": f"{row.spread * 1e3:.2f}",
+        "ms": f"{row.median * 1e3:.{digits}f}",
+        "± IQR": f"{row.spread * 1e3:.{digits}f}",
         "times as fast": _times(row),
         "tokens/s": "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
         "peak memory": "" if row.peak_memory is None else in_bytes(row.peak_memory),

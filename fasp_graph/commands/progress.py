@@ -29,7 +29,7 @@ def progress_bar(console: Console) -> Progress:
     """Bars that vanish when done; none where stderr is no terminal."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         _Counted(),
         TimeElapsedColumn(),

@@ -30,6 +30,7 @@ from ..scale.journal import close, work_folder
 from ..targets import Target
 from ..timing import latency
 from ..units import counted
+from .cells import share_tables
 from .demo import RECORD, refuse_others, run_demo, table
 from .dryrun import show_dry_run
 from .flags import config_from, given_flags, with_config_flags
@@ -85,7 +86,8 @@ def prune_command(
 ) -> None:
     """Prune MODEL; with no MODEL, run the demo on the bundled language model."""
     if model is None:
-        _no_model(given_flags(flags), calibration, evaluation, config, dry_run)
+        given = given_flags(flags)
+        _no_model(given, calibration, evaluation, config, dry_run, stream, device)
         _demo(output or Path("fasp-demo"), json)
         return
     options = config_from(config, flags)
@@ -114,12 +116,15 @@ def prune_command(
     if json:
         print(to_json({**figures, **pruned.report.to_dict()}, indent=1))
         return
-    wide_console().print(escape(pruned.report.to_text()))
+    console = wide_console()
+    for shares in share_tables(pruned.report.to_dict()["groups"], console.width):
+        console.print(shares)
+    console.print(escape(pruned.report.to_text()))
     show(figures, False)
 
 
 def _no_model(given: dict[str, Any], *rest: Any) -> None:
-    names = ("calibration", "evaluation", "config", "dry_run")
+    names = ("calibration", "evaluation", "config", "dry_run", "stream", "device")
     said = [*given, *(name for name, value in zip(names, rest, strict=True) if value)]
     if said:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in said)

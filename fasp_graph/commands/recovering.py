@@ -14,7 +14,17 @@ from ..evaluate import perplexity
 from ..folders.huggingface import MANIFEST, refuse_foreign, resave
 from ..targets import folder_of
 from ..training import Training, train
-from .terminal import DATA_HELP, Debug, Json, Length, Windows, show, stages, writable_folder
+from .terminal import (
+    DATA_HELP,
+    Debug,
+    Json,
+    Length,
+    Windows,
+    known_models,
+    show,
+    stages,
+    writable_folder,
+)
 
 
 def recover_command(
@@ -27,7 +37,12 @@ def recover_command(
         str | None, typer.Option(metavar="DATA", help="Text to measure perplexity on.")
     ] = None,
     distill: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The dense model, to learn from.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model, to learn from.",
+            autocompletion=known_models,
+        ),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens to train on; without it, the data once.", min=1)

@@ -41,10 +41,15 @@ Device = Annotated[
 Windows = Annotated[int, typer.Option(help="Windows of text, or images, at most.", min=1)]
 
 
+def plain_console(stderr: bool = False, width: int | None = None) -> Console:
+    """A console that prints what it is given: `:x:` in a name is no picture of a cross."""
+    return Console(stderr=stderr, width=width, emoji=False)
+
+
 def wide_console(stderr: bool = False) -> Console:
     """Off a terminal, lines are wide enough for the tables."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, 140))
+    console = plain_console(stderr)
+    return console if console.is_terminal else plain_console(stderr, max(console.width, 140))
 
 
 @contextmanager
@@ -65,7 +70,7 @@ def one_of(given: dict[str, Any]) -> None:
 
 def said(text: str) -> None:
     """A line on stderr, beside the result."""
-    Console(stderr=True).print(escape(text), soft_wrap=True, highlight=False)
+    plain_console(stderr=True).print(escape(text), soft_wrap=True, highlight=False)
 
 
 def writable_folder(path: Path) -> None:

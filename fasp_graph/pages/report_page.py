@@ -1,13 +1,12 @@
 """report.html and report.json of a pruning run: what it cost, what it saved, what stayed and why.
 
-The page is tables and pictures only: no script, no network. The heat map's rows are the modules
-that repeat, its columns what each of them holds; a cell is the kept share of a group's units.
+The page is tables and pictures only: no script, no network. Its heat map is that of
+fasp_graph/pages/shares.py.
 """
 
 from __future__ import annotations
 
 import html
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from passes.names import folded, pattern
 from ..jsontext import plain, to_json
 from ..units import in_bytes
 from .curves import curves
+from .shares import kept_shares, lightness
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -139,7 +139,7 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Memory, time and passes of the run; what was not measured is left out."""
     named = {"peak memory": "peak_memory", "peak GPU memory": "peak_memory_cuda"}
     rows = [(name, in_bytes(held)) for name, key in named.items() if (held := report[key])]
-    rows.append(("forward passes over the calibration data", f"{report['forward_passes']:g}"))
+    rows.append(("forward passes over the calibration data", f"{report['forward_passes']:.3g}"))
     return [*rows, ("seconds", f"{sum(report['seconds'].values()):.1f}")]
 
 
@@ -159,33 +159,19 @@ def _pair(*values: float) -> tuple[str, ...]:
 
 
 def _heat_map(groups: Iterable[Mapping[str, Any]]) -> str:
-    """Rows by the part of a name up to its first number, columns by the rest."""
-    cells: dict[str, dict[str, int]] = {}
-    for group in groups:
-        row, column = split_name(group["name"])
-        # rounded like the viewer's, halves up
-        percent = math.floor(100 * group["kept"] / group["units"] + 0.5)
-        cells.setdefault(row, {})[column] = percent
-    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    lines = ["<tr><th></th>" + "".join(f"<th>{_text(c)}</th>" for c in columns) + "</tr>"]
-    for row, held in cells.items():
-        shares = "".join(_cell(held.get(column)) for column in columns)
-        lines.append(f"<tr><th scope='row'>{_text(row)}</th>{shares}</tr>")
+    shares = kept_shares(groups)
+    lines = ["<tr><th></th>" + "".join(f"<th>{_text(c)}</th>" for c in shares.columns) + "</tr>"]
+    for row, held in shares.cells.items():
+        cells = "".join(_cell(held.get(column)) for column in shares.columns)
+        lines.append(f"<tr><th scope='row'>{_text(row)}</th>{cells}</tr>")
     return f"<div class='scroll'><table class='map'>{''.join(lines)}</table></div>"
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """`model.layers.3.mlp.up_proj.0` -> (`model.layers.3`, `mlp.up_proj`)."""
-    base = re.sub(r"\.\d+(\.\d+)?$", "", name)
-    match = re.match(r"(.*?\.\d+)\.(.+)", base)
-    return (match[1], match[2]) if match else ("", base)
 
 
 def _cell(percent: int | None) -> str:
     if percent is None:
         return "<td></td>"
-    lightness = 92 - 0.42 * percent  # dark: all kept
-    return f"<td class='cell' style='background:hsl(188 55% {lightness:.0f}%)'>{percent}%</td>"
+    style = f"background:hsl(188 55% {lightness(percent)}%)"
+    return f"<td class='cell' style='{style}'>{percent}%</td>"
 
 
 def _groups(groups: Iterable[Mapping[str, Any]]) -> str:

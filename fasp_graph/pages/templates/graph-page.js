@@ -181,6 +181,7 @@
     + (data.planned ? `${full(data.before)} → ${full(data.after)} parameters` : `${full(data.before)} parameters`);
   graphPanel.legend({ ...counts, planned: data.planned }, hidden, redraw);
   graphPanel.welcome(model);
+  at("earlier").hidden = at("later").hidden = ![...model.byId.values()].some(node => node.kind === "fold");
   at("kind").value = counts.chain ? "chain" : "all";
   groups();
   setTheme(theme);
