@@ -36,6 +36,14 @@ def whole(parts: Sequence[Moments]) -> Moments:
     return sum(parts[1:], start=parts[0])
 
 
+def cut(matrix: Tensor, keep: Tensor, turn: Turn | None = None) -> Tensor:
+    """The matrix without the columns that go, and nothing repaired."""
+    if turn is None:
+        return matrix * keep
+    own = turned(matrix, 1, turn.columns, turn.maps) * keep
+    return turned(own, 1, turn.columns, turn.maps.mT)
+
+
 def refit(
     config: Config,
     matrix: Tensor,

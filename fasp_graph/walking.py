@@ -37,7 +37,7 @@ from .calibration import solving
 from .config import Config
 from .correction import beside, corrected
 from .experts import settle_experts, weight_orders
-from .refit import Turn, folds, refit, whole
+from .refit import Turn, cut, folds, refit, whole
 from .scale.distributed import total
 from .scale.journal import Journal, watch
 from .scale.spill import Spill
@@ -277,20 +277,21 @@ def _repair(
     weight = state.weight(view.parameter).detach()
     unit = unit_columns(group, view, weight)
     mask = staying(group, decided.kept[group.name], unit)
+    maps = materialized(state.weights.get(turn_of(group)))
+    turn = None if maps is None else Turn(maps, columns_of(group, unit))
     found = whole(parts)
     if not found.tell(unit >= 0):
         place = view.parameter if not found.tokens else _columns(group, view, unit)
         decided.untold[place] = (found.tokens, where(view.node))
-        state.weights[view.parameter] = view.weight(view.matrix(weight) * mask, weight)
+        state.weights[view.parameter] = view.weight(cut(view.matrix(weight), mask, turn), weight)
         return
     gap = None
     if dense is not None and sum(view.parameter == v.parameter for v in several) == 1:
         gap = drift(state, dense, view, method != "asymmetric")
     if solving(job.config):
         decided.seen.setdefault(view.parameter, (found.tokens, len(found.gram)))
-    offset, maps = offset_of(view), state.weights.get(turn_of(group))
+    offset = offset_of(view)
     bias = offset.read(state.weight(offset.name).detach()) if offset else None
-    turn = None if maps is None else Turn(maps, columns_of(group, unit))
     result, ridges = refit(job.config, view.matrix(weight), bias, parts, mask, gap, turn)
     state.weights[view.parameter] = view.weight(result.weight, weight)
     decided.ridges |= {view.parameter: ridges} if ridges else {}

@@ -260,3 +260,31 @@ def test_pruned_and_verified_it_is_nearer_to_the_dense_model(name, given):
     ):  # what two random query heads read of a KV head has no common basis
         assert lost(pruned) < lost(plain)
     assert pruned.report.to_dict()["groups"][0]["rotated"]
+
+
+class Gated(Pair):
+    """A second reader that calibration shuts."""
+
+    def __init__(self):
+        super().__init__(2)
+
+    def forward(self, x, gate):
+        h = self.down(x)
+        return self.ups[0](h), self.ups[1](h * gate)
+
+
+@torch.no_grad()
+def test_a_reader_that_saw_nothing_turns_with_the_others():
+    torch.manual_seed(0)
+    model = Gated().double().eval()
+    shut = torch.zeros(1, dtype=torch.float64)
+    batches = [(drawn(*TOKENS, seed=seed), shut) for seed in range(20)]
+    config = Config(0.25, "slimgpt", score="rotation")
+
+    pruned = fg.prune(model, batches[0], batches, config)
+
+    (group,) = pruned.report.groups
+    assert group.rotated and any("only zeros reach" in note for note in pruned.report.notes)
+    rows = pruned.model.down.weight @ torch.linalg.pinv(model.down.weight)  # Q_K^T
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=rows.dtype))
+    torch.testing.assert_close(pruned.model.ups[1].weight, model.ups[1].weight @ rows.T)
