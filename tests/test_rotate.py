@@ -124,6 +124,17 @@ def test_any_orthogonal_basis_is_the_same_function(name):
     torch.testing.assert_close(model(drawn(*shape, seed=5)), before, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_groups_turn_as_well(dtype):
+    model = Attention(2).to(dtype).eval()
+    batches = [drawn(*TOKENS, seed=seed).to(dtype) for seed in range(8)]
+
+    pruned = fg.prune(model, batches[0], batches, Config(sparsity=0.25))
+
+    assert [g.rotated for g in pruned.report.groups] == [True]
+    assert {p.dtype for p in pruned.model.parameters()} == {dtype}
+
+
 def test_units_between_which_and_their_consumer_is_a_kink_do_not_turn():
     _, captured, deps = built(Bent, TOKENS)
     (group,) = [g for g in deps.groups if g.kind == "chain"]
