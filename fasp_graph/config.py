@@ -12,7 +12,7 @@ from typing import Any
 from passes.allocate import ALLOCATIONS
 from passes.errors import ConfigError
 from passes.restore import RESTORES
-from passes.score import SCORES
+from passes.score import GREEDY, SCORES
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,12 @@ class Config:
         _one_of("budget", self.budget, BUDGETS)
         for kind in self.kinds:
             _one_of("kinds", kind, KINDS)
+        if self.passes.allocation == "standardised" and self.passes.score in GREEDY:
+            raise ConfigError(
+                f"allocation=standardised compares scores of single units, and score="
+                f"{self.passes.score} has none: its units go one after the other · help: "
+                "allocation='curves', or score='flap'"
+            )
         if not 0 < self.sparsity < 1:
             raise ConfigError(
                 f"sparsity={self.sparsity} must lie between 0 and 1, both excluded · help: it is a "

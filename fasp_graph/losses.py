@@ -1,6 +1,7 @@
 """losses: what a short training lowers.
 
 language model          L = (1 - w) CE(next token) + w KL(dense || pruned)        w = weight
+                        over the tokens that attention_mask, if there is one, does not hide
 any other model         L = sum over outputs of ||f - f_dense||^2 / ||f_dense||^2
 no dense model          w = 0; only a language model can be trained so
 """
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from passes.capture import as_args
 from passes.compare import tensors
@@ -20,22 +22,42 @@ from passes.errors import FaspGraphError
 from .evaluate import logits_of
 
 
+@torch.no_grad()
+def is_language_model(model: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether the output says the next token, judged at one call: logits [batch, length, more than
+    any id] that no later id changes, as it does those of a masked model or behind an encoder.
+    """
+    ids = _ids(args, kwargs)
+    if ids is None or not _speaks(before := model(*args, **kwargs), ids):
+        return False
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % (int(ids.max()) + 1)
+    args, kwargs = pytree.tree_map(lambda held: other if held is ids else held, (args, kwargs))
+    first, last = (logits_of(held)[:, :-1] for held in (before, model(*args, **kwargs)))
+    same = 1e-4 if first.dtype == torch.float32 else 1e-2
+    return not first.numel() or bool((first - last).abs().max() <= same * first.abs().max())
+
+
 def loss(
-    model: nn.Module, teacher: nn.Module | None, args: Any, kwargs: Any, weight: float
+    model: nn.Module,
+    teacher: nn.Module | None,
+    args: Any,
+    kwargs: Any,
+    weight: float,
+    language: bool,
 ) -> Tensor:
-    """L of one call; `teacher`: the dense model."""
+    """L of one call; `teacher`: the dense model; `language`: whether it is a language model."""
     output = model(*args, **kwargs)
     with torch.no_grad():
         dense = None if teacher is None else teacher(*args, **kwargs)
     ids = _ids(args, kwargs)
-    if ids is not None and _speaks(output, ids):
-        return _language_loss(
-            logits_of(output), None if dense is None else logits_of(dense), ids, weight
-        )
+    if language and ids is not None:
+        held = None if dense is None else logits_of(dense)
+        return _language_loss(logits_of(output), held, ids, kwargs.get("attention_mask"), weight)
     if dense is None:
         raise FaspGraphError(
-            f"{type(model).__name__} is no language model, so its inputs hold no target · help: "
-            "distill=the dense model"
+            "this is no language model: its outputs do not say the next token, so that its inputs "
+            "hold no target · help: distill=the dense model"
         )
     parts = [
         (ours - theirs).float().square().sum() / theirs.float().square().sum().clamp_min(1e-12)
@@ -45,18 +67,24 @@ def loss(
     return torch.stack(parts).sum()
 
 
-def _language_loss(logits: Tensor, dense: Tensor | None, ids: Tensor, weight: float) -> Tensor:
-    ours = logits[:, :-1].flatten(0, 1).float()
-    own = F.cross_entropy(ours, ids[:, 1:].flatten())
+def _language_loss(
+    logits: Tensor, dense: Tensor | None, ids: Tensor, mask: Any, weight: float
+) -> Tensor:
+    told = torch.ones_like(ids, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        told = mask > 0
+    here = told[:, :-1] & told[:, 1:]
+    ours = logits[:, :-1][here].float()
+    own = F.cross_entropy(ours, ids[:, 1:][here])
     if dense is None:
         return own
-    theirs = dense[:, :-1].flatten(0, 1).float().log_softmax(-1)
+    theirs = dense[:, :-1][here].float().log_softmax(-1)
     gap = F.kl_div(ours.log_softmax(-1), theirs, log_target=True, reduction="batchmean")
     return (1 - weight) * own + weight * gap
 
 
 def _speaks(output: Any, ids: Tensor) -> bool:
-    """Whether an output says the next token: logits [batch, length, more than any id]."""
+    """Whether an output has the form of logits [batch, length, more than any id]."""
     try:
         logits = logits_of(output)
     except FaspGraphError:

@@ -23,7 +23,7 @@ from torch import nn
 from passes.capture import as_args, placed
 from passes.errors import CalibrationError, FaspGraphError
 
-from .losses import loss, size
+from .losses import is_language_model, loss, size
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,16 +42,29 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not _is_whole(self.lora) or not (self.tokens is None or _is_whole(self.tokens)):
+            raise FaspGraphError(
+                f"lora={self.lora!r}, tokens={self.tokens!r}: not whole numbers · help: lora is a "
+                "rank, tokens how many to train on"
+            )
+        if not (self.distill is None or isinstance(self.distill, nn.Module)):
+            raise FaspGraphError(
+                f"distill={self.distill!r} is no model · help: distill=the dense nn.Module"
+            )
         if self.tokens is not None and self.tokens < 1:
             raise FaspGraphError(
                 f"tokens={self.tokens} must be positive · help: leave it out to train on each "
                 "batch once"
             )
-        if self.lora < 0 or not 0 <= self.weight <= 1 or self.learning_rate <= 0:
+        if self.lora < 0 or not 0 <= self.weight <= 1 or not 0 < self.learning_rate < math.inf:
             raise FaspGraphError(
                 f"lora={self.lora}, weight={self.weight}, learning_rate={self.learning_rate}: out "
                 "of range · help: lora is a rank >= 0, weight in 0..1, learning_rate positive"
             )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -145,10 +158,12 @@ def _train(
     teacher = training.distill
     if teacher is not None:
         teacher = copy.deepcopy(teacher).to(accelerator.device).eval()
+    first = placed(as_args(steps[0]), accelerator.device)
+    language = is_language_model(model, *first)
     losses: list[float] = []
     for step, batch in enumerate(steps):
         args, kwargs = placed(as_args(batch), accelerator.device)
-        reached = loss(model, teacher, args, kwargs, training.weight)
+        reached = loss(model, teacher, args, kwargs, training.weight, language)
         losses.append(reached.detach().item())
         if not math.isfinite(losses[-1]):
             raise FaspGraphError(

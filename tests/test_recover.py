@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import fasp_graph as fg
 import models_zoo
 from fasp_graph.cli import app
+from fasp_graph.losses import is_language_model, loss
 from passes.compare import tensors
 
 OPTIONS = {"tokens": 4000, "lora": 4, "learning_rate": 1e-2, "seed": 1}
@@ -136,6 +137,10 @@ def test_the_command_writes_a_folder_that_loads(pruned, tmp_path):
         ({"data": []}, "at least one batch"),
         ({"tokens": 0}, "tokens=0"),
         ({"lora": -1}, "lora=-1, .* out of range · help: lora is a rank"),
+        ({"lora": 1.5}, "lora=1.5, .* not whole numbers · help: lora is a rank"),
+        ({"tokens": "9"}, "tokens='9': not whole numbers · help: lora is a rank"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: out of range · help: lora is"),
+        ({"distill": "dense"}, "distill='dense' is no model · help: distill=the dense nn.Module"),
         ({}, "no language model"),
     ],
 )
@@ -163,3 +168,35 @@ def test_a_foreign_folder_is_refused_before_training(pruned, tmp_path, monkeypat
     error = CliRunner().invoke(app, call).exception
 
     assert isinstance(error, fg.FaspGraphError) and "no fasp_graph folder" in str(error)
+
+
+class Masked(nn.Module):
+    """Logits of every token, for all of which it reads all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+
+    def forward(self, input_ids):
+        held = self.embed(input_ids)
+        return self.head(held + held.mean(1, keepdim=True))
+
+
+def test_a_model_that_reads_later_tokens_is_not_taught_the_next_one():
+    ids = torch.arange(24).reshape(2, 12) % 9
+    assert not is_language_model(Masked(), (ids,), {})
+    assert is_language_model(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)), (ids,), {})
+    with pytest.raises(fg.FaspGraphError, match="no language model: its outputs do not say"):
+        fg.recover(Masked(), [ids], lora=0)
+
+
+def test_hidden_tokens_are_not_learnt():
+    model = program("llama-random")[0].model
+    ids, mask = counting(0, 2), torch.ones(2, 16, dtype=torch.int64)
+    mask[:, 9:] = 0
+    others = torch.where(mask > 0, ids, 3)
+    one, other = (
+        loss(model, model, (), {"input_ids": held, "attention_mask": mask}, 0.5, True)
+        for held in (ids, others)
+    )
+    assert float(one.detach()) == float(other.detach())

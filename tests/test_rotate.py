@@ -10,11 +10,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fasp_graph as fg
 from fasp_graph.config import Config
+from fasp_graph.refit import Turn, refit
 from passes.analysis import analysis
 from passes.capture import capture
+from passes.drift import Drift
 from passes.eliminate import Problem, eliminate
 from passes.observe import Moments
+from passes.restore import restore
 from passes.rewrite import attribute
+from passes.ridge import held_out_ridge
 from passes.rotate import Basis, basis, blocks_of, columns_of, rotatable, turned, turns
 from passes.score import score
 
@@ -122,6 +126,17 @@ def test_any_orthogonal_basis_is_the_same_function(name):
 
     assert group.blocks == blocks
     torch.testing.assert_close(model(drawn(*shape, seed=5)), before, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_groups_turn_as_well(dtype):
+    model = Attention(2).to(dtype).eval()
+    batches = [drawn(*TOKENS, seed=seed).to(dtype) for seed in range(8)]
+
+    pruned = fg.prune(model, batches[0], batches, Config(sparsity=0.25))
+
+    assert [g.rotated for g in pruned.report.groups] == [True]
+    assert {p.dtype for p in pruned.model.parameters()} == {dtype}
 
 
 def test_units_between_which_and_their_consumer_is_a_kink_do_not_turn():
@@ -288,3 +303,32 @@ def test_a_reader_that_saw_nothing_turns_with_the_others():
     rows = pruned.model.down.weight @ torch.linalg.pinv(model.down.weight)  # Q_K^T
     torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=rows.dtype))
     torch.testing.assert_close(pruned.model.ups[1].weight, model.ups[1].weight @ rows.T)
+
+
+@pytest.mark.parametrize("given", [{"restore": "residual"}, {"ridge": "held-out"}], ids=str)
+def test_a_refit_in_another_basis_is_that_of_turned_inputs(given):
+    _, _, deps = built(Pair, TOKENS)
+    (group,) = [g for g in deps.groups if g.kind == "chain"]
+    columns, q = columns_of(group, torch.arange(16)), orthogonal(group)
+    w, bias, keep = drawn(5, 16), drawn(5, seed=1), torch.arange(16) < 11
+    x, gap = drawn(60, 16, seed=2) @ drawn(16, 16, seed=3), drawn(60, 5, seed=4)
+
+    def parts(x):
+        folds = (x[:20], x[20:]) if "ridge" in given else (x,)
+        return [Moments(one.T @ one, one.mean(0), len(one)) for one in folds]
+
+    def moved(x):
+        return Drift(gap.T @ x, gap.mean(0), 60) if "restore" in given else None
+
+    config = Config(**{"restore": "affine", **given})
+    found, ridges = refit(config, w, bias, parts(x), keep, moved(x), Turn(q, columns))
+
+    y = x @ q[0]
+    if ridges:
+        assert ridges == (held_out_ridge("affine", w @ q[0], bias, *parts(y), keep),)
+        assert ridges != (held_out_ridge("affine", w @ q[0], bias, *parts(y)[::-1], keep),)
+    ridge = ridges[0] if ridges else config.damping
+    moments = Moments(y.T @ y, y.mean(0), 60)
+    wanted = restore(config.restore, w @ q[0], bias, moments, keep, ridge, moved(y))
+    torch.testing.assert_close(found.weight, wanted.weight @ q[0].T)
+    torch.testing.assert_close(found.bias, wanted.bias)

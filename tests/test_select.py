@@ -12,7 +12,7 @@ from torch import nn
 from fasp_graph import Config, analyze, prune
 from fasp_graph.config import METHODS, Passes
 from passes.cost import parameter_cost, scope
-from passes.errors import BudgetError
+from passes.errors import BudgetError, ConfigError
 from passes.select import _count, allocate, select
 
 
@@ -116,3 +116,9 @@ def test_the_presets_are_those_of_their_papers():
     assert METHODS["magnitude"] == Passes("magnitude", "none", "uniform")
     assert METHODS["modegpt"] == Passes("modegpt", "obs", "influence")
     assert METHODS["best"] == Passes("rotation", "outputs", "sensitivity")
+
+
+def test_standardised_scores_need_scores():
+    with pytest.raises(ConfigError, match="score=rotation has none: .* · help: alloc"):
+        Config(allocation="standardised")
+    assert Config(allocation="standardised", score="flap").passes.allocation == "standardised"
