@@ -21,7 +21,15 @@ from torch.fx import GraphModule
 
 from passes.capture import Args
 from passes.consumers import linears, offset_of, staying, unit_columns
-from passes.correct import SHARES, Sample, Site, correct, dense_outputs, vocabularies
+from passes.correct import (
+    SHARES,
+    Correction,
+    Sample,
+    Site,
+    correct,
+    dense_outputs,
+    vocabularies,
+)
 from passes.couple import Group
 from passes.drift import Twin
 from passes.errors import NoGradient
@@ -88,8 +96,10 @@ def corrected(
     weights: dict[str, Tensor],
     batches: list[Args],
     twin: Twin | None,
-) -> dict[str, Tensor]:
-    """`weights`, moved by steps of all layers where these lower the held-out distance."""
+) -> Correction | None:
+    """Steps of all layers where these lower the held-out distance; of the consumers alone where
+    something has no derivative between them and the others. None where none can be tried.
+    """
     state = Walk(module, [], dict(weights))
 
     def read(name: str) -> Any:
@@ -106,13 +116,12 @@ def corrected(
     fits = [samples(numbers) for numbers in fitted_on(count, twin is not None)]
     consumers = _consumers(groups, views, kept, read) if fits else []
     if not consumers:
-        return weights
+        return None
     sites = [*consumers, *_others(module, consumers, read)]
     for moving in (sites, consumers):
         with contextlib.suppress(NoGradient):  # of an op between producers and consumers, perhaps
-            found = correct(module, read, moving, fits, samples(held_out(count)))
-            return {**weights, **found.weights}
-    return weights
+            return correct(module, read, moving, fits, samples(held_out(count)))
+    return None
 
 
 def _consumers(

@@ -62,6 +62,12 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
             f"ridges chosen on held-out tokens: {low} to {high}, in the middle {middle}, for "
             f"{counted(len(ridges), 'matrix', 'matrices')}"
         )
+    if decisions.distances and decisions.distances[-1] == 1:
+        found.append(
+            "no step of all layers brought the outputs nearer to the dense ones on calibration "
+            "that it was not fitted to, so that none was taken · help: calibrate on more data, or "
+            "leave them out by restore='affine'"
+        )
     if decisions.cost.untimed:
         count, first = len(decisions.cost.untimed), decisions.cost.untimed[0]
         found.append(

@@ -144,7 +144,9 @@ def _lost(group: str, factor: tuple[int, int], said: Mapping[int, str], times: T
     return Lost(group, factor, tuple(known), tuple(1 - t / rising[-1] for t in rising))
 
 
-def layer_seconds(deps: DependencyGraph, plan: Plan, cost: Cost) -> tuple[float | None, ...]:
+def layer_seconds(
+    deps: DependencyGraph, plan: Plan, cost: Cost
+) -> tuple[float | None, float | None]:
     """What the ops of the layers in scope cost before and after; None where parameters count."""
     if not cost.measured:
         return None, None

@@ -294,4 +294,5 @@ def _report(
         peak_cuda(),
         shapes_of(*captured.inputs),
         *layer_seconds(deps, plan, decisions.cost),
+        decisions.distances,
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 from .units import counted, in_bytes
 
+_LISTS = ("groups", "frozen", "notes", "distances")
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -54,6 +56,9 @@ class Report:
     `peak_memory_cuda`: the allocator's peak, None without a GPU (fasp_graph/memory.py).
     `layer_seconds_before`, `layer_seconds_after`: with budget="latency" what the ops of the layers
     in scope take for one calibration batch, as the plan counts it (fasp_graph/pricing.py).
+    `distances`: how far the outputs were from the dense model's before the steps of all layers and
+    after each, as shares of the first, on calibration that no step was fitted to; empty where none
+    was tried (passes/correct.py).
     """
 
     params_before: int
@@ -74,6 +79,7 @@ class Report:
     inputs: str = ""
     layer_seconds_before: float | None = None
     layer_seconds_after: float | None = None
+    distances: tuple[float, ...] = ()
 
     @property
     def removed(self) -> float:
@@ -83,7 +89,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; tuples become lists."""
         found = {**asdict(self), "removed": self.removed}
-        return {**found, **{key: list(found[key]) for key in ("groups", "frozen", "notes")}}
+        return {**found, **{key: list(found[key]) for key in _LISTS}}
 
     def to_text(self) -> str:
         """A short summary in words."""
@@ -102,8 +108,13 @@ class Report:
             f"{self._rotated()}\n"
             f"{self._left_alone()}\n"
             f"verified to {self.verify_max_error:.1e}, {forward}, "
-            f"{sum(self.seconds.values()):.1f} s{self._stages()}{self._memory()}"
+            f"{sum(self.seconds.values()):.1f} s{self._stages()}{self._memory()}{self._steps()}"
         )
+
+    def _steps(self) -> str:
+        """A line of the steps of all layers, where any were tried."""
+        said = " -> ".join(f"{share:.3g}" for share in self.distances)
+        return f"\nsteps of all layers, distance from the dense outputs: {said}" if said else ""
 
     def _times(self) -> str:
         """A line of the measured budget, where there was one."""

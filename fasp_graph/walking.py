@@ -23,7 +23,6 @@ from passes.eliminate import eliminate
 from passes.errors import where
 from passes.experts import ExpertView, Orders, moved
 from passes.gates import behind, level
-from passes.laws import moved as moved_weight
 from passes.lazy import Lazy, materialized
 from passes.observe import Moments, Room, Walk, probe, walk
 from passes.pieces import with_every_piece
@@ -31,6 +30,7 @@ from passes.rewrite import attribute
 from passes.rotate import columns_of, turns
 from passes.score import GREEDY, NEEDS_DATA
 from passes.select import Budget, select
+from passes.unchanged import moved as moved_weight
 from passes.views import View
 
 from .calibration import solving
@@ -52,8 +52,10 @@ class Decisions:
     that were chosen on held-out tokens, of a weight or of each expert's; `scores`: medians of the
     units that stay and of those that go; `orders`: groups of which each expert keeps its own units,
     put in front (passes/experts.py); `rotated`: groups whose units are of another basis
-    (passes/rotate.py); `forward_passes`: what deciding cost, in plain forward passes over the
-    calibration batches; `notes`: what was done otherwise than asked for, and why.
+    (passes/rotate.py); `distances`: how far the outputs were from the dense ones before and after
+    each step of restore=outputs, of what it was before (passes/correct.py); `forward_passes`: what
+    deciding cost, in plain forward passes over the calibration batches; `notes`: what was done
+    otherwise than asked for, and why.
     """
 
     budget: Budget
@@ -68,6 +70,7 @@ class Decisions:
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict)
     orders: Orders = field(default_factory=dict)
     rotated: frozenset[str] = frozenset()
+    distances: tuple[float, ...] = ()
     forward_passes: float = 0.0
     notes: tuple[str, ...] = ()
 
@@ -93,9 +96,12 @@ def settle_all(
     decided.weights = walk(module, given, nodes, visit, report, room, stops.again, stops.shut)
     _turn(job, groups, decided)
     if stops.pending and config.passes.restore == "outputs":
-        decided.weights = corrected(
+        found = corrected(
             module, groups, job.views, decided.kept, decided.weights, batches, stops.dense
         )
+        if found is not None:
+            decided.weights |= found.weights
+            decided.distances = found.distances
     for gate in (gate for several in job.gates.values() for gate in several):
         decided.weights.pop(gate.name, None)
     _put_in_order(job, groups, decided)

@@ -77,6 +77,16 @@ class Correction:
     weights: dict[str, Tensor]
     steps: tuple[tuple[tuple[float, float], ...], ...]
 
+    @property
+    def distances(self) -> tuple[float, ...]:
+        """D on the held-out samples before the first step and after each, as shares of the first;
+        empty where no step could be tried.
+        """
+        if not self.steps:
+            return ()
+        found = [self.steps[0][0][1], *(min(d for _, d in tried) for tried in self.steps)]
+        return tuple(distance / max(found[0], 1e-300) for distance in found)
+
 
 @dataclass
 class _Sums:

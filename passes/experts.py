@@ -21,8 +21,8 @@ from torch.fx import GraphModule, Node
 from .capture import Args
 from .consumers import TURNS
 from .groups import Consumer, DependencyGraph, Group, Member
-from .laws import holds
 from .observe import Moments, Walk, add_gram, check_finite, fold, mirror, summable
+from .unchanged import unchanged
 from .visit import bind, op_name
 
 Orders = dict[str, list[list[int]]]
@@ -116,7 +116,7 @@ def _holds(
         group.name: [draw.permutation(group.size).tolist() for _ in range(_experts(group, deps))]
         for group in groups
     }
-    return holds(module, moved(groups, orders), inputs)
+    return unchanged(module, moved(groups, orders), inputs)
 
 
 def _experts(group: Group, deps: DependencyGraph) -> int:

@@ -7,7 +7,8 @@ quarter: the last rows of every batch), about the mean of the others where the b
 
     error(d) = tr(E H E^T),    E = [W_P, -step(d)]
 
-and the d of least error is taken, relative to mean(diag S_KK), for the repair on all tokens.
+and the d of least error is taken, relative to mean(diag S_KK), for the repair on all tokens; the
+part of a repair that goes towards the dense path (passes/drift.py) is left out of the comparison.
 """
 
 from __future__ import annotations

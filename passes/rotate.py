@@ -16,7 +16,7 @@ block, are the directions r of least s in
 
 with S the second moments of the consumer's input. The r are not orthogonal; once it is known which
 stay, Q becomes an orthonormal basis of what they span, and of the rest. That the law holds is tried
-on the model (passes/laws.py), with random Q, before anything relies on it.
+on the model (passes/unchanged.py), with random Q, before anything relies on it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .capture import Args
 from .drift import Drift
 from .eliminate import Problem
 from .groups import Group
-from .laws import holds
 from .observe import Moments
+from .unchanged import Moves, unchanged
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,6 @@ def turned_drift(found: Drift, columns: Tensor, maps: Tensor) -> Drift:
     return replace(found, cross=turned(found.cross, 1, columns, maps))
 
 
-Moves = dict[str, Callable[[Tensor], Tensor]]
-
-
 def turns(groups: Iterable[Group], maps: dict[str, Tensor]) -> Moves:
     """Parameter -> what turns it, for the groups that `maps` has."""
     steps: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
@@ -164,4 +161,4 @@ def _holds(module: GraphModule, groups: Sequence[Group], inputs: Args, seed: int
         size = group.size // group.blocks
         drawn = torch.randn(group.blocks, size, size, generator=draw, dtype=torch.float64)
         maps[group.name] = torch.linalg.qr(drawn).Q
-    return holds(module, turns(groups, maps), inputs)
+    return unchanged(module, turns(groups, maps), inputs)

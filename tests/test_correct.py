@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from fasp_graph import Config, analyze, prune
 from fasp_graph.correction import correction_cost, fitted_on, held_out, sensed_on
+from fasp_graph.pages.report_page import report_page
 from fasp_graph.prune import read
 from passes.capture import as_args, capture
 from passes.consumers import linears, offset_of, views
@@ -61,6 +62,8 @@ def test_a_step_lowers_the_distance_and_leaves_removed_columns_at_zero(scene):
     first, second = (dict(tried) for tried in found.steps)
     assert min(first.values()) < 0.8 * first[0.0]
     assert second[0.0] == min(first.values()) > min(second.values())
+    least = [first[0.0], min(first.values()), min(second.values())]
+    assert found.distances == pytest.approx([distance / first[0.0] for distance in least])
     assert set(found.weights) == {"down.weight", "down.bias"}
     assert found.weights["down.weight"][:, 12:].abs().max() == 0
     assert found.weights["down.weight"][:, :12].sub(read("down.weight")[:, :12]).abs().max() > 1e-4
@@ -106,20 +109,45 @@ def test_outputs_over_the_vocabulary_are_compared_as_distributions(outputs, form
     assert float(apart([dense], [dense], words)) == pytest.approx(0, abs=1e-5)
 
 
-def test_best_ends_nearer_to_the_dense_model_than_without_the_step():
+def drawn(batch, scale):
+    """Words that speak `scale` times as surely, and batches to calibrate on."""
     torch.manual_seed(0)
     model = Words().eval()
-    batches = [torch.randint(11, (6, 9)) for _ in range(16)]
+    with torch.no_grad():
+        model.head.weight *= scale
+    return model, [torch.randint(11, (batch, 9)) for _ in range(16)]
+
+
+def test_best_ends_nearer_to_the_dense_model_than_without_the_step():
+    model, batches = drawn(24, 4)
     unseen = torch.randint(11, (40, 9))
 
     def lost(restore):
         small = prune(model, batches[0], batches, Config(sparsity=0.5, restore=restore))
         with torch.no_grad():
-            return float(apart([small.model(unseen)], [model(unseen)], frozenset({11}))), small
+            gap = apart([small.model(unseen)], [model(unseen)], frozenset({11}))
+        return float(gap), small.report
 
-    (after, best), (before, _) = lost(None), lost("residual")
-    assert best.report.forward_passes == pytest.approx(3.8125)  # up and head read the stream
-    assert after < before
+    (after, best), (before, plain) = lost(None), lost("residual")
+
+    assert best.forward_passes == pytest.approx(3.8125)  # up and head read the stream
+    assert after < 0.7 * before
+    assert best.distances[0] == 1 > best.distances[1] > best.distances[2]
+    told = " -> ".join(f"{share:.3g}" for share in best.distances)
+    said = f"\nsteps of all layers, distance from the dense outputs: {told}"
+    assert said in best.to_text()
+    page = report_page("words", best.to_dict(), {})
+    assert f"<td>{told.replace('->', '→')}</td>" in page
+    assert not plain.distances and "steps of" not in plain.to_text()
+
+
+def test_steps_that_help_nothing_are_told():
+    model, batches = drawn(6, 1)
+
+    report = prune(model, batches[0], batches, Config(sparsity=0.5)).report
+
+    assert set(report.distances) == {1.0}
+    assert any(note.startswith("no step of all layers brought") for note in report.notes)
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -113,17 +113,19 @@ def test_the_words_tell_sizes_stages_and_what_they_cost(run):
         **{"bytes_before": 16_000, "bytes_after": 12_000, "inputs": "[2, 3]"},
         **{"flops_before": 9000, "flops_after": 7000, "seconds": {"capture": 0.26, "couple": 1.0}},
         **{"verify_max_error": 1e-9, "forward_passes": 2.49605, "peak_memory": 2_000_000},
-        groups=(dataclasses.replace(run[0].report.groups[0], units=8, kept=6),),
+        **{"distances": (1.0, 0.5, 0.25)},
+        groups=(dataclasses.replace(run[0].report.groups[0], units=8, kept=6, rotated=True),),
     )
 
     assert report.to_text().splitlines() == [
         "parameters 4,000 -> 3,000, 25.0% of all and 30.0% of those in scope removed",
         "weights 16.0 kB -> 12.0 kB",
         "FLOPs 9,000 -> 7,000 at [2, 3]",
-        "1 group keeps 6 of 8 units",
+        "1 group keeps 6 of 8 units, 1 of them in a basis of their own",
         "1 group was left alone: 1 frozen (an axis); fasp-graph inspect MODEL --frozen tells where",
         "verified to 1.0e-09, 2.5 forward passes, 1.3 s (capture 0.3, couple 1.0), "
         "2.0 MB of memory at most",
+        "steps of all layers, distance from the dense outputs: 1 -> 0.5 -> 0.25",
     ]
 
 

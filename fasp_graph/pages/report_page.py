@@ -140,6 +140,9 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     named = {"peak memory": "peak_memory", "peak GPU memory": "peak_memory_cuda"}
     rows = [(name, in_bytes(held)) for name, key in named.items() if (held := report[key])]
     rows.append(("forward passes over the calibration data", f"{report['forward_passes']:.3g}"))
+    if steps := report["distances"]:
+        said = " → ".join(f"{share:.3g}" for share in steps)
+        rows.append(("distance from the dense outputs, step by step", said))
     return [*rows, ("seconds", f"{sum(report['seconds'].values()):.1f}")]
 
 

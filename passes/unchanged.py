@@ -1,5 +1,5 @@
-"""laws: whether other weights make the same function, tried on the model before anything relies on
-it.
+"""unchanged: whether other weights make the same function, tried on the model before anything
+relies on it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Moves = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 @torch.no_grad()
-def holds(module: GraphModule, moves: Moves, inputs: Args) -> bool:
+def unchanged(module: GraphModule, moves: Moves, inputs: Args) -> bool:
     """Whether the outputs at the example inputs stay the same under `moves`, of wide weights: the
     new ones, rounded to half precision, would differ by more than SAME.
     """
