@@ -23,6 +23,12 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
     """What the user should know of: what the graph holds for alone, a budget that units are too
     large for, what was done otherwise than asked for, data that are few.
     """
+    data = (*untold(decisions.untold), *few_tokens(decisions.seen, captured.inputs))
+    own = _of_the_run(plan, decisions, config)
+    return (*_of_the_graph(captured), *own, *decisions.notes, *data)
+
+
+def _of_the_graph(captured: Captured) -> list[str]:
     found = []
     inputs = captured.graph_module.graph.find_nodes(op="placeholder")
     names = [inputs[k].name for k in sorted(held_inputs(captured.graph_module))]
@@ -48,6 +54,11 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
         f"{said}: it refuses the other, which an ONNX file and the model take unverified"
         for said in assumptions(captured.graph_module)
     ]
+    return found
+
+
+def _of_the_run(plan: Plan, decisions: Decisions, config: Config) -> list[str]:
+    found = []
     reached = decisions.budget.sparsity if measuring(config) else plan.sparsity
     if reached < config.sparsity / 2:
         found.append(
@@ -74,5 +85,4 @@ def notes(captured: Captured, plan: Plan, decisions: Decisions, config: Config) 
             f"{counted(count, 'op')} of the layers in scope did not run by itself, and counts "
             f"nothing in the budget: {first} · help: budget='parameters' counts all weights"
         )
-    data = (*untold(decisions.untold), *few_tokens(decisions.seen, captured.inputs))
-    return (*found, *decisions.notes, *data)
+    return found

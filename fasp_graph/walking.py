@@ -19,7 +19,7 @@ from passes.consumers import offset_of, staying, unit_columns
 from passes.cost import Cost
 from passes.couple import Group
 from passes.drift import Twin, drift, twin
-from passes.eliminate import eliminate
+from passes.eliminate import Problem, eliminate
 from passes.errors import where
 from passes.experts import ExpertView, Orders, moved
 from passes.gates import behind, level
@@ -230,18 +230,21 @@ def _choose(
     if scoring in GREEDY or group.name in job.rotatable:
         problems = problems_of(job, group, moments, state)
         own = basis_of(job, group, problems)
-    if scoring not in GREEDY:
-        _select(group, own.worth if own else utility_of(job, group, moments, state), decided)
-    else:
-        removals = group.size // group.blocks - decided.budget.keep[group.name]
+    if scoring in GREEDY:
         problems = [own.problem(held) for held in problems] if own else problems
-        gone = eliminate(problems, group.block_of.tolist(), removals).order
-        worth = dict.fromkeys(range(group.size), len(gone)) | {u: k for k, u in enumerate(gone)}
-        stay = [unit for unit in range(group.size) if worth[unit] == len(gone)]
-        ranks = [float(worth[u]) for u in range(group.size)]
-        decided.kept[group.name] = with_every_piece(group, stay, ranks)
+        decided.kept[group.name] = _left(group, problems, decided.budget.keep[group.name])
+    else:
+        _select(group, own.worth if own else utility_of(job, group, moments, state), decided)
     if own:
         state.weights[turn_of(group)] = own.orthogonal(decided.kept[group.name])
+
+
+def _left(group: Group, problems: list[Problem], keep: int) -> tuple[int, ...]:
+    """The units that greedy elimination leaves, `keep` in each block."""
+    gone = eliminate(problems, group.block_of.tolist(), group.size // group.blocks - keep).order
+    worth = dict.fromkeys(range(group.size), len(gone)) | {u: k for k, u in enumerate(gone)}
+    stay = [unit for unit in range(group.size) if worth[unit] == len(gone)]
+    return with_every_piece(group, stay, [float(worth[u]) for u in range(group.size)])
 
 
 def _judged_on(
