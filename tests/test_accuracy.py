@@ -1,5 +1,7 @@
 """Greedy elimination, the metric of the outputs, allocation by error and the dense target."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from programs_of_zoo import program
@@ -8,6 +10,7 @@ from torch import nn
 import fasp_graph as fg
 from fasp_graph import Config, analyze, prune
 from fasp_graph.config import METHODS
+from fasp_graph.worth import Job, problems_of, utility_of
 from passes.allocate import allocate_by_error
 from passes.capture import as_args, capture
 from passes.consumers import offset_of, unit_columns, views
@@ -134,6 +137,81 @@ def test_the_metric_is_the_gram_matrix_of_the_jacobian():
     )
     rows = torch.cat([model.a(*args[0]) for args in batches]).float()
     assert torch.allclose(sensed.moments.gram, rows.T @ rows, rtol=1e-3)
+
+
+class Outputs(nn.Module):
+    """Two outputs, each in a unit of its own."""
+
+    def __init__(self, *units):
+        super().__init__()
+        self.units, self.up = units, nn.Linear(5, 8)
+        self.down, self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.down(torch.relu(self.up(x)))
+        return self.units[0] * self.first(h), self.units[1] * self.second(h)
+
+
+def test_the_metric_does_not_depend_on_the_units_of_the_outputs():
+    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    metrics = []
+    for units in ((1.0, 1.0), (64.0, 0.125)):  # powers of two: exact
+        torch.manual_seed(0)
+        captured, _, groups, found = sites(Outputs(*units).double(), x[:3])
+        (view,) = found[groups[0].name]
+
+        sensed = sense(captured.graph_module, [as_args(x)], [view], 0, True)
+
+        metrics.append(sensed[view.node.name].metric)
+    assert torch.equal(*metrics) and metrics[0].diagonal().min() > 0
+
+
+@pytest.fixture
+def scene():
+    """A linear model, what every step knows of it, and its first group and consumer."""
+    torch.manual_seed(0)
+    model, x = Linear3().double(), torch.randn(50, 5, dtype=torch.float64)
+    captured, deps, (group, *_), found = sites(model, x[:3])
+    (view,) = found[group.name]
+    sensed = sense(captured.graph_module, [as_args(x)], [view], 0, True)
+    config = Config(method="fasp", score="taylor")
+    rest = {group.name: [view]}, {}, sensed, torch.Generator()
+    return Job(captured, deps, {}, config, *rest), group, view, model.b.weight.detach()
+
+
+def test_errors_of_units_are_measured_in_the_metric_of_the_outputs(scene):
+    job, group, view, weight = scene
+    moments, metric = job.sensed[view.node.name].moments, job.sensed[view.node.name].metric
+    state = Walk(job.captured.graph_module, [])
+
+    (found,) = problems_of(job, group, {view.node.name: moments}, state)
+
+    metric = metric.double()
+    metric += 1e-4 * metric.diagonal().mean() * torch.eye(6)
+    torch.testing.assert_close(found.weight.T @ found.weight, weight.T @ metric @ weight)
+
+
+def test_without_a_metric_they_are_relative_to_the_output_of_the_consumer(scene):
+    job, group, view, weight = scene
+    moments = job.sensed[view.node.name].moments
+    deaf = replace(job, sensed={view.node.name: replace(job.sensed[view.node.name], metric=None)})
+    state = Walk(job.captured.graph_module, [])
+
+    (found,) = problems_of(deaf, group, {view.node.name: moments}, state)
+
+    power = torch.trace(weight @ moments.gram.double() @ weight.T) / moments.tokens
+    torch.testing.assert_close(found.weight, weight / power.sqrt())
+
+
+def test_a_run_scores_by_taylor_in_the_metric_of_the_outputs(scene):
+    job, group, view, weight = scene
+    moments, metric = job.sensed[view.node.name].moments, job.sensed[view.node.name].metric
+    state = Walk(job.captured.graph_module, [])
+
+    found = utility_of(job, group, {view.node.name: moments}, state)
+
+    power = moments.gram.diagonal().double() / moments.tokens
+    torch.testing.assert_close(found, (weight.T @ metric.double() @ weight).diagonal() * power)
 
 
 def test_factor_maps_errors_into_the_metric():
