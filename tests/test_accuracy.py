@@ -1,21 +1,23 @@
 """Greedy elimination, the metric of the outputs, allocation by error and the dense target."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from programs_of_zoo import program
 from torch import nn
 
 import fasp_graph as fg
-from fasp_graph import Config, analyze, prune
+from fasp_graph import Config, analyze, prune, worth
 from fasp_graph.config import METHODS
 from fasp_graph.worth import Job, problems_of, utility_of
 from passes.allocate import allocate_by_error
 from passes.capture import as_args, capture
 from passes.consumers import offset_of, unit_columns, views
 from passes.drift import Drift, drift, twin
-from passes.eliminate import Problem, eliminate
+from passes.eliminate import Problem, _candidates, _state, eliminate
 from passes.errors import CalibrationError
 from passes.observe import Moments, Walk, environments
 from passes.removal import nodes_by_name
@@ -86,6 +88,33 @@ def test_even_elimination_serves_the_blocks_in_turn():
     for round_ in range(4):
         served = [unit // 6 for unit in found.order[4 * round_ : 4 * round_ + 4]]
         assert sorted(served) == [0, 1, 2, 3]
+
+
+def test_every_block_has_candidates_for_its_turn():
+    weight = torch.arange(1.0, 25, dtype=torch.float64).diag()
+    state = _state(Problem(weight, torch.eye(24, dtype=torch.float64), torch.arange(24)), 24)
+    block = torch.arange(24) // 12  # all of block 0 costs less than any of block 1
+
+    even, all_ = (
+        _candidates([state], torch.ones(24, dtype=torch.bool), block, 2, 2, even, False)
+        for even in (True, False)
+    )
+
+    assert even.tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert all_.tolist() == list(range(8))
+
+
+def test_a_curve_is_of_shapes_that_lose_equally_much_of_each_block(monkeypatch):
+    weight = torch.tensor([1.0, 2, 3, 4, 5, 6], dtype=torch.float64).diag()
+    held = Problem(weight, torch.eye(6, dtype=torch.float64), torch.arange(6))
+    monkeypatch.setattr(worth, "problems_of", lambda *_: [held])
+    monkeypatch.setattr(worth, "_dense", lambda _: None)
+    group = SimpleNamespace(name="a", size=6, blocks=2, block_of=np.array([0, 0, 0, 1, 1, 1]))
+    job = SimpleNamespace(config=Config(), rotatable=frozenset())
+
+    found = worth._curve(job, group, {})
+
+    assert found == (0.0, 1.0 + 16.0, 1.0 + 16.0 + 4.0 + 25.0)
 
 
 def test_a_duplicated_column_goes_for_nothing():
