@@ -1,18 +1,23 @@
 """Greedy elimination, the metric of the outputs, allocation by error and the dense target."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from programs_of_zoo import program
 from torch import nn
 
 import fasp_graph as fg
-from fasp_graph import Config, analyze, prune
+from fasp_graph import Config, analyze, prune, worth
 from fasp_graph.config import METHODS
+from fasp_graph.worth import Job, problems_of, utility_of
 from passes.allocate import allocate_by_error
 from passes.capture import as_args, capture
 from passes.consumers import offset_of, unit_columns, views
 from passes.drift import Drift, drift, twin
-from passes.eliminate import Problem, eliminate
+from passes.eliminate import Problem, _candidates, _state, eliminate
 from passes.errors import CalibrationError
 from passes.observe import Moments, Walk, environments
 from passes.removal import nodes_by_name
@@ -85,6 +90,33 @@ def test_even_elimination_serves_the_blocks_in_turn():
         assert sorted(served) == [0, 1, 2, 3]
 
 
+def test_every_block_has_candidates_for_its_turn():
+    weight = torch.arange(1.0, 25, dtype=torch.float64).diag()
+    state = _state(Problem(weight, torch.eye(24, dtype=torch.float64), torch.arange(24)), 24)
+    block = torch.arange(24) // 12  # all of block 0 costs less than any of block 1
+
+    even, all_ = (
+        _candidates([state], torch.ones(24, dtype=torch.bool), block, 2, 2, even, False)
+        for even in (True, False)
+    )
+
+    assert even.tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert all_.tolist() == list(range(8))
+
+
+def test_a_curve_is_of_shapes_that_lose_equally_much_of_each_block(monkeypatch):
+    weight = torch.tensor([1.0, 2, 3, 4, 5, 6], dtype=torch.float64).diag()
+    held = Problem(weight, torch.eye(6, dtype=torch.float64), torch.arange(6))
+    monkeypatch.setattr(worth, "problems_of", lambda *_: [held])
+    monkeypatch.setattr(worth, "_dense", lambda _: None)
+    group = SimpleNamespace(name="a", size=6, blocks=2, block_of=np.array([0, 0, 0, 1, 1, 1]))
+    job = SimpleNamespace(config=Config(), rotatable=frozenset())
+
+    found = worth._curve(job, group, {})
+
+    assert found == (0.0, 1.0 + 16.0, 1.0 + 16.0 + 4.0 + 25.0)
+
+
 def test_a_duplicated_column_goes_for_nothing():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 5, generator=generator, dtype=torch.float64)
@@ -134,6 +166,81 @@ def test_the_metric_is_the_gram_matrix_of_the_jacobian():
     )
     rows = torch.cat([model.a(*args[0]) for args in batches]).float()
     assert torch.allclose(sensed.moments.gram, rows.T @ rows, rtol=1e-3)
+
+
+class Outputs(nn.Module):
+    """Two outputs, each in a unit of its own."""
+
+    def __init__(self, *units):
+        super().__init__()
+        self.units, self.up = units, nn.Linear(5, 8)
+        self.down, self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.down(torch.relu(self.up(x)))
+        return self.units[0] * self.first(h), self.units[1] * self.second(h)
+
+
+def test_the_metric_does_not_depend_on_the_units_of_the_outputs():
+    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    metrics = []
+    for units in ((1.0, 1.0), (64.0, 0.125)):  # powers of two: exact
+        torch.manual_seed(0)
+        captured, _, groups, found = sites(Outputs(*units).double(), x[:3])
+        (view,) = found[groups[0].name]
+
+        sensed = sense(captured.graph_module, [as_args(x)], [view], 0, True)
+
+        metrics.append(sensed[view.node.name].metric)
+    assert torch.equal(*metrics) and metrics[0].diagonal().min() > 0
+
+
+@pytest.fixture
+def scene():
+    """A linear model, what every step knows of it, and its first group and consumer."""
+    torch.manual_seed(0)
+    model, x = Linear3().double(), torch.randn(50, 5, dtype=torch.float64)
+    captured, deps, (group, *_), found = sites(model, x[:3])
+    (view,) = found[group.name]
+    sensed = sense(captured.graph_module, [as_args(x)], [view], 0, True)
+    config = Config(method="fasp", score="taylor")
+    rest = {group.name: [view]}, {}, sensed, torch.Generator()
+    return Job(captured, deps, {}, config, *rest), group, view, model.b.weight.detach()
+
+
+def test_errors_of_units_are_measured_in_the_metric_of_the_outputs(scene):
+    job, group, view, weight = scene
+    moments, metric = job.sensed[view.node.name].moments, job.sensed[view.node.name].metric
+    state = Walk(job.captured.graph_module, [])
+
+    (found,) = problems_of(job, group, {view.node.name: moments}, state)
+
+    metric = metric.double()
+    metric += 1e-4 * metric.diagonal().mean() * torch.eye(6)
+    torch.testing.assert_close(found.weight.T @ found.weight, weight.T @ metric @ weight)
+
+
+def test_without_a_metric_they_are_relative_to_the_output_of_the_consumer(scene):
+    job, group, view, weight = scene
+    moments = job.sensed[view.node.name].moments
+    deaf = replace(job, sensed={view.node.name: replace(job.sensed[view.node.name], metric=None)})
+    state = Walk(job.captured.graph_module, [])
+
+    (found,) = problems_of(deaf, group, {view.node.name: moments}, state)
+
+    power = torch.trace(weight @ moments.gram.double() @ weight.T) / moments.tokens
+    torch.testing.assert_close(found.weight, weight / power.sqrt())
+
+
+def test_a_run_scores_by_taylor_in_the_metric_of_the_outputs(scene):
+    job, group, view, weight = scene
+    moments, metric = job.sensed[view.node.name].moments, job.sensed[view.node.name].metric
+    state = Walk(job.captured.graph_module, [])
+
+    found = utility_of(job, group, {view.node.name: moments}, state)
+
+    power = moments.gram.diagonal().double() / moments.tokens
+    torch.testing.assert_close(found, (weight.T @ metric.double() @ weight).diagonal() * power)
 
 
 def test_factor_maps_errors_into_the_metric():

@@ -90,6 +90,63 @@ def test_no_step_is_taken_from_what_is_not_finite(scene):
     assert found.weights == {}
 
 
+def by_hand(dense, pruned, keep, fits, held):
+    """The steps of one layer y = W x as the module defines them, in float64: its weight at the end
+    and, of every step, D at each rate.
+    """
+
+    def lost(weight, x):
+        return float((x @ (weight - dense).T).square().sum() / (2 * (x @ dense.T).square().mean()))
+
+    def solved(second, share):
+        return torch.linalg.inv(second + share * second.diagonal().mean() * torch.eye(len(second)))
+
+    weight, cross, steps, seen, felt = pruned, torch.zeros_like(pruned), [], [], []
+    for x in fits:
+        g = x @ (weight - dense).T / (x @ dense.T).square().mean()
+        seen, felt, cross = [*seen, x], [*felt, g], g.T @ x + cross / 2
+        rows, power = torch.cat(seen), torch.cat(felt).square().mean(0).diag()
+        second, step = (rows.T @ rows / len(rows))[keep][:, keep], torch.zeros_like(weight)
+        step[:, keep] = -solved(power, 0.1) @ cross[:, keep] / len(x) @ solved(second, 0.02)
+        slope = float((cross * step).sum()) / len(x)
+        rates = [0.0, *(share * -lost(weight, x) / len(x) / slope for share in (0.5, 1.0))]
+        steps.append({rate: lost(weight + rate * step, held) for rate in rates})
+        weight = weight + min(rates, key=steps[-1].get) * step
+    return weight, steps
+
+
+def test_steps_are_newtons_with_momentum_and_the_moments_of_all_tokens_so_far():
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(6, 4, bias=False).double()
+    mixing = torch.randn(4, 6, generator=generator, dtype=torch.float64)  # four columns tell all
+    first, second, third, held = (
+        torch.randn(n, 4, generator=generator, dtype=torch.float64) @ mixing
+        for n in (60, 20, 30, 50)
+    )
+    with torch.no_grad():
+        nn.init.normal_(layer.weight, generator=generator)
+        layer.weight.mul_(torch.tensor([[0.2], [1.0], [3.0], [0.5]]))  # outputs count unequally
+    dense, keep = layer.weight.detach(), torch.tensor([True, True, False, True, True, False])
+    module = capture(layer, held[:3]).graph_module
+    (view,) = linears(module)
+    *fits, sample = [
+        Sample(as_args(x), lambda x=x: [x @ dense.T]) for x in (first, second, third, held)
+    ]
+
+    found = correct(
+        module, lambda _: dense * keep, [Site(view, None, keep)], [[f] for f in fits], [sample]
+    )
+
+    weight, steps = by_hand(dense, dense * keep, keep, (first, second, third), held)
+    assert all(min(tried, key=tried.get) for tried in steps)  # each step is taken
+    close = {"rtol": 1e-4, "atol": 1e-5}  # sums and outputs are compared in float32
+    torch.testing.assert_close(found.weights["weight"], weight, **close)
+    for tried, exact in zip(found.steps, steps, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(tried), torch.tensor(list(exact.items())), check_dtype=False, **close
+        )
+
+
 @pytest.mark.parametrize(("outputs", "form"), [(11, "kl"), (5, "squares")])
 def test_outputs_over_the_vocabulary_are_compared_as_distributions(outputs, form):
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from transformers import OPTConfig, OPTForCausalLM
 import fasp_graph as fg
 from fasp_graph import pricing
 from fasp_graph.scale.streaming import prune_folder
-from passes.allocate import allocate_by_error
+from passes.allocate import _give_back, allocate_by_error
 from passes.alone import timed
 from passes.cost import Cost, Item, Lost, isotonic
 from passes.errors import BudgetError, ConfigError
@@ -70,6 +70,14 @@ def test_the_nearest_sequence_that_does_not_fall():
     assert isotonic([1.0, 3.0, 2.0, 2.0, 5.0]) == pytest.approx([1, 7 / 3, 7 / 3, 7 / 3, 5])
     assert isotonic([3.0, 2.0, 1.0]) == [2.0, 2.0, 2.0]
     assert isotonic([1.0, 2.0, 4.0]) == [1.0, 2.0, 4.0]
+
+
+def test_a_count_that_measured_faster_than_a_smaller_one_is_taken_for_no_faster():
+    times = {"four": 3.0, "eight": 2.0, "none": math.nan, "all": 5.0}
+
+    lost = pricing._lost("a", (0, 1), {4: "four", 8: "eight", 10: "none", 12: "all"}, times)
+
+    assert lost == Lost("a", (0, 1), (4, 8, 12), (0.5, 0.5, 0.0))
 
 
 def test_groups_on_one_dim_add_up_and_on_several_multiply():
@@ -146,6 +154,37 @@ def budget_of(groups):
 def chains(model):
     deps = fg.analyze(model, torch.randn(3, 7))
     return deps, [group for group in deps.groups if group.kind == "chain"]
+
+
+def test_steps_are_given_back_dearest_first_until_none_can_be():
+    asked = []
+
+    def enough(chosen):
+        assert len(asked) < 20, "the search does not end"
+        asked.append(chosen)
+        return sum(chosen.values()) >= 3
+
+    errors = {"a": torch.tensor([0.0, 1.0, 9.0]), "b": torch.tensor([0.0, 2.0, 5.0])}
+    saved = dict.fromkeys(errors, torch.tensor([0.0, 0.1, 0.2]))
+
+    found = _give_back({"a": 2, "b": 2}, errors, saved, enough)
+
+    assert found == {"a": 1, "b": 2}
+    tried = [chosen for n, chosen in enumerate(asked) if chosen not in asked[:n]]
+    assert tried == [found, {"a": 1, "b": 1}, {"a": 0, "b": 2}]
+
+
+def test_no_more_goes_than_the_budget_asks_for(mlp):
+    deps, groups = chains(mlp)
+    curves = {g.name: [k**0.5 for k in range(g.size)] for g in groups}  # a price takes all or none
+    lost = [Lost(g.name, (0, 0), (0, g.size), (1.0, 0.0)) for g in groups]
+    cost = Cost(tuple(Item(1.0, (part,)) for part in lost), 2.0, measured=True)
+
+    found = allocate_by_error(deps, groups, budget_of(groups), curves, 0.4, cost=cost)
+
+    cut = [g.name for g in groups if found.keep[g.name] < g.size]
+    assert cut and found.sparsity >= 0.4
+    assert all(cost.removed({**found.keep, name: found.keep[name] + 1}) < 0.4 for name in cut)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from passes.drift import Drift
 from passes.observe import Moments
 from passes.restore import restore
 
@@ -44,6 +45,23 @@ def test_fasp_is_the_papers_formula(ridge):
     exact = w @ x.T @ kept @ torch.linalg.inv(kept.T @ kept + damping)
     torch.testing.assert_close(found.weight[:, KEEP], exact, rtol=0, atol=1e-12)
     assert torch.equal(found.bias, bias)
+
+
+@pytest.mark.parametrize(
+    ("method", "way"), [("asymmetric", 1), ("residual", 0.5), ("outputs", 0.5)]
+)
+def test_of_the_way_to_the_dense_path_half_is_gone_or_all(method, way):
+    x, w, bias = drawn()
+    gap = torch.randn(80, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64) + 1
+    moments = Moments(x.T @ x, x.mean(0), len(x))
+    drift = Drift(gap.T @ x, gap.mean(0), len(x))
+
+    found = restore(method, w, bias, moments, KEEP, 0.0, drift)
+
+    design = torch.cat([x[:, KEEP], torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    exact = torch.linalg.lstsq(design, x @ w.T + bias + way * gap).solution
+    torch.testing.assert_close(found.weight[:, KEEP], exact[:-1].T, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.bias, exact[-1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["none", "bias", "fasp", "obs", "affine"])
