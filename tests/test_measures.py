@@ -159,3 +159,31 @@ def test_tasks_without_the_harness_say_what_to_install(monkeypatch):
 
     with pytest.raises(fg.FaspGraphError, match=r"fasp-graph\[evaluation\]"):
         tasks(nn.Identity(), None, ["arc_easy"], None)
+
+
+class Mean(nn.Module):
+    """Logits [B, T, 9] of all tokens, or of those before alone."""
+
+    def __init__(self, later):
+        super().__init__()
+        self.embed, self.head, self.later = nn.Embedding(9, 8), nn.Linear(8, 9), later
+
+    def forward(self, input_ids):
+        held = self.embed(input_ids)
+        mean = held.mean(1, keepdim=True) if self.later else held.cumsum(1)
+        return self.head(held + mean)
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_eval_notes_a_perplexity_of_a_model_that_reads_later_tokens(later):
+    rows = torch.arange(36).reshape(3, 12) % 9
+    target = Target("m", Mean(later), (rows[:1],), heldout=rows)
+    found = Quality(target, None, None, 12, 3, None).measure()
+
+    assert ("note" in found) == later and found["perplexity"] > 1
+
+
+def test_a_model_of_two_sequences_has_no_perplexity_and_that_is_no_bug_of_ours():
+    two = torch.nn.Bilinear(2, 2, 2)
+    with pytest.raises(fg.FaspGraphError, match="token ids alone, .1, 3., and it fails: TypeError"):
+        fg.perplexity(two, torch.ones(1, 3, dtype=torch.int64))
