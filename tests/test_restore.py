@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+import fasp_graph as fg
 from passes.observe import Moments
 from passes.restore import restore
 
@@ -60,3 +62,27 @@ def test_errors_are_those_of_the_definition(method, biased):
     moved = found.bias - bias if biased else 0.0
     assert found.error_before == pytest.approx(error(w * KEEP, 0.0), rel=1e-9)
     assert found.error_after == pytest.approx(error(found.weight, moved), rel=1e-9)
+
+
+class Beside(nn.Module):
+    """One weight reads two groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(16, 6)
+
+    def forward(self, x):
+        return self.o(torch.cat([self.a(x).relu(), self.b(x).relu()], -1))
+
+
+def test_a_weight_of_two_groups_is_refitted_without_the_channels_of_both():
+    torch.manual_seed(0)
+    model, batch = Beside(), torch.randn(400, 12) @ torch.randn(12, 12)
+    config = fg.Config(0.35, score="obs", restore="obs", allocation="uniform", ridge=1e-6)
+    pruned = fg.prune(model, batch, [batch], config).model
+    with torch.no_grad():
+        seen = torch.cat([pruned.a(batch).relu(), pruned.b(batch).relu()], -1).double()
+        wanted = (model(batch) - model.o.bias).double()
+        best = torch.linalg.lstsq(seen, wanted).solution
+
+    assert torch.allclose(pruned.o.weight.double(), best.T, atol=1e-3)
