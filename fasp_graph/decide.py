@@ -19,6 +19,7 @@ or `affine`, so that no default costs more than 4.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -118,9 +119,14 @@ def decide(
 def _rotatable(
     captured: Captured, groups: list[Group], found: dict[str, list[View]], config: Config
 ) -> frozenset[str]:
+    """Groups that may turn, but those that share a consumer: the repair of the other one there
+    must leave their columns at zero, which it knows of channels alone.
+    """
     if config.passes.score not in ROTATING:
         return frozenset()
-    plain = [group for group in groups if found[group.name]]
+    weights = {group.name: {view.parameter for view in found[group.name]} for group in groups}
+    uses = Counter(name for several in weights.values() for name in several)
+    plain = [g for g in groups if weights[g.name] and all(uses[n] == 1 for n in weights[g.name])]
     return rotatable(captured.graph_module, plain, captured.inputs, config.seed)
 
 

@@ -7,7 +7,7 @@ flops      = multiply-adds of matmuls, convolutions and attention, counted twice
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -81,7 +81,7 @@ def call_with_tokens(model: nn.Module, tokens: Tensor) -> Any:
     """Call a language model on ids [B, T], in the way in which a graph module was captured."""
     spec = getattr(model, "_in_spec", None) if isinstance(model, GraphModule) else None
     if spec is None:
-        return model(tokens)
+        return _called(model, tokens)
     positional, keyword = spec.children()
     if positional.num_children:
         if spec.num_leaves > 1:
@@ -104,6 +104,31 @@ def call_with_tokens(model: nn.Module, tokens: Tensor) -> Any:
                 "input_ids only"
             )
     return model(**filled)
+
+
+def _called(model: nn.Module, tokens: Tensor) -> Any:
+    try:
+        return model(tokens)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the user's code, which may fail in any way
+        raise FaspGraphError(
+            f"perplexity gives the model token ids alone, {list(tokens.shape)}, and it fails: "
+            f"{type(error).__name__}: {error} · help: leave the text out for a model of other "
+            "inputs, such as an encoder with a decoder"
+        ) from error
+
+
+@torch.no_grad()
+def reads_later(call: Callable[[Tensor], Tensor], ids: Tensor) -> bool:
+    """Whether a later id changes the logits [B, T, V] that `call` makes of ids [B, T], as it does
+    those of a masked model: they do not say the next token.
+    """
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % (int(ids.max()) + 1)
+    first, last = (call(given)[:, :-1] for given in (ids, other))
+    same = 1e-4 if first.dtype == torch.float32 else 1e-2
+    return bool(first.numel()) and bool((first - last).abs().max() > same * first.abs().max())
 
 
 def logits_of(output: Any) -> Tensor:

@@ -13,9 +13,14 @@ from passes.errors import ConfigError
 
 from .corpora import image_files, is_factory, made, refuse_missing, text_of
 from .data import image_inputs, like, load_target, refuse_long, windows_of
-from .evaluate import perplexity, spread
+from .evaluate import call_with_tokens, logits_of, perplexity, reads_later, spread
 from .measures import accuracy, similarity
 from .targets import Target
+
+READS_LATER = (
+    "the model reads later tokens too, as masked models and encoders do: this figure is no "
+    "perplexity of the next token · help: --reference MODEL for the similarity of embeddings"
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,15 @@ class Quality:
             tokens = spread(self.target.heldout, self.windows)
         if tokens is None:
             return {}
+        model, few = self.target.model, tokens[:1].to(next(self.target.model.parameters()).device)
+        ahead = reads_later(lambda ids: logits_of(call_with_tokens(model, ids)), few)
         overlap = None if self.stride in (None, tokens.shape[1]) else self.stride
         return {
-            "perplexity": perplexity(self.target.model, tokens, stride=overlap),
+            "perplexity": perplexity(model, tokens, stride=overlap),
             **self._protocol(len(tokens)),
             "sequence_length": tokens.shape[1],
             "stride": self.stride or tokens.shape[1],
+            **({"note": READS_LATER} if ahead else {}),
         }
 
     def _windows(self, data: str) -> Any:

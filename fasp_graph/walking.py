@@ -7,7 +7,7 @@ of the model as pruned so far, and the walk goes on with the new weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -166,8 +166,9 @@ class _Stops:
         chosen = [(group, view) for group, view in here if group.name not in decided.kept]
         for group, view in chosen:
             _choose(job, group, view, moments[view], state, decided)
-        for group, view in here:
-            _repair(job, group, view, parts[view], state, self.dense, decided)
+        for place, (group, view) in enumerate(here):
+            cut_before = [g for g, v in here[:place] if v == view]
+            _repair(job, group, view, parts[view], state, self.dense, decided, cut_before)
         counted = [(group, view) for group, view in chosen if group.name in job.gates]
         for group, _ in counted:
             state.weights |= _shut(job, group, decided, state.weights)
@@ -278,14 +279,18 @@ def _repair(
     state: Walk,
     dense: Twin | None,
     decided: Decisions,
+    cut_before: Sequence[Group] = (),
 ) -> None:
     """Refit one consumer, unless the data tell nothing of the group there. A weight with several
-    uses is fitted to the first: not towards the dense path, which differs from use to use.
+    uses is fitted to the first: not towards the dense path, which differs from use to use. What
+    groups in `cut_before` took off the same weight gets nothing back.
     """
     several, method = job.views[group.name], job.config.passes.restore
     weight = state.weight(view.parameter).detach()
     unit = unit_columns(group, view, weight)
     mask = staying(group, decided.kept[group.name], unit)
+    for other in cut_before:
+        mask &= staying(other, decided.kept[other.name], unit_columns(other, view, weight))
     maps = materialized(state.weights.get(turn_of(group)))
     turn = None if maps is None else Turn(maps, columns_of(group, unit))
     found = whole(parts)

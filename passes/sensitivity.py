@@ -70,8 +70,8 @@ def sense(
     for environment in environments(module, batches):
         with torch.set_grad_enabled(metric):
             probes, outputs = _run(module, environment, sites, sums, metric)
-        if metric:
-            _backward(probes, outputs, sites, sums, generator)
+            if metric:
+                _backward(probes, outputs, sites, sums, generator)
     if not sums and sites:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
     found = {}

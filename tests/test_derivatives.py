@@ -117,3 +117,15 @@ def test_a_step_that_needs_a_gradient_is_refused_by_name(asked):
         fg.prune(model, x, calibration, fg.Config(**asked))
 
     assert all(torch.equal(before[key], held) for key, held in model.state_dict().items())
+
+
+def test_prune_takes_its_gradients_where_the_caller_has_switched_them_off():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    draw = torch.Generator().manual_seed(0)
+    batches = [torch.randn(32, 8, generator=draw) for _ in range(4)]
+    plain = fg.prune(model, batches[0], batches, fg.Config())
+    with torch.no_grad():
+        within = fg.prune(model, batches[0], batches, fg.Config())
+
+    assert within.plan == plain.plan and within.report.notes == plain.report.notes
+    assert within.report.distances == plain.report.distances

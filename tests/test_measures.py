@@ -13,7 +13,8 @@ from fasp_graph.commands.measuring import eval_command
 from fasp_graph.data import windows_of
 from fasp_graph.measures import accuracy, embeddings, similarity, tasks
 from fasp_graph.quality import Quality
-from fasp_graph.targets import Target
+from fasp_graph.targets import Target, model_of
+from passes.compare import tensors
 
 
 class Encoder(nn.Module):
@@ -159,3 +160,47 @@ def test_tasks_without_the_harness_say_what_to_install(monkeypatch):
 
     with pytest.raises(fg.FaspGraphError, match=r"fasp-graph\[evaluation\]"):
         tasks(nn.Identity(), None, ["arc_easy"], None)
+
+
+class Mean(nn.Module):
+    """Logits [B, T, 9] of all tokens, or of those before alone."""
+
+    def __init__(self, later):
+        super().__init__()
+        self.embed, self.head, self.later = nn.Embedding(9, 8), nn.Linear(8, 9), later
+
+    def forward(self, input_ids):
+        held = self.embed(input_ids)
+        mean = held.mean(1, keepdim=True) if self.later else held.cumsum(1)
+        return self.head(held + mean)
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_eval_notes_a_perplexity_of_a_model_that_reads_later_tokens(later):
+    rows = torch.arange(36).reshape(3, 12) % 9
+    target = Target("m", Mean(later), (rows[:1],), heldout=rows)
+    found = Quality(target, None, None, 12, 3, None).measure()
+
+    assert ("note" in found) == later and found["perplexity"] > 1
+
+
+def test_a_model_of_two_sequences_has_no_perplexity_and_that_is_no_bug_of_ours():
+    two = torch.nn.Bilinear(2, 2, 2)
+    with pytest.raises(fg.FaspGraphError, match="token ids alone, .1, 3., and it fails: TypeError"):
+        fg.perplexity(two, torch.ones(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "ViTForImageClassification"])
+def test_a_folder_is_of_the_class_whose_weights_it_holds(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    kind = getattr(transformers, name)
+    sizes = {"image_size": 8, "patch_size": 4} if name.startswith("ViT") else {"vocab_size": 32}
+    dense = kind(kind.config_class(**small, **sizes, num_attention_heads=2)).eval()
+    dense.save_pretrained(tmp_path)
+    found = model_of(str(tmp_path))
+
+    assert type(found.model) is kind
+    with torch.no_grad():
+        pair = (tensors(held(**found.inputs))[0] for held in (dense, found.model))
+    assert torch.equal(*pair)

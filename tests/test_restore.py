@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+import fasp_graph as fg
 from passes.drift import Drift
 from passes.observe import Moments
 from passes.restore import restore
@@ -78,3 +80,31 @@ def test_errors_are_those_of_the_definition(method, biased):
     moved = found.bias - bias if biased else 0.0
     assert found.error_before == pytest.approx(error(w * KEEP, 0.0), rel=1e-9)
     assert found.error_after == pytest.approx(error(found.weight, moved), rel=1e-9)
+
+
+class Beside(nn.Module):
+    """One weight reads two groups."""
+
+    def __init__(self, bend):
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(16, 6)
+        self.bend = bend
+
+    def forward(self, x):
+        return self.o(torch.cat([self.bend(self.a(x)), self.bend(self.b(x))], -1))
+
+
+@pytest.mark.parametrize("bend", [nn.ReLU(), nn.Identity()], ids=str)  # linear ones do not turn
+def test_a_weight_of_two_groups_is_refitted_without_the_channels_of_both(bend):
+    torch.manual_seed(0)
+    model, batch = Beside(bend), torch.randn(400, 12) @ torch.randn(12, 12)
+    config = fg.Config(0.35, score="rotation", restore="obs", allocation="uniform", ridge=1e-6)
+    found = fg.prune(model, batch, [batch], config)
+    pruned = found.model
+    with torch.no_grad():
+        seen = torch.cat([bend(pruned.a(batch)), bend(pruned.b(batch))], -1).double()
+        wanted = (model(batch) - model.o.bias).double()
+        best = torch.linalg.lstsq(seen, wanted).solution
+
+    assert torch.allclose(pruned.o.weight.double(), best.T, atol=1e-3)
+    assert [group.rotated for group in found.report.groups] == [False, False]
