@@ -111,8 +111,7 @@ def decide(
     spread = _spread(job, deps, groups, decided)
     decided.budget = settled(deps, groups, spread, shared, config, cost)
     settle_all(job, groups, batches, decided, progress, journal)
-    decided.forward_passes = _cost(job, len(batches))
-    decided.forward_passes += 1 / len(every) if every and measuring(config) else 0.0
+    decided.forward_passes = _cost(job, len(batches), len(every))
     return decided
 
 
@@ -182,14 +181,18 @@ def _deaf(job: Job) -> tuple[str, ...]:
     return (note + "layer's own output",)
 
 
-def _cost(job: Job, batches: int) -> float:
+def _cost(job: Job, batches: int, given: int) -> float:
+    """`batches`: those that are walked; `given`: as the user cut them, of which a budget in time
+    runs one.
+    """
     config = job.config
     if not batches:
         return 0.0
     share = len(sensed_on(batches, config)) / batches if sensing(config) else 0.0
     dense = beside(config, job.views)
     after = correction_cost(batches, dense) if config.passes.restore == "outputs" else 0.0
-    return 1.0 + dense + share * (3 if backward(config) else 1) + after + _ahead(job)
+    timing = 1 / given if measuring(config) else 0.0
+    return 1.0 + dense + share * (3 if backward(config) else 1) + after + timing + _ahead(job)
 
 
 def _ahead(job: Job) -> float:

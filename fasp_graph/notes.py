@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from statistics import median
 
 from passes.bounds import bounds
 from passes.branches import assumptions
@@ -65,13 +64,6 @@ def _of_the_run(plan: Plan, decisions: Decisions, config: Config) -> list[str]:
             f"sparsity {reached:.3f} was reached of {config.sparsity:.3f}: one unit of a "
             "group more would have removed too much · help: ask for more, or leave out a kind of "
             "groups"
-        )
-    ridges = [ridge for several in decisions.ridges.values() for ridge in several]
-    if ridges:
-        low, middle, high = (f"{held:.0e}" for held in (min(ridges), median(ridges), max(ridges)))
-        found.append(
-            f"ridges chosen on held-out tokens: {low} to {high}, in the middle {middle}, for "
-            f"{counted(len(ridges), 'matrix', 'matrices')}"
         )
     if decisions.distances and decisions.distances[-1] == 1:
         found.append(

@@ -295,4 +295,5 @@ def _report(
         shapes_of(*captured.inputs),
         *layer_seconds(deps, plan, decisions.cost),
         decisions.distances,
+        decisions.ridges,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from .units import counted, in_bytes
@@ -58,7 +59,8 @@ class Report:
     in scope take for one calibration batch, as the plan counts it (fasp_graph/pricing.py).
     `distances`: how far the outputs were from the dense model's before the steps of all layers and
     after each, as shares of the first, on calibration that no step was fitted to; empty where none
-    was tried (passes/correct.py).
+    was tried (passes/correct.py). `ridges`: with ridge="held-out" those that were chosen, of a
+    weight or of each expert's.
     """
 
     params_before: int
@@ -80,6 +82,7 @@ class Report:
     layer_seconds_before: float | None = None
     layer_seconds_after: float | None = None
     distances: tuple[float, ...] = ()
+    ridges: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def removed(self) -> float:
@@ -109,12 +112,22 @@ class Report:
             f"{self._left_alone()}\n"
             f"verified to {self.verify_max_error:.1e}, {forward}, "
             f"{sum(self.seconds.values()):.1f} s{self._stages()}{self._memory()}{self._steps()}"
+            f"{self._ridges()}"
         )
 
     def _steps(self) -> str:
         """A line of the steps of all layers, where any were tried."""
         said = " -> ".join(f"{share:.3g}" for share in self.distances)
         return f"\nsteps of all layers, distance from the dense outputs: {said}" if said else ""
+
+    def _ridges(self) -> str:
+        """A line of the ridges, where they were chosen."""
+        held = [ridge for several in self.ridges.values() for ridge in several]
+        if not held:
+            return ""
+        low, middle, high = (f"{ridge:.0e}" for ridge in (min(held), median(held), max(held)))
+        of = counted(len(held), "matrix", "matrices")
+        return f"\nridges by held-out tokens: {low} to {high}, in the middle {middle}, of {of}"
 
     def _times(self) -> str:
         """A line of the measured budget, where there was one."""

@@ -12,7 +12,6 @@ owner/name                a model of the Hugging Face hub
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -185,6 +184,8 @@ def _pixels(folder: Path) -> tuple[Any, Any]:
 def _auto_model(text: str, local: bool) -> nn.Module:
     import transformers
 
+    from .scale.skeleton import class_of
+
     if local and not (Path(text) / "config.json").is_file():
         raise FaspGraphError(
             f"the folder {text} holds no config.json: it is no Hugging Face model · help: name the "
@@ -205,7 +206,7 @@ def _auto_model(text: str, local: bool) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(
             text, local_files_only=local, trust_remote_code=False
         )
-        model: nn.Module = _class_of(config).from_pretrained(text, **options)
+        model: nn.Module = class_of(config).from_pretrained(text, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         if method := quantised_by(config):
             raise FaspGraphError(
@@ -221,21 +222,6 @@ def _auto_model(text: str, local: bool) -> nn.Module:
             "name package.module:factory"
         ) from error
     return model.eval()
-
-
-def _class_of(config: Any) -> Any:
-    """The class whose weights these are, as the configuration says, so that no head is drawn at
-    random and none is left out; else a causal language model where there is one.
-    """
-    import transformers
-
-    for name in getattr(config, "architectures", None) or ():
-        known: Any = getattr(transformers, str(name), None)
-        ours = inspect.isclass(known) and issubclass(known, transformers.PreTrainedModel)
-        if ours and known.config_class is type(config):
-            return known
-    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
-    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
 
 
 def _example(model: nn.Module) -> Any:

@@ -121,8 +121,8 @@ def _give_back(
     while open_:
         name = max(open_, key=steepness)
         tried = {**chosen, name: chosen[name] - 1}
-        if enough(tried):
-            chosen = tried
-        if not enough(tried) or not chosen[name]:
+        fits = enough(tried)
+        chosen = tried if fits else chosen
+        if not fits or not chosen[name]:
             open_.remove(name)
     return chosen

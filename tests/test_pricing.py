@@ -16,6 +16,8 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import fasp_graph as fg
 from fasp_graph import pricing
+from fasp_graph.commands.dryrun import dry_run
+from fasp_graph.data import load_target
 from fasp_graph.scale.streaming import prune_folder
 from passes.allocate import _give_back, allocate_by_error
 from passes.alone import timed
@@ -385,3 +387,13 @@ def test_the_command_line_measures_for_a_plan_too(run, clock):
     found = json.loads(out)
     assert code == 0 and len(clock) == 2
     assert not found["exact"] and 0 < found["sparsity"] < 1
+
+
+def test_a_dry_run_counts_the_passes_of_the_run(clock):
+    target = load_target("zoo:llama-random")
+    config = latency()
+
+    expected = dry_run(target, config).forward_passes
+    pruned = fg.prune(target.model, target.inputs, target.calibration, config)
+
+    assert expected == pruned.report.forward_passes == 1 + 1 / len(target.calibration)

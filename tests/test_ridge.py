@@ -96,8 +96,11 @@ def test_a_run_says_which_were_taken(method):
 
     pruned = fg.prune(model, batches[0], batches, Config(method=method, ridge="held-out"))
 
-    (note,) = [held for held in pruned.report.notes if "held-out" in held]
-    assert "for 2 matrices" in note
+    assert set(pruned.report.ridges) == {"downs.0.weight", "downs.1.weight"}
+    assert {r for several in pruned.report.ridges.values() for r in several} <= set(RIDGES)
+    low, high = sorted(r for several in pruned.report.ridges.values() for r in several)
+    said = f"\nridges by held-out tokens: {low:.0e} to {high:.0e}, in the middle "
+    assert said in pruned.report.to_text()
     assert pruned.report.verify_max_error < 1e-5
 
 
@@ -107,7 +110,7 @@ def test_without_a_repair_there_is_none_to_choose():
     plain = Config(method="wanda")
     one, other = (fg.prune(model, batches[0], batches, c) for c in (config, plain))
     assert one.plan == other.plan
-    assert not one.report.notes
+    assert not one.report.ridges and "ridges" not in one.report.to_text()
 
 
 def test_one_token_leaves_none_to_hold_out():

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 import fasp_graph as fg
 from fasp_graph import cli, refit
@@ -104,7 +111,7 @@ def test_turned_groups_stream_and_resume(dense, tmp_path):
     pruned = fg.prune(model, INPUTS, batches(), config)
 
     assert sorted(group.rotated for group in report.groups) == [False, True]
-    assert report.notes == pruned.report.notes
+    assert report.notes == pruned.report.notes and report.ridges == pruned.report.ridges != {}
     errors = ([g.error_after for g in held.groups] for held in (report, pruned.report))
     assert next(errors) == next(errors)
     logits = pruned.model.eval()(**INPUTS).logits
@@ -146,6 +153,18 @@ def test_a_model_with_buffers_is_streamed(tmp_path):
     with torch.no_grad():
         (found,) = tensors(captured.graph_module(**INPUTS))
         assert torch.equal(found, model(**INPUTS).logits)
+
+
+def test_a_folder_opens_as_the_class_that_it_names(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 50}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=2)).eval()
+    model.save_pretrained(tmp_path)
+
+    opened = open_folder(tmp_path)
+
+    assert type(opened) is type(model)
+    assert torch.equal(opened(**INPUTS).logits, model(**INPUTS).logits)
 
 
 def test_the_command_line_streams_folders_only(monkeypatch, capsys):

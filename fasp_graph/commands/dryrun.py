@@ -115,13 +115,13 @@ def _passes(program: Program, groups: list[Group], target: Target, config: Confi
     if not target.calibration or not needs_data(config):
         return 0.0
     captured = program.captured
-    batches = batches_of(target.calibration, captured.inputs, config)
-    batches, config = affordable(captured, batches, config)
+    given = batches_of(target.calibration, captured.inputs, config)
+    batches, config = affordable(captured, given, config)
     nodes = nodes_by_name(captured.graph_module.graph.nodes)
     found = {group.name: views(group, program.deps, nodes) for group in groups}
     sensed: Any = dict.fromkeys(found) if sensing(config) else {}
     job = Job(captured, program.deps, {}, config, found, {}, sensed, torch.Generator())
-    return _cost(job, len(batches))
+    return _cost(job, len(batches), len(given))
 
 
 def _deciding(target: Target, passes: float, gram: float) -> float:

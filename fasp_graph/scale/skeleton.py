@@ -9,24 +9,34 @@ how, for models of any library.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+from typing import Any
 
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from passes.skeleton import skeleton
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def from_config(config: PreTrainedConfig, kind: Any = None) -> PreTrainedModel:
     """The model of `config` with parameters on the meta device, in eval mode.
 
-    `kind`: an Auto class or a model class; by default the causal language model where the type has
-    one, else the base model.
+    `kind`: an Auto class or a model class; by default `class_of`.
     """
-    if kind is None:
-        causal = type(config) in AutoModelForCausalLM._model_mapping
-        kind = AutoModelForCausalLM if causal else AutoModel
+    kind = kind or class_of(config)
     build = getattr(kind, "from_config", None) or kind._from_config
     return skeleton(lambda: build(config)).eval()
+
+
+def class_of(config: PreTrainedConfig) -> Any:
+    """The class whose weights these are, as the configuration says, so that no head is drawn at
+    random and none is left out; else the causal language model where the type has one, else the
+    base model.
+    """
+    for name in getattr(config, "architectures", None) or ():
+        known: Any = getattr(transformers, str(name), None)
+        ours = inspect.isclass(known) and issubclass(known, PreTrainedModel)
+        if ours and known.config_class is type(config):
+            return known
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if causal else AutoModel
