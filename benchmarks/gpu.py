@@ -2,7 +2,8 @@
 
 Random weights made on the GPU, 128 windows of 2,048 random tokens. `forward` is one plain pass of
 the model over them; `prune` is the walk, by method; the other stages do not depend on the tokens.
-Latency: dense and compact class and graph, medians of alternating runs.
+Latency: dense and compact class and graph, medians of alternating runs. Before that, greedy
+elimination alone, on a consumer of LLaMA-7B's MLP. A run on the same GPU adds to the file's rows.
 
     python -m benchmarks.gpu [--shapes opt-125m opt-1.3b llama-7b] [--output FILE.json]
 """
@@ -26,6 +27,7 @@ from fasp_graph import Config, Pruned, prune
 from fasp_graph.evaluate import flops
 from fasp_graph.prune import Program, read
 from fasp_graph.timing import latency
+from passes.eliminate import Problem, eliminate
 
 SPARSITY = 0.3
 VOCABULARY = 32_000
@@ -84,6 +86,20 @@ def _forward(model: nn.Module, data: list[dict[str, torch.Tensor]]) -> None:
         model.model(**batch, use_cache=False)
 
 
+def eliminated(inputs: int, outputs: int) -> dict[str, Any]:
+    """Seconds of the greedy elimination of a consumer's columns, random weights and inputs."""
+    torch.manual_seed(0)
+    rows = torch.randn(4096, inputs, device="cuda", dtype=torch.float64)
+    second = rows.T @ rows / len(rows)
+    second.diagonal().add_(1e-2 * second.diagonal().mean())
+    weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.float64)
+    problem = Problem(weight, second, torch.arange(inputs, device="cuda"))
+    removals = int(SPARSITY * inputs)
+    eliminate([problem], [0] * inputs, 1)  # kernels are loaded
+    seconds, _ = timed(lambda: eliminate([problem], [0] * inputs, removals))
+    return {"inputs": inputs, "outputs": outputs, "removals": removals, "seconds": seconds}
+
+
 def measure(name: str, data: list[dict[str, torch.Tensor]], methods: list[str]) -> dict[str, Any]:
     """One row: times of a plain pass, of every method, of the two-pass reference, latencies."""
     model = built(name)
@@ -95,7 +111,7 @@ def measure(name: str, data: list[dict[str, torch.Tensor]], methods: list[str]) 
         "shape": name,
         "dtype": str(SHAPES[name][1]).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": sum(batch["input_ids"].numel() for batch in data),
+        "batches": [len(data), *data[0]["input_ids"].shape],
         "forward": forward,
         "methods": {},
     }
@@ -142,6 +158,13 @@ def latencies(model: nn.Module, pruned: Pruned) -> Iterator[dict[str, Any]]:
         yield {"batch": batch, "length": length, "ideal": ideal, **found}
 
 
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    """The rows that the same kind of GPU and torch have given."""
+    held = json.loads(path.read_text()) if path.exists() else {}
+    here = (torch.cuda.get_device_name(), torch.__version__)
+    return held["rows"] if (held.get("gpu"), held.get("torch")) == here else []
+
+
 def main() -> None:
     """Measure and write JSON after every shape."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -155,9 +178,9 @@ def main() -> None:
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "windows": [options.windows, options.length, options.batch],
         "sparsity": SPARSITY,
-        "rows": [],
+        "eliminate": eliminated(11_008, 4_096),
+        "rows": _earlier(options.output),
     }
     for name in options.shapes:
         data = windows(options.windows, options.length, options.batch)

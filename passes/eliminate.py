@@ -140,10 +140,13 @@ def _candidates(
 def _own_scores(state: _State, free: Tensor) -> Tensor:
     """`_scores` of all units without the full W^T W; only the free ones mean anything."""
     units, per = len(free), state.per
+    weight, inverse = state.weight[:, : units * per], state.inverse[: units * per, : units * per]
+    if per == 1:
+        own = torch.where(free, inverse.diagonal(), 1.0)
+        return torch.linalg.vector_norm(weight, dim=0).square() / own
     at = torch.arange(units, device=free.device)
-    weight = state.weight[:, : units * per].reshape(-1, units, per)
-    inverse = state.inverse[: units * per, : units * per].reshape(units, per, units, per)
-    own = inverse[at, :, at, :].clone()
+    weight = weight.reshape(-1, units, per)
+    own = inverse.reshape(units, per, units, per)[at, :, at, :].clone()
     own[~free] = torch.eye(per, dtype=own.dtype, device=own.device)
     mine = torch.einsum("oua,oub->uab", weight, weight)
     return torch.linalg.solve(own, mine).diagonal(dim1=1, dim2=2).sum(1)
@@ -165,7 +168,7 @@ def _greedy(
     for state in states:
         columns = state.columns(units)
         weight = state.weight[:, columns]
-        held = (weight.T @ weight, state.inverse[columns][:, columns].clone())
+        held = (weight.T @ weight, state.inverse[columns][:, columns])
         parts.append((*(matrix.to(place) for matrix in held), state.per))
     counts, owner = count.to(place, copy=True), block[units].to(place)
     gone = torch.zeros(len(units), dtype=torch.bool, device=place)
@@ -175,9 +178,7 @@ def _greedy(
         open_ = ~gone & (counts < limit)[owner]
         if not bool(open_.any()):
             break
-        total = torch.zeros(len(units), dtype=torch.float64, device=place)
-        for gram, inverse, per in parts:
-            total += _scores(gram, inverse, per)
+        total = sum(_scores(gram, inverse, per) for gram, inverse, per in parts)
         unit = int(torch.where(open_, total, float("inf")).argmin())
         found.append((unit, float(total[unit])))
         gone[unit] = True
@@ -188,22 +189,30 @@ def _greedy(
 
 
 def _downdate_gram(gram: Tensor, inverse: Tensor, at: slice) -> None:
-    """M and D after the columns `at` are gone, in place: W' = W - W_u R, R = [D_uu]^-1 D_u:."""
-    ratio = torch.linalg.solve(inverse[at, at], inverse[at])
-    cross, own = gram[at].clone(), gram[at, at].clone()
-    gram -= cross.T @ ratio + ratio.T @ cross - ratio.T @ own @ ratio
-    inverse -= inverse[:, at] @ ratio
+    """M and D after the columns `at` are gone, in place: W' = W - W_u R, R = [D_uu]^-1 D_u:, so
+    M' = M - H^T R - R^T H, H = M_u: - M_uu R / 2.
+    """
+    rows = inverse[at].clone()
+    ratio = _solved(rows[:, at], rows)
+    half = gram[at] - gram[at, at] @ ratio / 2
+    gram.addmm_(half.T, ratio, alpha=-1).addmm_(ratio.T, half, alpha=-1)
+    inverse.addmm_(rows.T, ratio, alpha=-1)
     _clear(inverse, at)
 
 
 def _downdate(state: _State, units: Tensor) -> None:
     """W and D after `units` are gone, in place."""
     columns = state.columns(units)
-    own = state.inverse[columns][:, columns]
-    ratio = torch.linalg.solve(own, state.inverse[columns])
-    state.weight -= state.weight[:, columns] @ ratio
-    state.inverse -= state.inverse[:, columns] @ ratio
+    rows = state.inverse[columns]
+    ratio = _solved(rows[:, columns], rows)
+    state.weight.addmm_(state.weight[:, columns], ratio, alpha=-1)
+    state.inverse.addmm_(rows.T, ratio, alpha=-1)
     _clear(state.inverse, columns)
+
+
+def _solved(own: Tensor, rows: Tensor) -> Tensor:
+    """[D_uu]^-1 D_u:."""
+    return rows / own if len(own) == 1 else torch.linalg.solve(own, rows)
 
 
 def _clear(inverse: Tensor, at: slice | Tensor) -> None:
