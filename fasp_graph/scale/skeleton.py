@@ -13,12 +13,13 @@ import inspect
 from typing import Any
 
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from passes.skeleton import skeleton
 
 
-def from_config(config: PreTrainedConfig, kind: Any = None) -> PreTrainedModel:
+def from_config(
+    config: transformers.PreTrainedConfig, kind: Any = None
+) -> transformers.PreTrainedModel:
     """The model of `config` with parameters on the meta device, in eval mode.
 
     `kind`: an Auto class or a model class; by default `class_of`.
@@ -28,15 +29,15 @@ def from_config(config: PreTrainedConfig, kind: Any = None) -> PreTrainedModel:
     return skeleton(lambda: build(config)).eval()
 
 
-def class_of(config: PreTrainedConfig) -> Any:
+def class_of(config: transformers.PreTrainedConfig) -> Any:
     """The class whose weights these are, as the configuration says, so that no head is drawn at
     random and none is left out; else the causal language model where the type has one, else the
     base model.
     """
     for name in getattr(config, "architectures", None) or ():
         known: Any = getattr(transformers, str(name), None)
-        ours = inspect.isclass(known) and issubclass(known, PreTrainedModel)
+        ours = inspect.isclass(known) and issubclass(known, transformers.PreTrainedModel)
         if ours and known.config_class is type(config):
             return known
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if causal else AutoModel
+    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
