@@ -12,6 +12,7 @@ import torch
 import models_zoo
 
 torch.set_num_threads(1)
+torch.manual_seed(0)  # what tests make as they are collected
 
 
 def pytest_addoption(parser):
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(items):
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         if isinstance(name, str) and name in models_zoo.BUILDERS:
             item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same numbers in every run, whatever ran before in this process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
