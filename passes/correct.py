@@ -24,7 +24,7 @@ bias is one more column of ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,13 +34,14 @@ from torch.fx import GraphModule, Node
 
 from .capture import Args
 from .consumers import Offset
-from .observe import environments, gradients
+from .observe import backward, environments, tap
 from .rewrite import attribute
 from .sensitivity import run
 from .views import View
 from .visit import bind, op_name
 
 SHARES = (0.5, 1.0)
+ELEMENTS = 2**24  # of logits, in one part of D
 DAMPING_OUT, DAMPING_IN, MOMENTUM = 0.1, 0.02, 0.5
 _TABLES = {"embedding"}
 _RELAYS = {"view", "reshape", "contiguous", "clone", "_to_copy", "to"}
@@ -124,7 +125,7 @@ def correct(
 
     def lost(at: Read) -> float:
         pairs = zip(held, targets, strict=True)
-        return sum(float(apart(_outputs(module, s.batch, at), t, words)) for s, t in pairs)
+        return sum(apart(_outputs(module, s.batch, at), t, words)[0] for s, t in pairs)
 
     least, steps = lost(now), []
     for fit in fits:
@@ -160,20 +161,39 @@ def vocabularies(module: GraphModule) -> frozenset[int]:
     return frozenset(found)
 
 
-def apart(outputs: list[Tensor], target: list[Tensor], words: frozenset[int]) -> Tensor:
-    """D between two runs of one batch."""
-    pairs = list(zip(outputs, target, strict=True))
-    told = [(o, t) for o, t in pairs if o.dim() and o.shape[-1] in words]
-    total = torch.zeros(())
-    for output, wanted in told or pairs:
-        o, t = output.float(), wanted.float()
-        if told:
-            log, dense = o.log_softmax(-1), t.log_softmax(-1)
-            part = (dense.exp() * (dense - log)).sum()
-        else:
-            part = (o - t).square().sum() / (2 * t.square().mean()).clamp_min(1e-12)
-        total = total.to(part.device) + part
-    return total
+@torch.no_grad()
+def apart(
+    outputs: list[Tensor], target: list[Tensor], words: frozenset[int]
+) -> tuple[float, list[Tensor]]:
+    """D between two runs of one batch, and its slope at each output that has a gradient."""
+    told = [output.dim() > 0 and output.shape[-1] in words for output in outputs]
+    parts: list[Tensor] = []
+    slopes = []
+    for o, t, words_of in zip(outputs, target, told, strict=True):
+        slope = o.new_zeros(o.shape) if o.requires_grad else None
+        if words_of:
+            parts += _divergence(o, t, slope)
+        elif not any(told):
+            gap, mean = o.float() - t.float(), t.float().square().mean().clamp_min(5e-13)
+            parts.append(gap.square().sum() / (2 * mean))
+            if slope is not None:
+                slope.copy_(gap / mean)
+        slopes += [] if slope is None else [slope]
+    return sum(map(float, parts)), slopes
+
+
+def _divergence(output: Tensor, target: Tensor, slope: Tensor | None) -> Iterator[Tensor]:
+    """KL(softmax target || softmax output) part by part, which keeps what is made on the way
+    small; the slope is written.
+    """
+    size = output.shape[-1]
+    held = [tensor for tensor in (output, target, slope) if tensor is not None]
+    parts = (tensor.reshape(-1, size).split(max(ELEMENTS // size, 1)) for tensor in held)
+    for o, t, *into in zip(*parts, strict=True):
+        log, dense = o.float().log_softmax(-1), t.float().log_softmax(-1)
+        yield (dense.exp() * (dense - log)).sum()
+        for place in into:
+            place.copy_(log.exp() - dense.exp())
 
 
 def _gradients(
@@ -203,49 +223,54 @@ def _add_sample(
     words: frozenset[int],
     sums: _Sums,
 ) -> bool:
-    rows: dict[Any, Tensor] = {}
-    probes: dict[Node, Tensor] = {}
+    leaves: list[Tensor] = []
+    counts = {}
 
     def watch(node: Node, value: Any, result: Tensor) -> Tensor:
         site = by_node.get(node)
         if site is None:
             return result
-        if site.entry not in rows:
-            rows[site.entry] = _rows(site, value, read)
-        probes[node] = torch.zeros_like(result, requires_grad=True)
-        return result + probes[node]
+        weight, entering = read(site.view.parameter), value(site.view.source).detach()
+        if site.entry not in counts:
+            rows = _rows(site, entering, weight)
+            held = sums.second.setdefault(site.entry, rows.new_zeros(2 * rows.shape[1:]))
+            held.addmm_(rows.T, rows)
+            counts[site.entry] = len(rows)
+        size = _size(site, weight)
+        sums.cross.setdefault(node, result.new_zeros(size, dtype=torch.float32))
+        sums.power.setdefault(node, result.new_zeros(size[0], dtype=torch.float32))
+
+        def see(gradient: Tensor) -> None:
+            out = site.view.outputs(gradient).float()
+            sums.cross[node].addmm_(out.T, _rows(site, entering, weight))
+            sums.power[node] += out.square().sum(0)
+
+        return tap(result, leaves, see)
 
     with torch.enable_grad():
         (environment,) = environments(module, [sample.batch])
         outputs = run(module, environment, read, watch)
-        loss = apart(outputs, sample.target(), words)
-    if not loss.requires_grad:
-        return False
-    for node, gradient in zip(probes, gradients(loss, list(probes.values())), strict=True):
-        site = by_node[node]
-        out = site.view.outputs(probes[node] if gradient is None else gradient)
-        _add(sums, site, out.detach().float(), rows[site.entry])
-    for entry, x in rows.items():
-        held = sums.second.setdefault(entry, x.new_zeros(x.shape[1], x.shape[1]))
-        held.addmm_(x.T, x)
-    sums.distance += float(loss.detach())
-    sums.tokens += max(map(len, rows.values()))
+        distance, slopes = apart(outputs, sample.target(), words)
+        if not slopes:
+            return False
+        backward([output for output in outputs if output.requires_grad], slopes, leaves)
+    sums.distance += distance
+    sums.tokens += max(counts.values())
     return True
 
 
-def _rows(site: Site, value: Any, read: Read) -> Tensor:
+def _size(site: Site, weight: Tensor) -> tuple[int, int]:
+    """(out, in), with one more in for a bias."""
+    out = (
+        weight.shape[0] if site.view.convolution else weight.numel() // weight.shape[site.view.dim]
+    )
+    return out, weight.numel() // out + bool(site.offset)
+
+
+def _rows(site: Site, entering: Tensor, weight: Tensor) -> Tensor:
     """The layer's input [tokens, in], with a column of ones where it has a bias."""
-    weight = read(site.view.parameter)
-    rows = site.view.rows(value(site.view.source).detach(), weight).float()
+    rows = site.view.rows(entering, weight).float()
     return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if site.offset else rows
-
-
-def _add(sums: _Sums, site: Site, out: Tensor, rows: Tensor) -> None:
-    node = site.view.node
-    cross = sums.cross.setdefault(node, rows.new_zeros(out.shape[1], rows.shape[1]))
-    power = sums.power.setdefault(node, rows.new_zeros(out.shape[1]))
-    cross.addmm_(out.T, rows)
-    power += out.square().sum(0)
 
 
 def _steps(sites: Sequence[Site], sums: _Sums) -> dict[Node, Tensor]:

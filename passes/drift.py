@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .fakes import unknowns
-from .observe import Walk, environments
+from .observe import Walk, environments, last_reads
 from .views import View
 
 _RELAYS = {
@@ -48,7 +48,7 @@ class Twin:
 
     walk: Walk
     nodes: list[Node]
-    last: dict[Node, Node]
+    over: dict[Node, list[Node]]
     done: int = field(default=0)
 
     @torch.no_grad()
@@ -57,10 +57,9 @@ class Twin:
         while self.nodes[self.done] is not until:
             node = self.nodes[self.done]
             self.walk.step(node)
-            for arg in node.all_input_nodes:
-                if self.last[arg] is node:
-                    for environment in self.walk.environments:
-                        environment.pop(arg, None)
+            for value in self.over.get(node, ()):
+                for environment in self.walk.environments:
+                    environment.pop(value, None)
             self.done += 1
         return self.walk.environments
 
@@ -71,6 +70,8 @@ class Twin:
         rest = Walk(here.module, [dict(here.environments[number])], here.weights, here.room)
         for node in self.nodes[self.done :]:
             rest.step(node)
+            for value in self.over.get(node, ()):
+                rest.environments[0].pop(value, None)
         (end,) = (node for node in here.module.graph.nodes if node.op == "output")
         leaves = pytree.tree_map(
             lambda a: rest.value(rest.environments[0], a) if isinstance(a, Node) else a,
@@ -84,10 +85,7 @@ class Twin:
 def twin(module: GraphModule, batches: Iterable[Args]) -> Twin:
     """A dense path at the start of the graph."""
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
-    last = {arg: node for node in nodes for arg in node.all_input_nodes}
-    for end in (node for node in module.graph.nodes if node.op == "output"):
-        last |= dict.fromkeys(end.all_input_nodes, end)
-    return Twin(Walk(module, list(environments(module, batches))), nodes, last)
+    return Twin(Walk(module, list(environments(module, batches))), nodes, last_reads(module))
 
 
 @torch.no_grad()

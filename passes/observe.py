@@ -178,10 +178,21 @@ def no_gradient(why: str) -> NoGradient:
     )
 
 
-def gradients(loss: Tensor, probes: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """Of `loss`, by each probe; None where none reaches it. NoGradient names what has none."""
+def tap(result: Tensor, leaves: list[Tensor], see: Callable[[Tensor], None]) -> Tensor:
+    """`result` to go on with, such that `backward` from `leaves` gives its gradient to `see`."""
+    leaf = result.new_zeros((), requires_grad=True)
+    leaves.append(leaf)
+    result = result + leaf
+    result.register_hook(see)
+    return result
+
+
+def backward(outputs: Sequence[Tensor], slopes: Sequence[Tensor], leaves: list[Tensor]) -> None:
+    """One backward pass from the slopes of the outputs; what is tapped sees its gradient, unless
+    none reaches it. NoGradient names an op that has none.
+    """
     try:
-        return torch.autograd.grad(loss, probes, allow_unused=True)
+        torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -232,6 +243,21 @@ def environments(module: GraphModule, batches: Iterable[Args]) -> Iterator[dict[
         yield dict(zip(places, leaves, strict=True))
 
 
+def last_reads(
+    module: GraphModule, again: Mapping[Node, Sequence[Node]] | None = None
+) -> dict[Node, list[Node]]:
+    """Node -> the values that nothing reads after it. `again`: as `walk` has it."""
+    place = {node: number for number, node in enumerate(module.graph.nodes)}
+    last = {arg: node for node in place for arg in node.all_input_nodes}
+    for stop, several in (again or {}).items():
+        for arg in {arg: None for node in several for arg in node.all_input_nodes}:
+            last[arg] = max(last[arg], stop, key=place.__getitem__)
+    over: dict[Node, list[Node]] = {}
+    for value, node in last.items():
+        over.setdefault(node, []).append(value)
+    return over
+
+
 @torch.no_grad()
 def walk(
     module: GraphModule,
@@ -252,15 +278,8 @@ def walk(
     if remaining and not state.environments:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
-    last = {arg: node for node in nodes for arg in node.all_input_nodes}
     repeated = again or {}
-    place = {node: number for number, node in enumerate(nodes)}
-    for stop, several in repeated.items():
-        for arg in {arg: None for node in several for arg in node.all_input_nodes}:
-            last[arg] = max(last[arg], stop, key=place.__getitem__)
-    over: dict[Node, list[Node]] = {}
-    for value, node in last.items():
-        over.setdefault(node, []).append(value)
+    over = last_reads(module, repeated)
     for position, node in enumerate(nodes):
         if not remaining:
             break

@@ -15,6 +15,7 @@ loss gradients it replaces by output probes).
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,7 +30,15 @@ from torch.utils import _pytree as pytree
 from .capture import Args
 from .drift import rows_of, summand
 from .errors import CalibrationError
-from .observe import Moments, called, check_finite, environments, gradients
+from .observe import (
+    Moments,
+    backward,
+    called,
+    check_finite,
+    environments,
+    last_reads,
+    tap,
+)
 from .views import View
 
 Read = Callable[[str], Any]
@@ -69,9 +78,9 @@ def sense(
     generator = torch.Generator(device).manual_seed(seed)
     for environment in environments(module, batches):
         with torch.set_grad_enabled(metric):
-            probes, outputs = _run(module, environment, sites, sums, metric)
+            leaves, outputs = _run(module, environment, sites, sums, metric)
             if metric:
-                _backward(probes, outputs, sites, sums, generator)
+                _backward(leaves, outputs, generator)
     if not sums and sites:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
     found = {}
@@ -100,7 +109,7 @@ def run(
     module: GraphModule, environment: dict[Node, Any], read: Read, watch: Watch | None = None
 ) -> list[Tensor]:
     """Run one batch with the weights that `read` gives; its floating-point outputs. `watch(node,
-    value, result)` gives the result to go on with; `value(node)`: an earlier one.
+    value, result)` gives the result to go on with; `value(node)`: an argument of the node.
     """
 
     def value(node: Any) -> Any:
@@ -108,6 +117,7 @@ def run(
             return node
         return read(str(node.target)) if node.op == "get_attr" else environment[node]
 
+    over = last_reads(module)
     for node in module.graph.nodes:
         if node.op == "output":
             leaves = pytree.tree_leaves(pytree.tree_map(value, node.args, is_leaf=_is_node))
@@ -117,6 +127,8 @@ def run(
         args, kwargs = pytree.tree_map(value, (node.args, node.kwargs), is_leaf=_is_node)
         result = called(node, args, kwargs)
         environment[node] = watch(node, value, result) if watch else result
+        for gone in over.get(node, ()):
+            environment.pop(gone, None)
     return []
 
 
@@ -126,9 +138,11 @@ def _run(
     sites: dict[Node, View],
     sums: dict[str, _Sums],
     metric: bool,
-) -> tuple[dict[Node, Tensor], list[Tensor]]:
-    """Run one batch; every consumer's output gets a zero summand to take the gradient at."""
-    probes: dict[Node, Tensor] = {}
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run one batch, the consumers' outputs tapped; the leaves of the backward pass, and the
+    model's outputs.
+    """
+    leaves: list[Tensor] = []
 
     def read(name: str) -> Any:
         found = operator.attrgetter(name)(module)
@@ -140,10 +154,15 @@ def _run(
         _accumulate(sums, sites[node], value, result, environment)
         if not metric:
             return result
-        probes[node] = torch.zeros_like(result, requires_grad=True)
-        return result + probes[node]
+        return tap(result, leaves, functools.partial(_add, sums[node.name], sites[node]))
 
-    return probes, run(module, environment, read, watch)
+    return leaves, run(module, environment, read, watch)
+
+
+def _add(sums: _Sums, view: View, gradient: Tensor) -> None:
+    rows = view.outputs(gradient).to(torch.float32)
+    sums.metric.addmm_(rows.T, rows)
+    sums.reached = True
 
 
 def _accumulate(
@@ -172,26 +191,16 @@ def _accumulate(
         s.added += len(rows)
 
 
-def _backward(
-    probes: dict[Node, Tensor],
-    outputs: list[Tensor],
-    sites: dict[Node, View],
-    sums: dict[str, _Sums],
-    generator: torch.Generator,
-) -> None:
-    loss = torch.zeros(())
-    for output in outputs:
-        if output.requires_grad:
-            z = torch.randn(output.shape, generator=generator, device=generator.device).to(output)
-            scale = output.detach().float().square().mean().sqrt().clamp_min(1e-12)
-            loss = loss.to(output.device) + (output * z).float().sum() / scale
-    if not loss.requires_grad:
-        return
-    for node, gradient in zip(probes, gradients(loss, list(probes.values())), strict=True):
-        if gradient is not None:
-            rows = sites[node].outputs(gradient).to(torch.float32)
-            sums[node.name].metric.addmm_(rows.T, rows)
-            sums[node.name].reached = True
+def _backward(leaves: list[Tensor], outputs: list[Tensor], generator: torch.Generator) -> None:
+    """J^T z of every tapped result, z a random vector for each output."""
+    reached = [output for output in outputs if output.requires_grad]
+    slopes = []
+    for output in reached:
+        z = torch.randn(output.shape, generator=generator, device=generator.device).to(output)
+        scale = output.detach().float().square().mean().sqrt().clamp_min(1e-12)
+        slopes.append((z / scale).to(output))
+    if reached:
+        backward(reached, slopes, leaves)
 
 
 def _is_node(item: Any) -> bool:

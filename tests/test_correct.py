@@ -1,5 +1,7 @@
 """The step of all consumers at once, never taken where held-out rows speak against it."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -12,8 +14,10 @@ from fasp_graph.prune import read
 from passes.capture import as_args, capture
 from passes.consumers import linears, offset_of, views
 from passes.correct import Sample, Site, _outputs, apart, correct, vocabularies
+from passes.observe import environments
 from passes.removal import nodes_by_name
 from passes.rewrite import attribute
+from passes.sensitivity import run
 
 
 class Words(nn.Module):
@@ -148,13 +152,16 @@ def test_steps_are_newtons_with_momentum_and_the_moments_of_all_tokens_so_far():
 
 
 @pytest.mark.parametrize(("outputs", "form"), [(11, "kl"), (5, "squares")])
-def test_outputs_over_the_vocabulary_are_compared_as_distributions(outputs, form):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("elements", [2**24, 100])
+def test_outputs_over_the_vocabulary_are_compared_as_distributions(
+    outputs, form, elements, monkeypatch
+):
+    monkeypatch.setattr("passes.correct.ELEMENTS", elements)
     model, ids = Words(outputs).eval(), torch.randint(11, (6, 9))
     words = vocabularies(capture(model, ids).graph_module)
-    dense, other = torch.randn(6, 9, outputs), torch.randn(6, 9, outputs)
+    dense, other = torch.randn(6, 9, outputs), torch.randn(6, 9, outputs, requires_grad=True)
 
-    found = apart([other], [dense], words)
+    found, slopes = apart([other], [dense], words)
 
     logs = [x.log_softmax(-1) for x in (other, dense)]
     exact = {
@@ -162,8 +169,40 @@ def test_outputs_over_the_vocabulary_are_compared_as_distributions(outputs, form
         "squares": (other - dense).square().sum() / (2 * dense.square().mean()),
     }
     assert words == {11}
-    assert float(found) == pytest.approx(float(exact[form]), rel=1e-5)
-    assert float(apart([dense], [dense], words)) == pytest.approx(0, abs=1e-5)
+    assert found == pytest.approx(float(exact[form]), rel=1e-5)
+    torch.testing.assert_close(slopes, list(torch.autograd.grad(exact[form], other)))
+    same, none = apart([dense], [dense], words)
+    assert same == pytest.approx(0, abs=1e-5) and none == []
+
+
+def test_where_one_output_is_over_the_vocabulary_the_others_have_no_say():
+    dense, other = torch.randn(6, 11), torch.randn(6, 11, requires_grad=True)
+    beside = torch.randn(6, 4, requires_grad=True)
+
+    both, slopes = apart([beside, other], [beside + 1, dense], frozenset({11}))
+
+    alone, (slope,) = apart([other], [dense], frozenset({11}))
+    assert both == alone and torch.equal(slopes[1], slope)
+    assert torch.equal(slopes[0], torch.zeros(6, 4))
+
+
+def test_values_are_dropped_after_their_last_use():
+    model = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Linear(8, 8), nn.ReLU())))
+    x = torch.randn(6, 8)
+    module, alive, most = capture(model, x).graph_module, weakref.WeakSet(), []
+
+    def watch(node, value, result):
+        alive.add(result)
+        most.append(len(alive))
+        return result
+
+    with torch.no_grad():
+        (output,) = run(
+            module, *environments(module, [as_args(x)]), lambda n: attribute(module, n), watch
+        )
+
+    torch.testing.assert_close(output, model(x))
+    assert len(most) == 24 and max(most) <= 2
 
 
 def drawn(batch, scale):
@@ -182,8 +221,8 @@ def test_best_ends_nearer_to_the_dense_model_than_without_the_step():
     def lost(restore):
         small = prune(model, batches[0], batches, Config(sparsity=0.5, restore=restore))
         with torch.no_grad():
-            gap = apart([small.model(unseen)], [model(unseen)], frozenset({11}))
-        return float(gap), small.report
+            gap, _ = apart([small.model(unseen)], [model(unseen)], frozenset({11}))
+        return gap, small.report
 
     (after, best), (before, plain) = lost(None), lost("residual")
 
