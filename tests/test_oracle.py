@@ -248,11 +248,17 @@ ROWS = [
             "var_mean": lambda x: torch.var_mean(x, 1)[0],
             "std_mean": lambda x: torch.std_mean(x, 1)[0],
             "all": lambda x: x.all(1).double(),
+            "median": lambda x: x.median(1)[0],
+            "nanmedian": lambda x: x.nanmedian(1)[0],
+            "mode": lambda x: x.mode(1)[0],
+            "kthvalue": lambda x: x.kthvalue(2, 1)[0],
         }.items()
     ),
     ("mean", "b t c", lambda x: x.mean(1), "b t c -> b c; mean t"),
     ("sum", "b t c", lambda x: x.sum(1), "b t c -> b c"),
     ("any", "b t c", lambda x: x.any(1).double(), "b t c -> b c"),
+    ("count_nonzero", "b t c", lambda x: x.count_nonzero(1).double(), "b t c -> b c"),
+    ("_cdist_forward", "b p c, b q c", torch.cdist, "b p c, b q c -> b p q; mixed c"),
     *(
         (name, "b t c", lambda x, f=f: f(x), "b t c -> b c")
         for name, f in {
