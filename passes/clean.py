@@ -49,6 +49,8 @@ _IDENTITY = {
 _OTHER_NAMES = {  # one name for one function: the rules of `min` are those of a reduction
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
     aten.min.other: aten.minimum.default,
     aten.max.other: aten.maximum.default,
 }

@@ -110,6 +110,12 @@ def footprints(layer: Layer, number: int) -> Prints:
     return Prints(notes, wanted, footprint, sites)
 
 
+def _routed(units: np.ndarray, least: int) -> int:
+    """How many units must stay for `least` positions of every row to stay."""
+    row, every = len(np.unique(units[0])), len(np.unique(units))
+    return -(-least * row // units.shape[1]) * (every // row)
+
+
 def _notes(layer: Layer, count: int) -> Notes:
     notes = Notes(
         [],
@@ -121,7 +127,8 @@ def _notes(layer: Layer, count: int) -> Notes:
     )
     for mark in layer.labels.marks:
         units = layer.component[mark.labels.numpy()]
-        notes.least[units] = np.maximum(notes.least[units], mark.least)
+        if mark.kind == "routed":
+            notes.least[units] = np.maximum(notes.least[units], _routed(units, mark.least))
         if mark.kind in notes.flags:
             notes.flags[mark.kind][units] = True
             continue

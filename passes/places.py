@@ -199,7 +199,7 @@ def glu(visit: Visit) -> list[Arrays]:
 
 
 HANDLERS: dict[str, Callable[[Visit], list[Arrays]]] = {
-    **dict.fromkeys(("cat", "concat", "concatenate", "stack"), join),
+    **dict.fromkeys(("cat", "stack"), join),
     **dict.fromkeys(("constant_pad_nd", "pad"), pad),
     "glu": glu,
     **dict.fromkeys(("slice_scatter", "select_scatter"), scatter_part),

@@ -117,14 +117,15 @@ def choose(visit: Visit) -> list[Arrays]:
         return visit.unknown(f"{visit.name} of integers")
     dim, labels = visit.dim("dim", rank, -1), visit.labels
     least = int(visit.given.get("k") or abs(taken(visit.node, value.shape)))
-    axis = _axis(visit, value) if least else None
-    if axis is None:
-        held = [value.arrays[dim]] if dim in value.arrays else []
-        blocks = " in each block" if held and held[0].numel() > held[0].shape[dim] else ""
-        visit.freeze(held, f"chosen by {visit.name}{blocks}")
-    else:
-        reason = visit.reason(f"chosen by {visit.name}")
-        labels.marks.append(Mark("routed", axis, reason, visit.node, least))
+    if dim in value.arrays:
+        axis = value.arrays[dim].movedim(dim, -1).flatten(0, -2)
+        shrinks = least and not labels.is_fixed(axis) and (len(axis) == 1 or not _placed(visit))
+        if shrinks:
+            reason = visit.reason(f"chosen by {visit.name}")
+            labels.marks.append(Mark("routed", axis, reason, visit.node, least))
+        else:
+            blocks = " in each block" if len(axis) > 1 else ""
+            visit.freeze([axis], f"chosen by {visit.name}{blocks}")
     results = []
     for out in visit.outs:
         arrays: Arrays = {}
@@ -144,10 +145,15 @@ def choose(visit: Visit) -> list[Arrays]:
 
 def largest(visit: Visit) -> list[Arrays]:
     """max, min whose place is used are a choice of one; without it, a reduction."""
-    placed = len(visit.outs) > 1 and any(
-        user.args[1] == 1 for user in visit.node.users if user.target is operator.getitem
-    )
-    return choose(visit) if placed else apply_rule(visit, table()[visit.name])
+    chosen = len(visit.outs) > 1 and _placed(visit)
+    return choose(visit) if chosen else apply_rule(visit, table()[visit.name])
+
+
+def _placed(visit: Visit) -> bool:
+    """Whether the chosen places are used, not their values alone."""
+    slot = CHOICES[visit.name]
+    picks = [user.args[1] for user in visit.node.users if user.target is operator.getitem]
+    return slot in picks if len(visit.outs) > 1 else True
 
 
 def look_up(visit: Visit) -> list[Arrays]:

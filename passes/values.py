@@ -74,7 +74,8 @@ class Mark:
     mean      likewise, but only through a mean
     bent      a pointwise non-linearity acts on them, so that only permutations may be inserted
     blocked   in the run on blocks: the labels of a block have been united
-    routed    a choice among the positions of the axis (experts); at least `least` must stay
+    routed    a choice among the positions of the axis (experts), in each row of the labels [rows,
+              positions]; at least `least` of a row must stay
     """
 
     kind: str

@@ -5,6 +5,7 @@ stay as are chosen; where all of a sorted axis is used, it stays.
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fasp_graph as fg
 from passes.errors import VerificationError
@@ -309,3 +310,36 @@ def test_ties_that_rounding_breaks_are_no_difference(monkeypatch):
     monkeypatch.setattr("passes.verify.DECIMALS", 17)  # as many as float64 has
     with pytest.raises(VerificationError, match="gather"):
         fg.prune(NearlyTied().eval(), X, None, config)
+
+
+SMALL = {
+    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2},
+    **{"max_position_embeddings": 64, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "expected"),
+    [
+        (
+            "glm4_moe",
+            {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16},
+            {(4, 2), (2, 1)},  # one expert of each group, in which two are looked at; whole groups
+        ),
+        ("phimoe", {"num_local_experts": 8}, {(8, 1)}),
+    ],
+)
+def test_experts_of_routers_that_choose_twice_go_whole(kind, sizes, expected):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL, **sizes)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(0, 64, (3, 11))
+
+    pruned = fg.prune(model, ids, [ids], fg.Config(0.1, kinds=("head",), method="magnitude"))
+
+    experts = [g for g in pruned.deps.groups if g.kind == "head" and not g.consumers]
+    assert {(group.size, group.least) for group in experts} == expected
+    assert any(len(pruned.plan.kept[group.name]) < group.size for group in experts)
+    assert pruned.report.verify_max_error < 1e-9
+    other = torch.randint(0, 64, (2, 7))
+    torch.testing.assert_close(pruned.model(other).logits, pruned.graph_module(other).logits)

@@ -273,12 +273,25 @@ def test_what_cannot_go_says_why(name):
 
 
 def test_a_choice_in_each_block_says_so():
-    best = Calls(lambda m, x: m.b(m.a(x).view(6, 2, 4).topk(2)[0].flatten(1)), b=(4, 5))
+    best = Calls(lambda m, x: m.b(m.a(x).view(6, 2, 4).topk(2)[1].flatten(1).float()), b=(4, 5))
 
     told = fg.analyze(best.eval(), X, check=True).explain("a.weight")
 
     assert "chosen by topk in each block · node %topk" in told
     assert "help: whole units may go where the choice is made over all" in told
+
+
+def test_blocks_shrink_where_the_values_chosen_in_each_are_all_that_is_used():
+    best = Calls(lambda m, x: m.b(m.a(x).view(6, 2, 4).topk(2)[0].flatten(1)), b=(4, 5)).eval()
+
+    (group,) = (g for g in fg.analyze(best, X, check=True).groups if g.name == "a.0")
+    pruned = fg.prune(
+        best, X, [X] * 2, fg.Config(sparsity=0.2, kinds=("head",), method="magnitude")
+    )
+
+    assert (group.kind, group.size, group.blocks, group.least) == ("head", 8, 2, 4)
+    assert len(pruned.plan.kept["a.0"]) == 6
+    assert pruned.report.verify_max_error < 1e-9
 
 
 class Quantised(nn.Module):
