@@ -99,7 +99,7 @@ def shrunk(
         deps = analysis(module, given, False, open_axes)
         cut = removal(deps, _kept(deps, twin))
         given = _cut_inputs(module, given, cut)
-        module = rewrite(module, cut)
+        module = rewrite(module, cut, share=True)
     module = without_unused(module)
     _share(module, twin.compact)
     return Shrunk(module, given[0], _uncut(module, twin))
