@@ -194,15 +194,17 @@ def failed_at(error: BaseException) -> str:
     """
     held = [frame.f_locals.get("node") for frame, _ in _frames(error)]
     nodes = [node for node in held if isinstance(node, Node)]
-    return f" · {where(nodes[-1], _first_name(nodes[-1]))}" if nodes else ""
+    return f" · {where_captured(nodes[-1])}" if nodes else ""
 
 
-def _first_name(node: Node) -> str:
-    """Of the node of the first program that a node was made from, however often it was exported."""
+def where_captured(node: Node) -> str:
+    """`where` of a node, under the name of the node of the first program that it was made from,
+    however often it was exported.
+    """
     name, sources = node.name, node.meta.get("from_node")
     while sources:
         name, sources = sources[-1].name, sources[-1].from_node
-    return name
+    return where(node, name)
 
 
 def _packs(error: BaseException) -> bool:

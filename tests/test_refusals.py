@@ -218,6 +218,19 @@ def test_what_onnx_lacks_is_told_in_whole_lines_without_colours(tmp_path, functi
     assert re.search(place, told) and told.endswith(" format may do")
 
 
+def test_what_onnx_runtime_lacks_is_told_with_its_line(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 16), Through(nn.GELU()), nn.Linear(16, 3)).double().eval()
+    pruned = fg.prune(model, X.double(), None, CONFIG)
+
+    words = (
+        r"not run the graph: .*Erf.* · node %gelu .* · module 1\.function · test_refusals\.py:\d+"
+    )
+    with pytest.raises(FaspGraphError, match=words):
+        pruned.export_onnx(tmp_path / "double.onnx")
+
+    assert not list(tmp_path.iterdir())
+
+
 class WavyLlama(tf.LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
