@@ -65,13 +65,12 @@ def causes(error: BaseException, most: int) -> str:
     return " · ".join(fit) or type(error).__name__
 
 
-def where(node: Node) -> str:
-    """`node %x -> (shape) · module m · file.py:12 in forward` for messages."""
+def where(node: Node, name: str = "") -> str:
+    """`node %x -> (shape) · module m · file.py:12 in forward` for messages; `name`: another one."""
     value = node.meta.get("val")
     shape = f" -> {tuple(value.shape)}" if hasattr(value, "shape") else ""
-    return " · ".join(
-        part for part in (f"node %{node.name}{shape}", module_of(node), user_line(node)) if part
-    )
+    parts = (f"node %{name or node.name}{shape}", module_of(node), user_line(node))
+    return " · ".join(part for part in parts if part)
 
 
 def module_of(node: Node) -> str:

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from .capture import Args
+from .skeleton import shared_copy
 from .state import steady
 
 aten = torch.ops.aten
@@ -107,8 +108,8 @@ def _pad(module: GraphModule, node: Node, query: int, value: int) -> None:
 
 
 def narrow(module: GraphModule) -> GraphModule:
-    """A copy without the padding and the copies of `widen`."""
-    plain = copy.deepcopy(module)
+    """A copy without the padding and the copies of `widen`, on the same weights."""
+    plain = shared_copy(module)
     for own in [node for node in plain.graph.nodes if node.meta.get(_COPIED)]:
         own.replace_all_uses_with(own.args[0])
         plain.graph.erase_node(own)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
@@ -186,6 +186,25 @@ def source_line(error: BaseException) -> str:
         if not code.co_filename.startswith((_TORCH, _HERE, "<")):
             found = f"{Path(code.co_filename).name}:{line} in {code.co_name}"
     return found
+
+
+def failed_at(error: BaseException) -> str:
+    """` · ` and `where` of the node that an exporter of torch was at when it failed, under the name
+    that it had when it was captured; empty if it was at none.
+    """
+    held = [frame.f_locals.get("node") for frame, _ in _frames(error)]
+    nodes = [node for node in held if isinstance(node, Node)]
+    return f" · {where_captured(nodes[-1])}" if nodes else ""
+
+
+def where_captured(node: Node) -> str:
+    """`where` of a node, under the name of the node of the first program that it was made from,
+    however often it was exported.
+    """
+    name, sources = node.name, node.meta.get("from_node")
+    while sources:
+        name, sources = sources[-1].name, sources[-1].from_node
+    return where(node, name)
 
 
 def _packs(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ from .edit import Edit, hold, register
 from .edits import EDITS
 from .errors import UnsupportedOp, where
 from .removal import Cuts, Removal, count, is_constant, nodes_by_name, places, removal, sliced
+from .skeleton import shared_copy
 from .values import Mark
 from .visit import bind, op_name
 
@@ -43,9 +44,11 @@ aten = torch.ops.aten
 Holders = dict[int, list[tuple[dict[str, Any], str]]]
 
 
-def rewrite(module: GraphModule, cut: Removal) -> GraphModule:
-    """The compact graph. `module` holds dense (already repaired) weights and stays as it is."""
-    compact = copy.deepcopy(module)
+def rewrite(module: GraphModule, cut: Removal, share: bool = False) -> GraphModule:
+    """The compact graph. `module` holds dense (already repaired) weights and stays as it is;
+    `share`: both hold the same weights where nothing is cut.
+    """
+    compact = shared_copy(module) if share else copy.deepcopy(module)
     for node, error in shrink(compact, cut).items():
         raise UnsupportedOp(
             f"{error} · {where(node)} · help: another sparsity, min_keep or align may avoid "

@@ -20,6 +20,12 @@ def llama(vocabulary=101):
     return tf.LlamaForCausalLM(config).eval(), batches[0], batches[1:]
 
 
+def on_weights_of(model, graph):
+    """Whether a graph holds no number of a parameter twice that `model` holds already."""
+    held = {parameter.data_ptr() for parameter in model.parameters()}
+    return {parameter.data_ptr() for parameter in graph.parameters()} <= held
+
+
 def positions(mask):
     return np.clip(mask.cumsum(1) - 1, 0, None)
 

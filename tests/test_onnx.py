@@ -171,9 +171,16 @@ def text_of(model, ids, mask):
     return model.generate(ids, attention_mask=mask, eos_token_id=None, **options)
 
 
-def test_a_decoder_with_its_cache_in_onnx_runtime(llama, tmp_path):
+def test_a_decoder_with_its_cache_in_onnx_runtime(llama, tmp_path, monkeypatch):
+    written = []
+    program = emitter._program
+    monkeypatch.setattr(
+        emitter, "_program", lambda *given: written.append(given) or program(*given)
+    )
+
     found = fg.export(llama, tmp_path / "model.onnx", cache=True)
 
+    assert decoding.on_weights_of(llama.model, written[0][0])
     session = emitter.onnx_session(tmp_path / "model.onnx")
     shapes = {entry.name: entry.shape for entry in session.get_inputs()}
     cached = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
@@ -227,9 +234,7 @@ class Entry:
 def test_a_captured_decoder_writes_the_same_text(name):
     result = decoder_of(name)
 
-    decoder = caching.cached_decoder(
-        dense_twin(result.model, result.deps, result.plan.kept), result.model
-    )
+    decoder = caching.cached_decoder(dense_twin(result.model, result.deps, result.plan.kept))
 
     assert decoder.cache_numbers < decoder.dense_cache_numbers
     ids, mask = prompt()
@@ -241,7 +246,7 @@ def test_a_cache_that_cannot_shrink_is_reported(llama, monkeypatch):
     monkeypatch.setattr(caching, "OpenAxes", lambda *axes: CLOSED)
     twin = dense_twin(llama.model, llama.deps, llama.plan.kept)
 
-    decoder = caching.cached_decoder(twin, llama.model)
+    decoder = caching.cached_decoder(twin)
 
     assert decoder.cache_numbers == decoder.dense_cache_numbers
     assert "model.layers.0.self_attn.v_proj.weight" in decoder.uncut

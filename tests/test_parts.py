@@ -4,7 +4,7 @@ import families
 import pytest
 import torch
 import transformers as tf
-from decoding import greedy_in_parts
+from decoding import greedy_in_parts, on_weights_of
 
 import fasp_graph as fg
 from fasp_graph.emit.dense import dense_twin
@@ -56,10 +56,12 @@ def test_speech_in_parts():
     result = fg.prune(model, inputs, None, config, program=known)
     twin = dense_twin(result.model, result.deps, result.plan.kept)
 
-    found = parts.parts_of(twin, result.model, result.inputs)
+    found = parts.parts_of(twin, result.inputs)
 
     assert found.cache_numbers < found.dense_cache_numbers == 2 * 2 * 48
     assert found.encoder.inputs == ("input_features",)
     assert found.first.inputs == ("input_ids", "encoder_hidden_states")
+    for part in (found.encoder, found.first, found.later):
+        assert on_weights_of(result.model, part.captured.graph_module)
     with pytest.raises(VerificationError, match="in parts"):
         parts.verify(found, families.build("whisper"), result.inputs[1]["input_features"])

@@ -2,10 +2,14 @@
 sequences, ops without an ONNX function.
 """
 
+import re
 from pathlib import Path
 
+import decoding
+import families
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 from torch.nn.utils import rnn
 
@@ -160,26 +164,100 @@ def test_autocast_in_forward_is_told_with_its_line_and_ways_out(half):
     assert fg.prune(Mixed(enabled=False).eval(), X, None, CONFIG).report.verify_max_error < 1e-9
 
 
-class Bessel(nn.Module):
-    def __init__(self):
+@torch.library.custom_op("refusals::sinc", mutates_args=())
+def sinc(x: torch.Tensor) -> torch.Tensor:
+    return torch.sinc(x)
+
+
+sinc.register_fake(torch.empty_like)
+
+
+def wave(x):
+    return sinc(x)
+
+
+def spectrum(x):
+    return torch.linalg.eigh(x[..., None] * x[..., None, :])[0]
+
+
+class Through(nn.Module):
+    """A function that ONNX has no words for."""
+
+    def __init__(self, function):
         super().__init__()
-        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.function = function
 
     def forward(self, x):
-        return torch.special.bessel_j0(self.down(torch.relu(self.up(x))))
+        return self.function(x)
 
 
-def test_what_onnx_lacks_is_told_in_whole_lines_without_colours(tmp_path):
-    pruned = fg.prune(Bessel().eval(), X, None, CONFIG)
-
+def told_by_export(pruned, path, **options):
     words = "cannot be written as ONNX: No ONNX function found"
     with pytest.raises(FaspGraphError, match=words) as caught:
-        pruned.export_onnx(tmp_path / "bessel.onnx")
+        fg.export(pruned, path, **options)
+    assert not list(path.parent.iterdir())
+    return str(caught.value)
 
-    told = str(caught.value)
-    assert "\x1b" not in told and "bessel_j0" in told and "\n" not in told
-    assert told.endswith(" · help: another format may do") and len(told) < 600
+
+@pytest.mark.parametrize(
+    ("function", "node"),
+    [
+        (torch.special.bessel_j0, r"special_bessel_j0 -> \(\w+, 3\)"),
+        (wave, r"sinc -> \(\w+, 3\)"),
+        (spectrum, "linalg_eigh"),
+    ],
+)
+def test_what_onnx_lacks_is_told_in_whole_lines_without_colours(tmp_path, function, node):
+    layers = nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3), Through(function)
+    pruned = fg.prune(nn.Sequential(*layers).eval(), X, None, CONFIG)
+
+    told = told_by_export(pruned, tmp_path / "lacks.onnx")
+
+    assert "\x1b" not in told and "\n" not in told and len(told) < 600
+    place = rf" · node %{node} · module 3 · test_refusals\.py:\d+ in forward · help: another"
+    assert re.search(place, told) and told.endswith(" format may do")
+
+
+def test_what_onnx_runtime_lacks_is_told_with_its_line(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 16), Through(nn.GELU()), nn.Linear(16, 3)).double().eval()
+    pruned = fg.prune(model, X.double(), None, CONFIG)
+
+    words = (
+        r"not run the graph: .*Erf.* · node %gelu .* · module 1\.function · test_refusals\.py:\d+"
+    )
+    with pytest.raises(FaspGraphError, match=words):
+        pruned.export_onnx(tmp_path / "double.onnx")
+
     assert not list(tmp_path.iterdir())
+
+
+class WavyLlama(tf.LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm = Through(wave)
+
+
+class WavyT5(tf.T5ForConditionalGeneration):
+    def __init__(self, config):
+        super().__init__(config)
+        self.decoder.final_layer_norm = Through(wave)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_with_a_cache_the_users_module_and_line_are_told_too(tmp_path, parts):
+    torch.manual_seed(0)
+    if parts:
+        sizes = {"vocab_size": 101, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 1}
+        model, inputs = WavyT5(tf.T5Config(num_heads=3, **sizes)), families.pairs()
+    else:
+        plain, inputs, _ = decoding.llama()
+        model = WavyLlama(plain.config)
+    pruned = fg.prune(model.eval(), inputs, None, CONFIG)
+
+    told = told_by_export(pruned, tmp_path / ("parts" if parts else "a.onnx"), cache=True)
+
+    module = "decoder.final_layer_norm" if parts else "model.norm"
+    assert f" · module {module} · test_refusals.py:" in told and " in forward · help: " in told
 
 
 def test_the_first_cause_comes_first_and_no_line_is_cut():

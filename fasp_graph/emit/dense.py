@@ -25,6 +25,7 @@ from passes.analysis import analysis
 from passes.capture import Args, capture
 from passes.errors import FaspGraphError
 from passes.groups import DependencyGraph, Group
+from passes.lazy import replace
 from passes.removal import Removal, removal, sliced
 from passes.rewrite import attribute, rewrite
 from passes.values import CLOSED, OpenAxes
@@ -41,6 +42,7 @@ class Twin:
 
     model: nn.Module
     gone: Gone
+    compact: nn.Module
 
 
 def dense_twin(model: nn.Module, deps: DependencyGraph, kept: Mapping[str, Any]) -> Twin:
@@ -52,7 +54,7 @@ def dense_twin(model: nn.Module, deps: DependencyGraph, kept: Mapping[str, Any])
             value = _stored(model, name)
             if value is not None:
                 _fill(tensor, value.detach(), shapes.get(id(tensor), {}), name)
-    return Twin(twin, _gone(twin, deps, kept))
+    return Twin(twin, _gone(twin, deps, kept), model)
 
 
 def dense_shell(model: nn.Module) -> nn.Module:
@@ -86,16 +88,43 @@ def shrunk(
     shapes: Any,
     open_axes: OpenAxes = CLOSED,
 ) -> Shrunk:
-    """`wrapper` (holding the twin as its `model`) captured, without what the plan removed."""
+    """`wrapper` (holding the twin as its `model`) captured, without what the plan removed; on the
+    weights of the compact model, where they are the same.
+    """
     captured = capture(wrapper, inputs, shapes=shapes)
     module, given = captured.graph_module, captured.inputs
+    _without_wrapper(module)
+    _share(module, twin.model)
     if twin.gone:
         deps = analysis(module, given, False, open_axes)
         cut = removal(deps, _kept(deps, twin))
         given = _cut_inputs(module, given, cut)
-        module = rewrite(module, cut)
+        module = rewrite(module, cut, share=True)
     module = without_unused(module)
+    _share(module, twin.compact)
     return Shrunk(module, given[0], _uncut(module, twin))
+
+
+def _without_wrapper(module: GraphModule) -> None:
+    """Let the nodes name the user's modules (in place): the wrapper calls the model `model`."""
+    for node in module.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {
+            key: (path.removeprefix("model").removeprefix("."), kind)
+            for key, (path, kind) in stack.items()
+        }
+
+
+def _share(module: GraphModule, model: nn.Module) -> None:
+    """Parameters that hold what those of `model` do become those (in place)."""
+
+    def theirs(name: str, held: nn.Parameter) -> Tensor | None:
+        found = _stored(model, name.removeprefix("model."))
+        if found is None or (found.dtype, found.device) != (held.dtype, held.device):
+            return None
+        return found if torch.equal(found, held) else None
+
+    replace(module, theirs)
 
 
 def _uncut(module: GraphModule, twin: Twin) -> tuple[str, ...]:

@@ -168,11 +168,10 @@ def keeps_cache(model: nn.Module) -> bool:
     return alone and "past_key_values" in forward and "input_ids" in forward
 
 
-def cached_decoder(twin: Twin, reference: nn.Module) -> CachedDecoder:
-    """Capture a decoder with its cache; FaspGraphError where it keeps none of that form.
-
-    `reference` computes what the compact model does: VerificationError if a prompt and then some
-    tokens give other logits than all at once.
+def cached_decoder(twin: Twin) -> CachedDecoder:
+    """Capture a decoder with its cache; FaspGraphError where it keeps none of that form,
+    VerificationError if a prompt and then some tokens give other logits than the compact model does
+    of all at once.
     """
     model = twin.model
     if not keeps_cache(model):
@@ -215,7 +214,7 @@ def cached_decoder(twin: Twin, reference: nn.Module) -> CachedDecoder:
         tuple((grown[0], grown[1]) for grown, _ in roles),
         captured.uncut,
     )
-    verify(decoder, reference)
+    verify(decoder, twin.compact)
     return decoder
 
 

@@ -98,7 +98,7 @@ class Source:
     def twin(self) -> Twin:
         """The dense form of the class; the class itself where its own code says the sizes."""
         if self.deps is None or self.plan is None:
-            return Twin(self.model, {})
+            return Twin(self.model, {}, self.model)
         return dense_twin(self.model, self.deps, self.plan["kept"])
 
     @property
@@ -181,13 +181,13 @@ def _onnx(source: Source, path: Path, options: Options) -> Exported:
             "an encoder-decoder in parts has no perplexity on tokens · help: leave out "
             "tokens (--data)"
         )
-    parts = parts_of(source.twin(), source.model, source.inputs)
+    parts = parts_of(source.twin(), source.inputs)
     error = export_parts(parts, path, source.metadata, form)
     return _exported(source, path, "onnx", options, error, parts)
 
 
 def _decoder(source: Source, path: Path, form: Form, options: Options) -> Exported:
-    decoder = cached_decoder(source.twin(), source.model)
+    decoder = cached_decoder(source.twin())
     named = replace(
         form,
         input_names=decoder.input_names,

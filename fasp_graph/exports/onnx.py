@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,12 @@ from torch.utils import _pytree as pytree
 
 from passes.capture import Args
 from passes.compare import outputs
-from passes.errors import REPORT, FaspGraphError, VerificationError
+from passes.errors import REPORT, FaspGraphError, VerificationError, brief
 from passes.kernels import narrow
+from passes.refuse import where_captured
 from passes.verify import difference
 
-from ..folders.drafts import draft
+from ..folders.drafts import MOST, draft
 from ..jsontext import to_json
 from .onnx_reduce import reduce
 from .other_sizes import other_sizes
@@ -101,13 +103,32 @@ def write_graph(
         program.model.metadata_props.update(metadata or {})
         program.save(made, external_data=external)
         onnx.checker.check_model(str(made))
-        worst = _compare(module, inputs, made, form)
+        with _told_of(program.model):
+            worst = _compare(module, inputs, made, form)
         if form.dtype != "float32":
             with quiet():
                 reduce(made, form.dtype, external)
             onnx.checker.check_model(str(made))
-            worst = _compare(module, inputs, made, form)
+            with _told_of(program.model):
+                worst = _compare(module, inputs, made, form)
     return worst
+
+
+@contextmanager
+def _told_of(model: Any) -> Iterator[None]:
+    """FaspGraphError where ONNX Runtime refuses a node of the file: of the node it was made of."""
+    import onnx_ir as ir
+
+    try:
+        yield
+    except Exception as error:  # its errors have no common type
+        for made in ir.traversal.RecursiveGraphIterator(model.graph):
+            if f"'{made.name}'" in str(error) and isinstance(made.meta.get("node"), Node):
+                raise FaspGraphError(
+                    f"ONNX Runtime does not run the graph: {brief(error, MOST)} · "
+                    f"{where_captured(made.meta['node'])} · help: another dtype or format may do"
+                ) from error
+        raise
 
 
 def _program(module: GraphModule, inputs: Args, dynamic_shapes: Any, form: Form) -> Any:

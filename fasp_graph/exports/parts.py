@@ -74,14 +74,14 @@ class Parts:
         return tuple(dict.fromkeys(name for part in parts for name in part.captured.uncut))
 
 
-def parts_of(twin: Twin, reference: nn.Module, inputs: Args) -> Parts:
-    """Capture the three parts; VerificationError if together they give other logits than
-    `reference`.
+def parts_of(twin: Twin, inputs: Args) -> Parts:
+    """Capture the three parts; VerificationError if together they give other logits than the
+    compact model.
     """
     value = _main_input(twin.model, inputs)
     encoder = _encoder(twin, value)
     parts = _decoders(twin, value, encoder)
-    verify(parts, reference, value)
+    verify(parts, twin.compact, value)
     return parts
 
 

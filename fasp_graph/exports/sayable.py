@@ -7,8 +7,6 @@ attention on [heads, tokens, channels]                on [1, heads, tokens, chan
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -18,19 +16,22 @@ from torch.utils import _pytree as pytree
 from passes.bounds import is_bound
 from passes.capture import Args
 from passes.held import held_inputs
+from passes.skeleton import shared_copy
 from passes.visit import op_name
 
 aten = torch.ops.aten
 
 
 def sayable(module: GraphModule, inputs: Args) -> tuple[GraphModule, Args]:
-    """A copy that ONNX has words for, and its inputs; the graph itself if it needs no change."""
+    """A copy on the same weights that ONNX has words for, and its inputs; the graph itself if it
+    needs no change.
+    """
     held = held_inputs(module)
     attention = [node.name for node in module.graph.nodes if _missing(node)]
     bound = [node for node in module.graph.nodes if is_bound(node)]
     if not held and not attention and not bound:
         return module, inputs
-    plain = copy.deepcopy(module)
+    plain = shared_copy(module)
     for node in list(plain.graph.nodes):
         if is_bound(node):
             plain.graph.erase_node(node)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from passes.errors import FaspGraphError, causes
+from passes.refuse import failed_at
 
 from .whole import whole
 
@@ -20,7 +21,7 @@ MOST = 400  # characters of an exporter's words
 def draft(path: Path, kind: str, ending: str) -> Iterator[Path]:
     """A path in a temporary folder beside `path`. What lies in the folder when the block ends is
     moved beside `path`, the file of its name last; an exception leaves nothing behind, and becomes
-    a FaspGraphError that says `kind`. `ending`: how files of this kind end.
+    a FaspGraphError that says `kind`, and where in the model. `ending`: how files of this kind end.
     """
     if not path.parent.is_dir():
         raise FaspGraphError(f"the folder {path.parent} does not exist · help: create it first")
@@ -43,8 +44,8 @@ def draft(path: Path, kind: str, ending: str) -> Iterator[Path]:
         raise
     except Exception as error:  # exporters raise errors of many unrelated types
         raise FaspGraphError(
-            f"the graph cannot be written as {kind}: {causes(error, MOST)} · help: another format "
-            "may do"
+            f"the graph cannot be written as {kind}: {causes(error, MOST)}{failed_at(error)} · "
+            "help: another format may do"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
