@@ -169,9 +169,9 @@ def apart(
     told = [output.dim() > 0 and output.shape[-1] in words for output in outputs]
     parts: list[Tensor] = []
     slopes = []
-    for o, t, words_of in zip(outputs, target, told, strict=True):
+    for o, t, over_words in zip(outputs, target, told, strict=True):
         slope = o.new_zeros(o.shape) if o.requires_grad else None
-        if words_of:
+        if over_words:
             parts += _divergence(o, t, slope)
         elif not any(told):
             gap, mean = o.float() - t.float(), t.float().square().mean().clamp_min(5e-13)
@@ -233,17 +233,17 @@ def _add_sample(
         weight, entering = read(site.view.parameter), value(site.view.source).detach()
         if site.entry not in counts:
             rows = _rows(site, entering, weight)
-            held = sums.second.setdefault(site.entry, rows.new_zeros(2 * rows.shape[1:]))
+            held = sums.second.setdefault(site.entry, rows.new_zeros(rows.shape[1], rows.shape[1]))
             held.addmm_(rows.T, rows)
             counts[site.entry] = len(rows)
-        size = _size(site, weight)
-        sums.cross.setdefault(node, result.new_zeros(size, dtype=torch.float32))
-        sums.power.setdefault(node, result.new_zeros(size[0], dtype=torch.float32))
+        out, entries = result.shape[1 if site.view.convolution else -1], sums.second[site.entry]
+        sums.cross.setdefault(node, entries.new_zeros(out, len(entries)))
+        sums.power.setdefault(node, entries.new_zeros(out))
 
         def see(gradient: Tensor) -> None:
-            out = site.view.outputs(gradient).float()
-            sums.cross[node].addmm_(out.T, _rows(site, entering, weight))
-            sums.power[node] += out.square().sum(0)
+            slope = site.view.outputs(gradient).float()
+            sums.cross[node].addmm_(slope.T, _rows(site, entering, weight))
+            sums.power[node] += slope.square().sum(0)
 
         return tap(result, leaves, see)
 
@@ -257,14 +257,6 @@ def _add_sample(
     sums.distance += distance
     sums.tokens += max(counts.values())
     return True
-
-
-def _size(site: Site, weight: Tensor) -> tuple[int, int]:
-    """(out, in), with one more in for a bias."""
-    out = (
-        weight.shape[0] if site.view.convolution else weight.numel() // weight.shape[site.view.dim]
-    )
-    return out, weight.numel() // out + bool(site.offset)
 
 
 def _rows(site: Site, entering: Tensor, weight: Tensor) -> Tensor:
