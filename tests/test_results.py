@@ -35,6 +35,14 @@ def test_the_users_class_equals_the_graph(name):
     assert result.report.flops_after < result.report.flops_before
 
 
+def test_a_result_says_what_it_is_in_a_line():
+    _, result = pruned("llama-random", method="magnitude")
+
+    before, after = result.report.params_before, result.report.params_after
+    said = f"4 groups pruned, parameters {before:,} -> {after:,}, {result.report.sparsity:.1%}"
+    assert repr(result) == f"Pruned(LlamaForCausalLM: {said} of those in scope removed)"
+
+
 def test_altered_weights_and_foreign_folders_are_refused(tmp_path):
     _, result = pruned("llama-random")
     folder = result.save(tmp_path / "small")
