@@ -67,8 +67,9 @@ def emit_model(
         return copy.deepcopy(compact), Emission(ways={g.name: "graph" for g in groups})
     trial, emission = search.build(chosen)
     small = copy.deepcopy(trial)
-    for path, module in model.named_modules():
-        small.get_submodule(path).training = module.training
+    for path, module in model.named_modules():  # parents first; adapters are as what they stand at
+        for inner in small.get_submodule(path).modules():
+            inner.training = module.training
     return small, emission
 
 
