@@ -32,19 +32,28 @@ def refuse_modelless(model: object) -> None:
 
 
 def refuse_unmergeable(model: nn.Module) -> None:
-    """CaptureError if weights are quantised, or low-rank adapters are not merged into them."""
+    """CaptureError if weights are quantised, or adapters or prompts are still beside them."""
     for name, what in _quantised(model):
         raise CaptureError(
             f"{name} is {what}: quantised weights cannot be cut or repaired · help: {UNQUANTISED}"
         )
     for name, module in model.named_modules():
-        # PEFT's contract for a wrapped layer: `base_layer` holds the weight, `merged` tells
-        if getattr(module, "merged", None) is False and isinstance(
-            getattr(module, "base_layer", None), nn.Module
-        ):
+        # PEFT's contract for a wrapped layer: `base_layer` holds the weight, `merged` tells whether
+        # the adapter, which could be taken out again, is in it
+        wrapped = isinstance(getattr(module, "base_layer", None), nn.Module)
+        if wrapped and hasattr(module, "merged"):
+            merged = "was merged and is still there" if module.merged else "is not merged"
             raise CaptureError(
-                f"{name} ({type(module).__name__}) holds an adapter that is not merged · help: "
+                f"{name} ({type(module).__name__}) holds an adapter that {merged} · help: "
                 "call merge_and_unload() and prune what it returns"
+            )
+    for name, module in model.named_modules():
+        # its contract for a model: `peft_config` tells what is tuned; merge_and_unload deletes it
+        if getattr(module, "peft_config", None):
+            raise CaptureError(
+                f"{name or 'the model'} ({type(module).__name__}) is tuned by prompts or adapters "
+                "that cannot be merged · help: prune the model that it was made of, "
+                "get_base_model(), and tune the result"
             )
 
 

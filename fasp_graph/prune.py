@@ -45,6 +45,7 @@ from .memory import peak_cuda, peak_host, restart
 from .notes import notes
 from .pricing import layer_seconds
 from .report import Frozen, GroupReport, Report
+from .units import counted
 from .walking import Decisions
 
 
@@ -61,6 +62,15 @@ class Pruned:
     inputs: Args
     dynamic_shapes: Any
     emission: Emission
+
+    def __repr__(self) -> str:
+        """One line; the report has the rest."""
+        report = self.report
+        return (
+            f"Pruned({type(self.model).__name__}: {counted(len(report.groups), 'group')} pruned, "
+            f"parameters {report.params_before:,} -> {report.params_after:,}, "
+            f"{report.sparsity:.1%} of those in scope removed)"
+        )
 
     def save(self, folder: Any, **options: Any) -> Any:
         """`fasp_graph.save(self, folder)`."""

@@ -73,6 +73,45 @@ def test_low_rank_adapters_must_be_merged(mlp):
     assert run(merged).report.params_after < sum(p.numel() for p in mlp.parameters())
 
 
+def test_adapters_that_could_be_unmerged_are_refused():
+    peft = pytest.importorskip("peft")
+    model, inputs, _ = families.program("llama")
+    config = peft.LoraConfig(target_modules=["v_proj"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    adapted.merge_adapter()
+
+    for held in (adapted, adapted.get_base_model()):  # as add_adapter of transformers leaves it
+        with pytest.raises(fg.FaspGraphError, match=r"holds an adapter that was .* still there · help: call merge_and_unload\(\)"):
+            fg.prune(held, inputs, None, fg.Config(method="magnitude"))
+
+    refuse_unmergeable(adapted.merge_and_unload())
+
+
+def prefixes(peft):
+    return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+
+
+def prompts(peft):
+    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+
+
+def prompts_in_attention(peft):
+    return peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1)
+
+
+@pytest.mark.parametrize("tuning", [prefixes, prompts, prompts_in_attention])
+def test_prompts_that_cannot_be_merged_are_refused(tuning):
+    peft = pytest.importorskip("peft")
+    model, inputs, _ = families.program("llama")
+    tuned = peft.get_peft_model(copy.deepcopy(model), tuning(peft))
+
+    with pytest.raises(fg.FaspGraphError, match=r"cannot be merged .* help: .*get_base_model\(\)"):
+        fg.prune(tuned, inputs, None, fg.Config(method="magnitude"))
+
+    if tuning is not prompts_in_attention:
+        refuse_unmergeable(tuned.get_base_model())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_models_stay_in_it(dtype):
     model, inputs, _ = families.program("llama")

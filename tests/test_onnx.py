@@ -74,6 +74,29 @@ def test_other_sizes_are_compared(pruned, tmp_path, monkeypatch):
     assert len(shapes) == 2 and shapes[0].isdisjoint(shapes[1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_the_checker_refuses_is_not_written(pruned, tmp_path, monkeypatch, dtype):
+    """ONNX Runtime takes a graph without a name, the standard does not."""
+    step = "_program" if dtype == "float32" else "reduce"
+    make = getattr(emitter, step)
+
+    def nameless(*given):
+        made = make(*given)
+        if made is not None:
+            made.model.graph.name = ""
+            return made
+        model = onnx.load(given[0])
+        model.graph.name = ""
+        onnx.save(model, given[0])
+
+    monkeypatch.setattr(emitter, step, nameless)
+
+    with pytest.raises(fg.FaspGraphError, match="cannot be written as ONNX.*name.*graph"):
+        fg.export(pruned, tmp_path / "small.onnx", dtype=dtype)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_paths_that_cannot_be_written(pruned, tmp_path):
     with pytest.raises(fg.FaspGraphError, match="does not exist"):
         fg.export_onnx(pruned, tmp_path / "nowhere" / "small.onnx")
@@ -197,6 +220,33 @@ def test_a_decoder_with_its_cache_in_onnx_runtime(llama, tmp_path, monkeypatch):
     ids, mask = prompt()
     made = decoding.greedy(session, ids.numpy(), mask.numpy(), 7)
     assert made.tolist() == text_of(llama.model, ids, mask).tolist()
+
+
+def test_a_cache_of_float16_takes_half_the_bytes(pruned, tmp_path):
+    found = fg.export(pruned, tmp_path / "model.onnx", cache=True, dtype="float16")
+
+    entries = emitter.onnx_session(tmp_path / "model.onnx").get_inputs()
+    past = [entry for entry in entries if entry.name.startswith("past_key_values")]
+    assert {entry.type for entry in past} == {"tensor(float16)"}
+    numbers = sum(entry.shape[1] * entry.shape[3] for entry in past)
+    assert (found.cache_bytes, found.dense_cache_bytes) == (2 * numbers, 2 * 2 * 2 * 8)
+
+
+def test_prompt_and_later_tokens_are_compared(pruned, tmp_path, monkeypatch):
+    run, lengths = emitter.run_session, []
+
+    def wrong_later(session, inputs):
+        ids, mask = inputs[0][:2]
+        lengths.append((ids.shape[1], mask.shape[1] - ids.shape[1]))
+        return [output + (ids.shape[1] == 1) for output in run(session, inputs)]
+
+    monkeypatch.setattr(emitter, "run_session", wrong_later)
+
+    with pytest.raises(VerificationError, match="differ by"):
+        fg.export(pruned, tmp_path / "model.onnx", cache=True)
+
+    assert [past for _, past in lengths] == [caching.PAST, 0, 2 * caching.PAST]
+    assert list(tmp_path.iterdir()) == []
 
 
 class Stepper:

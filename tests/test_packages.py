@@ -71,6 +71,26 @@ def test_a_mismatch_writes_nothing(pruned, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_other_sizes_are_compared(pruned, tmp_path, monkeypatch):
+    load = torch.export.load
+
+    class Program:
+        """Computes as it should at the batch size of the example alone."""
+
+        def __init__(self, path):
+            self.run = load(path).module()
+
+        def module(self):
+            return lambda x: self.run(x) + (len(x) != 3)
+
+    monkeypatch.setattr(torch.export, "load", Program)
+
+    with pytest.raises(VerificationError, match="differ by"):
+        fg.export(pruned, tmp_path / "a.pt2", "pt2")
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_written(pruned, tmp_path, monkeypatch):
     with pytest.raises(fg.FaspGraphError, match=r"must end in .pt2 · help: a.pt2"):
         fg.export(pruned, tmp_path / "a.bin", "pt2")

@@ -35,6 +35,51 @@ def test_the_users_class_equals_the_graph(name):
     assert result.report.flops_after < result.report.flops_before
 
 
+def test_a_result_says_what_it_is_in_a_line():
+    _, result = pruned("llama-random", method="magnitude")
+
+    before, after = result.report.params_before, result.report.params_after
+    said = f"4 groups pruned, parameters {before:,} -> {after:,}, {result.report.sparsity:.1%}"
+    assert repr(result) == f"Pruned(LlamaForCausalLM: {said} of those in scope removed)"
+
+
+def test_modes_and_frozen_weights_stay_the_users():
+    dense = models_zoo.load("llama-random").model.train()
+    dense.model.layers[1].eval()
+    dense.model.layers[0].requires_grad_(False)
+    entry = program("llama-random")[0]
+
+    small = fg.prune(dense, entry.inputs, None, fg.Config(0.3, method="magnitude")).model
+
+    for model in (dense, small):
+        modes = {path: module.training for path, module in model.named_modules()}
+        assert all(mode == ("layers.1" not in path) for path, mode in modes.items())
+        trained = {name: p.requires_grad for name, p in model.named_parameters()}
+        assert all(held == ("layers.0" not in name) for name, held in trained.items())
+
+
+class Divided(nn.Module):
+    """Reads a width that pruning changes, which shows in numbers that are not zero."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 16, bias=False), nn.Linear(16, 3, bias=False)
+
+    def forward(self, x):
+        h = torch.relu(self.up(x))
+        return self.down(h / h.shape[-1])
+
+
+def test_the_class_is_tried_at_other_inputs_than_the_example():
+    config = fg.Config(0.3, method="magnitude")
+    result = fg.prune(Divided().eval(), torch.zeros(4, 6), None, config)
+
+    assert result.emission.ways == {"up.0": "adapter"}
+    x = torch.randn(5, 6)
+    assert torch.allclose(outputs(result.model, x), outputs(result.graph_module, x), atol=1e-6)
+
+
 def test_altered_weights_and_foreign_folders_are_refused(tmp_path):
     _, result = pruned("llama-random")
     folder = result.save(tmp_path / "small")

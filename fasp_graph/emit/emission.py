@@ -7,8 +7,8 @@ A group's way is one of
     attributes  integer attributes of the modules around them changed too, or tuples of integers
     adapter     the class's code has the old size burned in: producers scatter their output to the
                 old width, consumers gather their input from it, a norm between them works at it.
-                Weights, state dict and outputs are compact; the module's interface keeps the
-                old width
+                Weights, the sizes that layers state of them, state dict and outputs are compact;
+                the module's interface keeps the old width
     padded      the weights are stored compact and filled with zeros whenever they are read: for
                 modules whose weights other code reads (nn.MultiheadAttention). Saves memory only
     graph       none of these works: the model is the compact graph itself

@@ -37,7 +37,7 @@ from passes.tracing import silenced
 from .cases import Case, apart, cases, same_when_wide
 from .compaction import Compaction
 from .emission import Emission, apply_shapes
-from .recipes import ADAPTER, INSIDE, NATIVE, PADDED, WIDE, Way, record
+from .recipes import ADAPTER, NATIVE, PADDED, WIDE, Way, record
 from .sizes import attribute_sets
 
 DEEP = 20  # times the usual rounding, which that of many layers in half precision may reach
@@ -67,8 +67,9 @@ def emit_model(
         return copy.deepcopy(compact), Emission(ways={g.name: "graph" for g in groups})
     trial, emission = search.build(chosen)
     small = copy.deepcopy(trial)
-    for path, module in model.named_modules():
-        small.get_submodule(path).training = module.training
+    for path, module in model.named_modules():  # parents first; adapters are as what they stand at
+        for inner in small.get_submodule(path).modules():
+            inner.training = module.training
     return small, emission
 
 
@@ -118,7 +119,7 @@ def _beyond_zeros(search: _Search) -> dict[str, Way] | None:
 def _ways_of(search: _Search, family: list[Group], chosen: dict[str, Way]) -> dict[str, Way] | None:
     """Ways for the groups of `family` on top of `chosen`: one for all, or each its own."""
     attributes = (("attributes", *names) for names in attribute_sets(search.weights.model, family))
-    for way in itertools.chain([NATIVE], attributes, [INSIDE, ADAPTER, WIDE, PADDED]):
+    for way in itertools.chain([NATIVE], attributes, [ADAPTER, WIDE, PADDED]):
         trial = {group.name: way for group in family}
         if search.agrees(chosen | trial):
             return trial

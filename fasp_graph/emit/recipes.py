@@ -13,8 +13,8 @@ from .compaction import Compaction
 from .emission import Axis, Emission
 from .sizes import Size, both, own_sizes, size_of, stated_sizes
 
-Way = tuple[str, ...]  # ("attributes", name, ...) and ADAPTER with INSIDE carry more than a name
-NATIVE, ADAPTER, INSIDE, PADDED = ("native",), ("adapter",), ("adapter", "inside"), ("padded",)
+Way = tuple[str, ...]  # ("attributes", name, ...) and WIDE carry more than a name
+NATIVE, ADAPTER, PADDED = ("native",), ("adapter",), ("padded",)
 WIDE = ("adapter", "wide")  # a norm between the two sees the old width
 CHANNELS_FIRST = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -33,8 +33,8 @@ def record(
         path, _, leaf = mine.rpartition(".")
         module = weights.model.get_submodule(path)
         old = attribute(weights.model, mine)
-        inner = {g for g, w in chosen.items() if w[0] in ("native", "attributes") or w == INSIDE}
-        shape = [len(weights.left(theirs, d, n, inner)) for d, n in enumerate(old.shape)]
+        cut = {g for g, w in chosen.items() if w[0] != "padded" and not _at_old_width(module, w)}
+        shape = [len(weights.left(theirs, d, n, cut)) for d, n in enumerate(old.shape)]
         _set(emission, path, module, own_sizes(module, tuple(old.shape), tuple(shape)))
     if way[0] == "attributes":
         kept = weights.kept[group.name]
@@ -92,7 +92,7 @@ def _adapt(
         tables = [emission.gather] if (theirs, dim) in consuming else [emission.scatter]
         if (theirs, dim) not in consuming and _elementwise(module):
             tables = [emission.gather, emission.scatter]
-            if chosen[group.name] == WIDE:
+            if _at_old_width(module, chosen[group.name]):
                 emission.padded[mine] = ((dim, size, kept),)
                 continue
         axis = 1 if isinstance(module, CHANNELS_FIRST) else -1
@@ -101,6 +101,10 @@ def _adapt(
                 cost += size if table is emission.scatter else len(kept)
             table[path] = (axis, size, kept)
     emission.costs[group.name] = cost
+
+
+def _at_old_width(module: nn.Module, way: Way) -> bool:
+    return way == WIDE and _elementwise(module)
 
 
 def _elementwise(module: nn.Module) -> bool:
