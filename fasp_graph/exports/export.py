@@ -5,7 +5,8 @@ onnx    ONNX Runtime; with `cache`, decoders take and return past_key_values und
 pt2     torch.export.load(path).module()
 aoti    compiled by AOTInductor for this machine: torch._inductor.aoti_load_package(path)
 
-Every file was run and compared with the graph it was made of before it appears at its path.
+The weights are those that the class (`pruned.model`) holds now. Every file was run and compared
+with the graph it was made of, and that with the class, before it appears at its path.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from passes.errors import ConfigError
 from passes.groups import DependencyGraph
 from passes.kernels import narrow
 
+from ..emit.current import current
 from ..emit.dense import Twin, dense_shell, dense_twin
 from ..folders.manifest import MANIFEST, read_manifest
 from ..jsontext import to_json
@@ -95,6 +97,17 @@ class Source:
     deps: DependencyGraph | None = None
     plan: Mapping[str, Any] | None = None
 
+    def current(self) -> Source:
+        """With the graph that the class is now."""
+        held = (self.graph_module, self.model, self.inputs, self.dynamic_shapes)
+        found = current(*held)
+        return replace(
+            self,
+            graph_module=found.graph_module,
+            inputs=found.inputs,
+            dynamic_shapes=found.dynamic_shapes,
+        )
+
     def twin(self) -> Twin:
         """The dense form of the class; the class itself where its own code says the sizes."""
         if self.deps is None or self.plan is None:
@@ -156,6 +169,8 @@ def export_source(source: Source, path: Path, format: str, options: Options) -> 
     """The work of `export`, for models that were not pruned too."""
     if format not in FORMATS:
         raise ConfigError(f"no format {format!r} · help: one of {', '.join(FORMATS)}")
+    if not options.cache:  # with a cache, the graph is another, which is made of the class
+        source = source.current()
     if format == "onnx":
         return _onnx(source, path, options)
     if options != Options():

@@ -68,14 +68,17 @@ def export_onnx(pruned: Pruned, path: str | os.PathLike[str]) -> Path:
     Raises VerificationError, and writes nothing, if ONNX Runtime computes other numbers.
     `fasp_graph.exports.export` has the options: with a cache, in parts, float16, int8.
     """
-    write_graph(*graph_call(pruned, path))
-    return Path(path)
+    from .export import export
+
+    return Path(export(pruned, path).path)
 
 
 def graph_call(
     pruned: Pruned, path: str | os.PathLike[str]
 ) -> tuple[GraphModule, Args, Any, Path, dict[str, str]]:
-    """The arguments of `write_graph` for a pruned model; they can be sent to another process."""
+    """The arguments of `write_graph` for a model as `prune` made it; they can be sent to another
+    process.
+    """
     metadata = {"fasp_graph.plan": to_json(pruned.plan.to_dict())}
     plain = narrow(pruned.graph_module)  # ONNX Runtime has no use for the padding, and pays for it
     return plain, pruned.inputs, pruned.dynamic_shapes, Path(path), metadata
