@@ -230,7 +230,7 @@ class Entry:
         self.shape = ["free" if d in free else n for d, n in enumerate(tensor.shape)]
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt2", "phi3", "gpt-neox", "gemma3"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "phi3", "gpt-neox", "gemma3", "mixtral"])
 def test_a_captured_decoder_writes_the_same_text(name):
     result = decoder_of(name)
 
