@@ -3,8 +3,10 @@
 import copy
 from dataclasses import replace
 
+import decoding
 import families
 import numpy as np
+import onnx
 import pytest
 import torch
 from families import EVERY, output
@@ -168,3 +170,62 @@ def test_a_recovered_model(tmp_path):
     expected = output(found.model, inputs)
     assert near(in_onnx_runtime(tmp_path / "a.onnx", inputs), expected)
     assert near(output(found.graph_module, inputs), expected)
+
+
+ELEMENT = {"float32": 1, "float16": 10, "int8": 1}  # TensorProto's, of the logits
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ELEMENT)
+def test_a_model_in_half_precision_is_written_as_asked(half, dtype, tmp_path):
+    model, inputs, _ = decoding.llama()
+    result = fg.prune(model.to(half), inputs, None, fg.Config(0.2, method="magnitude"))
+
+    plain = fg.export(result, tmp_path / "a.onnx", dtype=dtype)
+    cached = fg.export(result, tmp_path / "b.onnx", dtype=dtype, cache=True)
+
+    expected = output(copy.deepcopy(result.model).float(), inputs)
+    name = str(half).removeprefix("torch.")
+    for found in (plain, cached):
+        file = onnx.load(found.path)
+        assert file.graph.output[0].type.tensor_type.elem_type == ELEMENT[dtype]
+        weights = {held.data_type for held in file.graph.initializer if len(held.dims) > 1}
+        assert (onnx.TensorProto.INT8 in weights) == (dtype == "int8")
+        metadata = {entry.key: entry.value for entry in file.metadata_props}
+        assert metadata["fasp_graph.model_dtype"] == found.model_dtype == name
+    slack = {"float32": 1e-4, "float16": 1e-2, "int8": 2e-1}[dtype]
+    assert near(in_onnx_runtime(tmp_path / "a.onnx", inputs), expected, slack)
+    assert next(result.model.parameters()).dtype == half
+
+
+def test_precision_may_change_on_the_way(small, tmp_path):
+    x = torch.randn(5, 3, 8, 8)
+    small.model.half()
+
+    found = fg.export(small, tmp_path / "a.onnx")
+
+    expected = copy.deepcopy(small.model).float()(x)
+    assert found.model_dtype == "float16"
+    assert near(run_session(onnx_session(found.path), ((x,), {}))[0], expected)
+    half = torch.randn(3, 3, 8, 8).half()
+    again = fg.prune(small.model, half, None, fg.Config(method="magnitude"))
+    again.model.float()
+    found = fg.export(again, tmp_path / "b.onnx")
+    assert found.model_dtype is None
+    assert near(run_session(onnx_session(found.path), ((x,), {}))[0], again.model(x))
+
+
+def test_parts_of_a_model_in_half_precision(tmp_path):
+    result, inputs = families.pruned("t5"), EVERY["t5"].batch(3, 11)
+    result = replace(result, model=copy.deepcopy(result.model).bfloat16())
+
+    found = fg.export(result, tmp_path / "parts", cache=True)
+
+    states = in_onnx_runtime(
+        tmp_path / "parts/encoder_model.onnx",
+        {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])},
+    )
+    with torch.no_grad():
+        wide = copy.deepcopy(result.model).float()
+        assert near(states, wide.encoder(inputs["input_ids"]).last_hidden_state)
+    assert found.model_dtype == "bfloat16" and found.max_error < 1e-4
