@@ -6,21 +6,14 @@ pip install 'fasp-graph[recover]'.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
-from torch.fx import GraphModule
 
-from passes.compare import tensors
-from passes.errors import FaspGraphError
-from passes.rewrite import attribute
-
-from .folders.loading import original_name
+from .emit.current import current
 from .prune import Pruned
 from .training import Progress, Training, train
 
@@ -48,32 +41,7 @@ def recover(
     trained = train(model, data, training, progress).model
     if not isinstance(pruned, Pruned):
         return trained
-    graph = _synchronised(pruned, trained)
+    graph = current(pruned.graph_module, trained, pruned.inputs, pruned.dynamic_shapes)
     seconds = {**pruned.report.seconds, "recover": time.perf_counter() - started}
     report = replace(pruned.report, seconds=seconds)
-    return replace(pruned, model=trained, graph_module=graph, report=report)
-
-
-def _synchronised(pruned: Pruned, model: nn.Module) -> GraphModule:
-    """The compact graph with the trained weights; it must compute what the model does."""
-    graph = copy.deepcopy(pruned.graph_module)
-    padded = pruned.emission.padded
-    with torch.no_grad():
-        for name, _ in pruned.graph_module.named_parameters():
-            theirs = attribute(model, original_name(name) if name in padded else name)
-            ours = attribute(graph, name)
-            if ours.shape == theirs.shape:
-                ours.copy_(theirs)
-    args, kwargs = pruned.inputs
-    was = model.training
-    with torch.no_grad():
-        pairs = zip(
-            tensors(graph(*args, **kwargs)), tensors(model.eval()(*args, **kwargs)), strict=False
-        )
-        agree = all(torch.allclose(a, b, 1e-3, 1e-4 * float(b.abs().max())) for a, b in pairs)
-    model.train(was)
-    if not agree:
-        raise FaspGraphError(
-            "the trained model and its graph disagree · help: recover the model that load returns"
-        )
-    return graph
+    return replace(pruned, model=trained, graph_module=graph.graph_module, report=report)

@@ -278,12 +278,12 @@ def _prepared(
         config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False
-    experts = getattr(twin, "set_experts_implementation", None)
-    if callable(experts):
-        experts("batched_mm")
-    attention = getattr(getattr(twin, "config", None), "_attn_implementation", None)
-    if attention not in (None, "eager", "sdpa") and hasattr(twin, "set_attn_implementation"):
-        twin.set_attn_implementation("sdpa")
+        experts = getattr(module, "set_experts_implementation", None)
+        if callable(experts):
+            experts("batched_mm")
+        attention = getattr(config, "_attn_implementation", None)
+        if attention not in (None, "eager", "sdpa") and hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation("sdpa")
     forward = without_cache(twin.forward, args)
     signature = inspect.signature(forward)
     forward = with_whole_numbers(forward, twin, args)

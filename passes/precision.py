@@ -41,6 +41,15 @@ def widened(module: Model) -> Model:
     return wide
 
 
+def in_float32(module: Model) -> Model:
+    """The same with all its weights at hand; the module itself where none is in half precision."""
+    if not is_half(module):
+        return module
+    wide = widened(module)
+    replace(wide, lambda _, held: materialized(held) if isinstance(held, Lazy) else None)
+    return wide
+
+
 def widened_inputs(args: Any) -> Any:
     """Inputs for it."""
     return pytree.tree_map(

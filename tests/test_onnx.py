@@ -280,7 +280,7 @@ class Entry:
         self.shape = ["free" if d in free else n for d, n in enumerate(tensor.shape)]
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt2", "phi3", "gpt-neox", "gemma3"])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "phi3", "gpt-neox", "gemma3", "mixtral"])
 def test_a_captured_decoder_writes_the_same_text(name):
     result = decoder_of(name)
 
@@ -335,6 +335,44 @@ def test_inputs_outputs_and_their_axes_have_names(tmp_path, name, inputs, output
         return {name: [d.dim_param or d.dim_value for d in dims] for name, dims in shapes.items()}
 
     assert (told(graph.input), told(graph.output)) == (inputs, outputs)
+
+
+class Several(torch.nn.Module):
+    """Axes that nothing ties to each other, one of them behind the second."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(9, 6)
+        self.up, self.down = torch.nn.Linear(6, 16), torch.nn.Linear(16, 3)
+
+    def forward(self, ids, other, pages):
+        return tuple(self.down(self.up(self.table(x)).relu()) for x in (ids, other, pages))
+
+
+def test_axes_that_are_not_the_usual_ones_have_names(tmp_path):
+    inputs = {"ids": (3, 5), "other": (4, 7), "pages": (2, 6, 8)}
+    example = {name: torch.randint(0, 9, shape) for name, shape in inputs.items()}
+    pruned = fg.prune(Several(), example, None, fg.Config(0.3, method="magnitude"))
+
+    session = emitter.onnx_session(fg.export_onnx(pruned, tmp_path / "small.onnx"))
+
+    assert [entry.shape for entry in session.get_inputs()] == [
+        ["batch_size", "sequence_length"],
+        ["other_batch_size", "other_sequence_length"],
+        ["pages_batch_size", "axis_1", "axis_2"],
+    ]
+
+
+def test_weights_that_lay_beside_an_earlier_file_go(pruned, tmp_path):
+    path = tmp_path / "small.onnx"
+    apart = fg.export(pruned, path, external_data_bytes=1000)
+    assert apart.files == (path.name, f"{path.name}.data")
+
+    found = fg.export(pruned, path)
+
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert (found.files, found.bytes) == ((path.name,), path.stat().st_size)
 
 
 class Named(torch.nn.Module):

@@ -1,8 +1,10 @@
 """Packages run where this project is not installed, with the same numbers."""
 
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -53,6 +55,15 @@ def test_a_fresh_process_gets_the_same_numbers(pruned, tmp_path):
     assert [made.format for made in found] == ["pt2", "aoti"][: len(found)]
     for name in names:
         torch.testing.assert_close(torch.load(f"{tmp_path / name}.out"), pruned.model(x))
+
+
+def test_a_file_holds_no_path_of_this_machine(pruned, tmp_path):
+    found = fg.export(pruned, tmp_path / "a.pt2", "pt2")
+
+    with zipfile.ZipFile(found.path) as file:
+        held = b"".join(file.read(name) for name in file.namelist())
+    assert b"stack_trace" not in held
+    assert not re.search(rb"/[^\s\"]+[.]py\b", held)
 
 
 def test_a_mismatch_writes_nothing(pruned, tmp_path, monkeypatch):

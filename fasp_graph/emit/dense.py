@@ -25,12 +25,12 @@ from passes.analysis import analysis
 from passes.capture import Args, capture
 from passes.errors import FaspGraphError
 from passes.groups import DependencyGraph, Group
-from passes.lazy import replace
 from passes.removal import Removal, removal, sliced
-from passes.rewrite import attribute, rewrite
+from passes.rewrite import rewrite
 from passes.values import CLOSED, OpenAxes
 
 from .compaction import spread
+from .current import share, stored
 
 Gone = dict[tuple[int, int, int], set[int]]
 """(run of the analysis, id of a tensor of the twin, dim) -> positions that the plan removed"""
@@ -51,9 +51,14 @@ def dense_twin(model: nn.Module, deps: DependencyGraph, kept: Mapping[str, Any])
     shapes = _cut_axes(twin, deps, kept)
     with torch.no_grad():
         for name, tensor in _tensors(twin).items():
-            value = _stored(model, name)
-            if value is not None:
-                _fill(tensor, value.detach(), shapes.get(id(tensor), {}), name)
+            value = stored(model, name)
+            if value is None:
+                raise FaspGraphError(
+                    f"{type(model).__name__} has no weight {name} any more, so its dense form "
+                    "cannot be built · help: merge what wraps it (merge_and_unload()), or export "
+                    "without a cache"
+                )
+            _fill(tensor, value.detach(), shapes.get(id(tensor), {}), name)
     return Twin(twin, _gone(twin, deps, kept), model)
 
 
@@ -94,14 +99,14 @@ def shrunk(
     captured = capture(wrapper, inputs, shapes=shapes)
     module, given = captured.graph_module, captured.inputs
     _without_wrapper(module)
-    _share(module, twin.model)
+    share(module, twin.model, "model.")
     if twin.gone:
         deps = analysis(module, given, False, open_axes)
         cut = removal(deps, _kept(deps, twin))
         given = _cut_inputs(module, given, cut)
         module = rewrite(module, cut, share=True)
     module = without_unused(module)
-    _share(module, twin.compact)
+    share(module, twin.compact, "model.")
     return Shrunk(module, given[0], _uncut(module, twin))
 
 
@@ -113,18 +118,6 @@ def _without_wrapper(module: GraphModule) -> None:
             key: (path.removeprefix("model").removeprefix("."), kind)
             for key, (path, kind) in stack.items()
         }
-
-
-def _share(module: GraphModule, model: nn.Module) -> None:
-    """Parameters that hold what those of `model` do become those (in place)."""
-
-    def theirs(name: str, held: nn.Parameter) -> Tensor | None:
-        found = _stored(model, name.removeprefix("model."))
-        if found is None or (found.dtype, found.device) != (held.dtype, held.device):
-            return None
-        return found if torch.equal(found, held) else None
-
-    replace(module, theirs)
 
 
 def _uncut(module: GraphModule, twin: Twin) -> tuple[str, ...]:
@@ -167,14 +160,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
             *model.named_buffers(remove_duplicate=False),
         ]
     )
-
-
-def _stored(model: nn.Module, name: str) -> Tensor | None:
-    """A tensor of the compact model; compact too where a parametrisation pads it."""
-    path, _, leaf = name.rpartition(".")
-    table = getattr(model.get_submodule(path), "parametrizations", {})
-    value = table[leaf].original if leaf in table else attribute(model, name)
-    return value if isinstance(value, Tensor) else None
 
 
 def _fill(tensor: Tensor, value: Tensor, gone: Mapping[int, set[int]], name: str) -> None:

@@ -36,6 +36,7 @@ from passes.tracing import silenced
 
 from .cases import Case, apart, cases, same_when_wide
 from .compaction import Compaction
+from .current import share
 from .emission import Emission, apply_shapes
 from .recipes import ADAPTER, NATIVE, PADDED, WIDE, Way, record
 from .sizes import attribute_sets
@@ -53,7 +54,8 @@ def emit_model(
     inputs: Args,
     stand_in: Callable[[], tuple[nn.Module, GraphModule]] | None = None,
 ) -> tuple[nn.Module, Emission]:
-    """A smaller copy of `model` whose outputs equal `compact`'s, and how it was made.
+    """A smaller copy of `model` whose outputs equal `compact`'s, and how it was made; `compact`
+    stands on its storage from then on (current.py).
 
     `stand_in` makes the model and the compact graph with other numbers, on which ways are searched
     where those of `model` are slow to read; what is found is then judged on the true ones.
@@ -63,13 +65,14 @@ def emit_model(
     chosen = None if stand_in is None else _choose_on(*stand_in(), groups, plan, inputs)
     if chosen is None or not search.agrees(chosen):
         chosen = _choose(search)
-    if chosen is None:
-        return copy.deepcopy(compact), Emission(ways={g.name: "graph" for g in groups})
-    trial, emission = search.build(chosen)
-    small = copy.deepcopy(trial)
-    for path, module in model.named_modules():  # parents first; adapters are as what they stand at
-        for inner in small.get_submodule(path).modules():
-            inner.training = module.training
+    small, emission = compact, Emission(ways={g.name: "graph" for g in groups})
+    if chosen is not None:
+        small, emission = search.build(chosen)
+        for path, module in model.named_modules():  # parents first; adapters are as their hosts
+            for inner in small.get_submodule(path).modules():
+                inner.training = module.training
+    small = copy.deepcopy(small)
+    share(compact, small)
     return small, emission
 
 

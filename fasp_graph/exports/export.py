@@ -5,7 +5,8 @@ onnx    ONNX Runtime; with `cache`, decoders take and return past_key_values und
 pt2     torch.export.load(path).module()
 aoti    compiled by AOTInductor for this machine: torch._inductor.aoti_load_package(path)
 
-Every file was run and compared with the graph it was made of before it appears at its path.
+The weights are those that the class (`pruned.model`) holds now. Every file was run and compared
+with the graph it was made of, and that with the class, before it appears at its path.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from passes.capture import Args, capture
 from passes.errors import ConfigError
 from passes.groups import DependencyGraph
 from passes.kernels import narrow
+from passes.precision import HALF, in_float32, is_half, widened, widened_inputs
 
+from ..emit.current import current
 from ..emit.dense import Twin, dense_shell, dense_twin
 from ..folders.manifest import MANIFEST, read_manifest
 from ..jsontext import to_json
@@ -49,6 +52,8 @@ class Exported:
     `max_error`: the largest difference to the graph that was seen when the file was compared,
     relative to the output's largest number.
     `uncut`: weights that keep their old size, with zeros, because the cache cannot follow.
+    `model_dtype`: the half precision of the model's weights, where the file was made of a copy of
+    them in float32.
     """
 
     format: str
@@ -61,6 +66,7 @@ class Exported:
     perplexity: float | None = None
     uncut: tuple[str, ...] = ()
     max_error: float | None = None
+    model_dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what was not measured is left out."""
@@ -94,6 +100,30 @@ class Source:
     model: nn.Module
     deps: DependencyGraph | None = None
     plan: Mapping[str, Any] | None = None
+    model_dtype: str | None = None
+
+    def current(self) -> Source:
+        """With the graph that the class is now."""
+        held = (self.graph_module, self.model, self.inputs, self.dynamic_shapes)
+        found = current(*held)
+        return replace(
+            self,
+            graph_module=found.graph_module,
+            inputs=found.inputs,
+            dynamic_shapes=found.dynamic_shapes,
+        )
+
+    def in_float32(self) -> Source:
+        """With a copy of weights that are in half precision, of which no runtime has all ops."""
+        if not is_half(self.model) and not is_half(self.graph_module):
+            return self
+        return replace(
+            self,
+            graph_module=widened(self.graph_module),  # one weight at a time: `current` takes others
+            model=in_float32(self.model),
+            inputs=widened_inputs(self.inputs),
+            model_dtype=_half_of(self.model),
+        )
 
     def twin(self) -> Twin:
         """The dense form of the class; the class itself where its own code says the sizes."""
@@ -110,8 +140,14 @@ class Source:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The plan, where there is one."""
-        return {} if self.plan is None else {"fasp_graph.plan": to_json(self.plan)}
+        """The plan, where there is one; the half precision that the model's weights had."""
+        found = {} if self.plan is None else {"fasp_graph.plan": to_json(self.plan)}
+        return found | ({"fasp_graph.model_dtype": self.model_dtype} if self.model_dtype else {})
+
+
+def _half_of(model: nn.Module) -> str | None:
+    found = {held.dtype for held in model.parameters() if held.dtype in HALF}
+    return min((str(dtype).removeprefix("torch.") for dtype in found), default=None)
 
 
 def export(
@@ -156,6 +192,10 @@ def export_source(source: Source, path: Path, format: str, options: Options) -> 
     """The work of `export`, for models that were not pruned too."""
     if format not in FORMATS:
         raise ConfigError(f"no format {format!r} · help: one of {', '.join(FORMATS)}")
+    if format == "onnx":
+        source = source.in_float32()
+    if not options.cache:  # with a cache, the graph is another, which is made of the class
+        source = source.current()
     if format == "onnx":
         return _onnx(source, path, options)
     if options != Options():
@@ -218,6 +258,7 @@ def _exported(
         tuple(file.name for file in files),
         sum(file.stat().st_size for file in files),
         max_error=error,
+        model_dtype=source.model_dtype,
     )
     if options.tokens is not None:
         figure = session_perplexity(onnx_session(path), options.tokens)

@@ -68,14 +68,17 @@ def export_onnx(pruned: Pruned, path: str | os.PathLike[str]) -> Path:
     Raises VerificationError, and writes nothing, if ONNX Runtime computes other numbers.
     `fasp_graph.exports.export` has the options: with a cache, in parts, float16, int8.
     """
-    write_graph(*graph_call(pruned, path))
-    return Path(path)
+    from .export import export
+
+    return Path(export(pruned, path).path)
 
 
 def graph_call(
     pruned: Pruned, path: str | os.PathLike[str]
 ) -> tuple[GraphModule, Args, Any, Path, dict[str, str]]:
-    """The arguments of `write_graph` for a pruned model; they can be sent to another process."""
+    """The arguments of `write_graph` for a model as `prune` made it; they can be sent to another
+    process.
+    """
     metadata = {"fasp_graph.plan": to_json(pruned.plan.to_dict())}
     plain = narrow(pruned.graph_module)  # ONNX Runtime has no use for the padding, and pays for it
     return plain, pruned.inputs, pruned.dynamic_shapes, Path(path), metadata
@@ -111,6 +114,8 @@ def write_graph(
             onnx.checker.check_model(str(made))
             with _told_of(program.model):
                 worst = _compare(module, inputs, made, form)
+    if not external:  # an earlier file at this path may have had weights of its own beside
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     return worst
 
 
@@ -184,22 +189,27 @@ def _rename_others(model: Any) -> None:
 
 
 def _usual_axes(value: Any) -> dict[int, str]:
-    """Axes of free size: the first is the batch; of token ids and masks the second the sequence."""
-    words = ("batch_size", "sequence_length")
+    """Axes of free size: the first is the batch; of token ids and masks the second the sequence;
+    others go by their number.
+    """
     text = len(value.shape) == 2 and value.dtype is not None and not value.dtype.is_floating_point()
-    free = {dim for dim, size in enumerate(value.shape) if not isinstance(size, int)}
-    return {dim: words[dim] for dim in sorted(free) if dim == 0 or (dim == 1 and text)}
+    words = {0: "batch_size"} | ({1: "sequence_length"} if text else {})
+    free = [dim for dim, size in enumerate(value.shape) if not isinstance(size, int)]
+    return {dim: words.get(dim, f"axis_{dim}") for dim in free}
 
 
 def _name_axes(model: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
-    """Give the sizes of the inputs' axes their names, everywhere in the graph."""
+    """Give the sizes of the inputs' axes their names, everywhere in the graph. Another size of a
+    usual name has that of its input before it.
+    """
     import onnx_ir as ir
 
     named: dict[str, str] = {}
     for value in model.graph.inputs:
+        own = re.sub(r"\W", "_", value.name)
         for dim, name in (axes.get(value.name, {}) if axes else _usual_axes(value)).items():
-            if axes or name not in named.values():
-                named.setdefault(str(value.shape[dim]), name)
+            taken = not axes and name in named.values()
+            named.setdefault(str(value.shape[dim]), f"{own}_{name}" if taken else name)
 
     def told(size: Any) -> Any:
         if not isinstance(size, ir.SymbolicDim) or size.value is None:
