@@ -115,14 +115,9 @@ def _wanted(options: dict[str, Any], root: Path) -> _Wanted:
             f"{unknown[0]} cannot be honoured for a pruned model, whose folder says how it is "
             "built · help: leave it out, and set it on the model, or quantise, after loading"
         )
-    return _Wanted(_dtype(dtype), _device(device), attention)
-
-
-def _dtype(said: Any) -> torch.dtype | None:
-    found = getattr(torch, said, None) if isinstance(said, str) else said
-    if said not in (None, "auto") and not isinstance(found, torch.dtype):
-        raise FaspGraphError(f"dtype={said!r} is no type of torch · help: say 'bfloat16'")
-    return found if isinstance(found, torch.dtype) else None
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype)
+    return _Wanted(dtype, _device(device), attention)
 
 
 def _device(said: Any) -> torch.device | None:

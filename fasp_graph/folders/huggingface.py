@@ -189,14 +189,17 @@ def _told(model: nn.Module, origin: Pruning | Loaded, plain: bool) -> dict[str, 
 
 def _refuse_others(held: State, aliases: Mapping[str, str], origin: Loaded) -> None:
     """FaspGraphError if the weights are not those, by name, shape and tie, of the folder."""
-    root, help = origin.folder, "help: load it again; what PEFT added, merge_and_unload() merges"
+    root = origin.folder
     if aliases != origin.manifest["aliases"]:
-        raise FaspGraphError(f"the model ties other weights than {root} · {help}")
+        raise FaspGraphError(f"the model ties other weights than {root} · help: load it again")
     stored_there = (stored(root / name) for name in origin.manifest["weights"])
     shapes = {name: held.shape for part in stored_there for name, held in part.items()}
     for name in sorted({*shapes, *held}):
         if name not in held or tuple(held[name].shape) != shapes.get(name):
-            raise FaspGraphError(f"{name} is not what the model had in {root} · {help}")
+            raise FaspGraphError(
+                f"{name} is not what the model had in {root} · help: load it again; what PEFT "
+                "added, merge_and_unload() merges"
+            )
 
 
 def _copy_companions(model: nn.Module, origin: Pruning | Loaded, folder: Path) -> None:

@@ -88,7 +88,7 @@ def _not_plain(model: nn.Module, pruning: Pruning) -> str:
 def said_config(model: Any, pruning: Pruning | Loaded) -> Any:
     """The configuration that says the pruned shapes, if one does and its numbers are the same."""
     if isinstance(pruning, Loaded):
-        return model.config if pruning.manifest["plain"] else None
+        return model.config if pruning.manifest.get("plain") else None
     if not is_transformers(model) or not set(pruning.emission.ways.values()) <= set(PLAIN):
         return None
     groups = pruning.report.groups
