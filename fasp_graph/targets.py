@@ -239,7 +239,7 @@ def example_inputs(model: nn.Module) -> Any:
         channels = getattr(config, "num_channels", 3)
         return {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
     raise FaspGraphError(
-        f"{type(model).__name__} takes {main}, for which no example can be made · help: give "
-        "inputs=; on the command line package.module:factory, a function that returns (model, "
-        "inputs)"
+        f"{type(model).__name__} takes {main}, for which no example can be made · help: use "
+        "package.module:factory, a function that returns (model, inputs); in Python, export takes "
+        "inputs="
     )

@@ -180,6 +180,19 @@ def test_the_command_line_reads_no_altered_tokenizer(tied, tmp_path):
     assert isinstance(fg.load(folder), nn.Module)  # which reads no tokenizer
 
 
+def test_a_loaded_model_keeps_its_tokenizer_but_no_altered_one(tied, tmp_path):
+    folder = shutil.copytree(tied[1], tmp_path / "small")
+    model = fg.load(folder)
+
+    again = fg.save(model, tmp_path / "again")
+    assert load_target(str(again)).tokenizer is not None
+
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(fg.FaspGraphError, match="tokenizer.json is not the file that was saved"):
+        fg.save(model, again)
+    assert (again / "tokenizer.json").read_bytes() == (tied[1] / "tokenizer.json").read_bytes()
+
+
 def test_what_is_no_folder(tmp_path):
     with pytest.raises(fg.FaspGraphError, match="holds no"):
         fg.load(tmp_path)

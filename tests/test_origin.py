@@ -155,7 +155,9 @@ def test_a_class_of_the_users_own_is_exported_at_the_inputs_that_are_given(tmp_p
     for name in ("m.onnx", "n.onnx"):
         (found,) = run_session(onnx_session(tmp_path / name), ((x,), {}))
         assert torch.allclose(found, loaded(x), atol=1e-5)
-    with pytest.raises(fg.FaspGraphError, match="for which no example can be made · help: give in"):
+    with pytest.raises(
+        fg.FaspGraphError, match="for which no example can be made · help: .* inputs="
+    ):
         fg.export(loaded, tmp_path / "o.onnx")
     with pytest.raises(fg.FaspGraphError, match="a Pruned holds its inputs · help: leave"):
         fg.export(result, tmp_path / "o.onnx", inputs=x)

@@ -25,7 +25,7 @@ from .loading import load
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _IDLE = (  # options that change nothing here: no code is run, no pickle read, all memory is needed
     *("trust_remote_code", "adapter_kwargs", "use_safetensors", "weights_only", "_from_auto"),
-    *("low_cpu_mem_usage", "_commit_hash", "config", "output_loading_info"),
+    *("low_cpu_mem_usage", "offload_folder", "_commit_hash", "config", "output_loading_info"),
 )
 _INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
