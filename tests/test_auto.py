@@ -39,14 +39,16 @@ def test_the_attention_is_that_of_the_folder_or_what_is_asked_for(folder):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_the_base_class_is_the_model_without_its_head(folder):
+def test_the_base_class_is_the_model_without_its_head(folder, tmp_path):
     x = families.tokens()
 
-    base = transformers.AutoModel.from_pretrained(folder)
+    base, whole = transformers.AutoModel.from_pretrained(folder), fg.load(folder)
 
-    whole = fg.load(folder)
     assert type(base) is type(whole.model)
     assert torch.equal(families.output(base, x), families.output(whole.model, x))
+    with pytest.raises(fg.FaspGraphError, match="is not what the model had in"):
+        base.save_pretrained(tmp_path / "base")  # of which no folder could be loaded
+    assert not any(tmp_path.rglob("*.safetensors"))
 
 
 def test_loading_information_and_devices(folder):

@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto
 from passes.errors import FaspGraphError
 
 from .loading import load
+from .origin import origin_of, remember
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _IDLE = (  # options that change nothing here: no code is run, no pickle read, all memory is needed
@@ -60,7 +61,7 @@ class FaspModel:
         model = load(root)
         made = cls.auto._model_mapping.get(type(model.config), ()) if cls.auto else type(model)
         if cls.auto is transformers.AutoModel and type(model.base_model) is made:
-            model = model.base_model
+            model = remember(model.base_model, origin_of(model))  # which cannot be saved alone
         elif type(model) not in (made if isinstance(made, tuple) else (made,)):
             raise FaspGraphError(
                 f"{root} holds a {type(model).__name__}, which {cls.auto.__name__} does not make · "

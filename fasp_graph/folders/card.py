@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -73,11 +74,17 @@ def _rows(groups: Iterable[GroupReport]) -> str:
         alike.setdefault((pattern(group.name), group.kind, group.units), []).append(group)
     rows = ""
     for (_, kind, units), held in alike.items():
-        names = ", ".join(f"`{name}`" for name in folded(group.name for group in held))
+        names = ", ".join(map(_quoted, folded(group.name for group in held)))
         kept = [group.kept for group in held]
         span = str(min(kept)) if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
         rows += f"| {names} | {kind} | {units} | {span} |\n"
     return rows
+
+
+def _quoted(name: str) -> str:
+    """A name as code in a cell of a table; whatever stands in it, it is no markup."""
+    plain = html.escape(" ".join(name.split())).replace("`", "'").replace("|", "&#124;")
+    return f"`{plain}`"
 
 
 def auto_class(model: Any) -> str:
