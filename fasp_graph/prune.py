@@ -40,6 +40,8 @@ from .emit.layout import Said, uniform_groups
 from .emit.modules import Emission, emit_model
 from .emit.standin import stand_in
 from .evaluate import flops, shapes_of
+from .folders.origin import Pruning, remember
+from .folders.settings import told_plain
 from .inputs import refuse_modelless, refuse_unmergeable, refuse_unstreamable
 from .memory import peak_cuda, peak_host, restart
 from .notes import notes
@@ -163,17 +165,12 @@ def prune(
         small, emission = emit_model(model, compact, deps, plan, captured.inputs, numbers)
     decisions.notes = notes(captured, plan, decisions, config)
     report = _report(captured, compact, deps, plan, decisions, emission, seconds, error, config)
-    return Pruned(
-        compact,
-        small,
-        plan,
-        report,
-        deps,
-        config,
-        captured.inputs,
-        captured.dynamic_shapes,
-        emission,
+    made = told_plain(
+        small, Pruning(plan, report, config, emission, captured.inputs, deps.parameters)
     )
+    sizes = captured.dynamic_shapes
+    given = (plan, made.report, deps, config, captured.inputs, sizes, emission)
+    return Pruned(compact, remember(small, made), *given)
 
 
 def _decided(

@@ -171,7 +171,7 @@ def _with_tokenizer(text: str, model: nn.Module, local: bool) -> Target:
     except Exception:  # a model without a tokenizer; each tokenizer class fails in its own way
         tokenizer = None
     name, pixels = Path(text).name if local else text, _pixels(Path(text))
-    return Target(name, model, _example(model), tokenizer=tokenizer, pixels=pixels)
+    return Target(name, model, example_inputs(model), tokenizer=tokenizer, pixels=pixels)
 
 
 def _pixels(folder: Path) -> tuple[Any, Any]:
@@ -224,7 +224,7 @@ def _auto_model(text: str, local: bool) -> nn.Module:
     return model.eval()
 
 
-def _example(model: nn.Module) -> Any:
+def example_inputs(model: nn.Module) -> Any:
     """Example inputs by the model's own main input name: tokens or an image."""
     config: Any = getattr(model, "config", None)
     main = getattr(model, "main_input_name", "input_ids")
@@ -240,6 +240,6 @@ def _example(model: nn.Module) -> Any:
         return {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
     raise FaspGraphError(
         f"{type(model).__name__} takes {main}, for which no example can be made · help: use "
-        "package.module:factory, a "
-        "function that returns (model, inputs)"
+        "package.module:factory, a function that returns (model, inputs); in Python, export takes "
+        "inputs="
     )

@@ -224,4 +224,4 @@ def test_a_model_whose_inputs_cannot_be_guessed():
     model = SimpleNamespace(main_input_name="input_values", config=None)
 
     with pytest.raises(fg.FaspGraphError, match="package.module:factory"):
-        targets._example(model)
+        targets.example_inputs(model)

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -61,7 +62,9 @@ def hub():
     server.server_close()
 
 
-def test_a_folder_is_pushed_as_it_is(hub, tmp_path):
+def test_what_a_folder_lists_is_pushed_as_it_is(hub, tmp_path):
+    folder = shutil.copytree(GOLDEN, tmp_path / "small")
+    (folder / "notes.txt").write_text("mine")
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
@@ -73,7 +76,7 @@ def test_a_folder_is_pushed_as_it_is(hub, tmp_path):
         "no_proxy": "127.0.0.1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", PUSH, str(GOLDEN)],
+        [sys.executable, "-c", PUSH, str(folder)],
         env=environment,
         text=True,
         capture_output=True,

@@ -1,10 +1,13 @@
 """Folders: round trip, ties, replacement, and what a hostile folder may not do."""
 
+import copy
+import dataclasses
 import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from programs_of_zoo import program
@@ -14,6 +17,8 @@ import fasp_graph as fg
 import models_zoo
 from fasp_graph.data import load_target
 from fasp_graph.folders import huggingface
+from fasp_graph.folders.origin import Pruning
+from fasp_graph.folders.settings import told_plain
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +180,19 @@ def test_the_command_line_reads_no_altered_tokenizer(tied, tmp_path):
     assert isinstance(fg.load(folder), nn.Module)  # which reads no tokenizer
 
 
+def test_a_loaded_model_keeps_its_tokenizer_but_no_altered_one(tied, tmp_path):
+    folder = shutil.copytree(tied[1], tmp_path / "small")
+    model = fg.load(folder)
+
+    again = fg.save(model, tmp_path / "again")
+    assert load_target(str(again)).tokenizer is not None
+
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(fg.FaspGraphError, match="tokenizer.json is not the file that was saved"):
+        fg.save(model, again)
+    assert (again / "tokenizer.json").read_bytes() == (tied[1] / "tokenizer.json").read_bytes()
+
+
 def test_what_is_no_folder(tmp_path):
     with pytest.raises(fg.FaspGraphError, match="holds no"):
         fg.load(tmp_path)
@@ -218,6 +236,57 @@ def test_the_card_states_data_and_perplexity(pruned, tmp_path):
 
     assert all(f"- {key}: {value}" in card for key, value in facts.items())
     assert "://" not in card  # nothing that may lead nowhere
+
+
+def test_the_card_lists_groups_and_says_what_was_not_told(pruned, folder):
+    card = (folder / "README.md").read_text()
+
+    group = pruned.report.groups[0]
+    rows = [line for line in card.splitlines() if line.startswith("| `")]
+    assert 0 < len(rows) < len(pruned.report.groups)  # layers that repeat share one
+    assert any(f"| {group.kind} | {group.units} | " in row for row in rows)
+    assert "- calibration data: not stated\n- perplexity: not measured\n" in card
+    assert 'fg.load("path/to/this/folder")' in card and "from_pretrained" not in card
+
+
+@pytest.fixture(scope="module")
+def uniform():
+    """A family's own class, its groups said by the configuration."""
+    model, inputs, known = families.program("llama")
+    config = fg.Config(sparsity=0.3, method="magnitude", layout="uniform")
+    return fg.prune(model, inputs, None, config, program=known)
+
+
+def test_the_card_of_a_folder_that_loads_plainly_names_its_auto_class(uniform, tmp_path):
+    card = (uniform.save(tmp_path / "small") / "README.md").read_text()
+
+    assert "AutoModelForCausalLM.from_pretrained(" in card and "fg.load" not in card
+    assert not any("from_pretrained" in note for note in uniform.report.notes)
+
+
+def test_a_configuration_that_says_the_shapes_but_not_the_numbers(tmp_path):
+    model = copy.deepcopy(families.build("llama"))
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 2  # which no configuration says
+    config = fg.Config(sparsity=0.3, method="magnitude", layout="uniform")
+
+    result = fg.prune(model, families.tokens(), None, config)
+
+    (note,) = [note for note in result.report.notes if "plain from_pretrained" in note]
+    assert "no configuration was found with which LlamaForCausalLM computes the same" in note
+    folder = result.save(tmp_path / "small")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "fasp_graph"
+
+
+def test_a_uniform_layout_that_plain_from_pretrained_does_not_load(uniform):
+    made = Pruning.of(uniform)
+    name = next(iter(made.emission.ways))
+    padded = dataclasses.replace(made.emission, ways={**made.emission.ways, name: "padded"})
+
+    told = told_plain(uniform.model, dataclasses.replace(made, emission=padded))
+
+    assert told_plain(uniform.model, made) is made
+    assert f"group {name} became padded, since other code reads its" in told.report.notes[-1]
 
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])

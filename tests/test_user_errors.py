@@ -14,15 +14,16 @@ import fasp_graph as fg
 from fasp_graph import corpora, data, jsontext
 from fasp_graph.evaluate import call_with_tokens, logits_of
 from fasp_graph.exports import caching, onnx
-from fasp_graph.folders.huggingface import resave, save
+from fasp_graph.folders.huggingface import save
 from fasp_graph.folders.lazyfolder import open_folder
-from fasp_graph.folders.manifest import FORMAT
+from fasp_graph.folders.manifest import FORMAT, read_manifest
+from fasp_graph.folders.origin import Loaded, remember
 from fasp_graph.folders.shards import folder_tensors, stored
 from fasp_graph.measures import _accuracy, accuracy, embeddings
 from fasp_graph.quality import Quality
 from fasp_graph.scale import journal
 from fasp_graph.scale.spill import Spill
-from fasp_graph.targets import _example
+from fasp_graph.targets import example_inputs
 from passes.capture import capture
 
 IDS = torch.zeros(2, 3, dtype=torch.long)
@@ -102,7 +103,12 @@ def misconfigured(tmp_path, _):
 
 
 def only_a_graph(tmp_path, _):
-    save(SimpleNamespace(emission=SimpleNamespace(ways={"a": "graph"})), tmp_path / "small")
+    origin = SimpleNamespace(emission=SimpleNamespace(ways={"a": "graph"}))
+    save(remember(nn.Linear(2, 2), origin), tmp_path / "small")
+
+
+def loaded_from(folder):
+    return remember(nn.Linear(2, 2), Loaded(folder, read_manifest(folder)))
 
 
 def not_finite(_, __):
@@ -203,7 +209,7 @@ ERRORS = {
         "math:sqrt() failed: TypeError: ",
     ),
     "model: no example": (
-        lambda t, m: _example(SimpleNamespace(main_input_name="input_features")),
+        lambda t, m: example_inputs(SimpleNamespace(main_input_name="input_features")),
         "takes input_features, for which no example can be made · help: use package.module:factory",
     ),
     "graph: no such group": (
@@ -249,7 +255,7 @@ ERRORS = {
         "holds a broken safetensors file: ",
     ),
     "folder: other ties": (
-        lambda t, m: resave(ours(t, aliases={"b": "a"}), nn.Linear(2, 2), t / "new"),
+        lambda t, m: save(loaded_from(ours(t, aliases={"b": "a"})), t / "new"),
         "the model ties other weights than ",
     ),
     "folder: only a graph": (only_a_graph, "which a folder cannot hold · help: use export_onnx"),

@@ -11,7 +11,7 @@ from passes.errors import ConfigError
 
 from ..data import calibration_batches, load_target
 from ..evaluate import perplexity
-from ..folders.huggingface import MANIFEST, refuse_foreign, resave
+from ..folders.huggingface import MANIFEST, refuse_foreign, save
 from ..targets import folder_of
 from ..training import Training, train
 from .terminal import (
@@ -81,7 +81,7 @@ def recover_command(
             figures["perplexity_after"] = perplexity(trained.model, target.heldout)
     course = ("steps", "tokens", "loss_first", "loss_last")
     figures |= {name: getattr(trained, name) for name in course}
-    figures["folder"] = str(resave(root, trained.model, output))
+    figures["folder"] = str(save(trained.model, output))
     show(figures, json)
 
 

@@ -30,8 +30,9 @@ from passes.precision import HALF, in_float32, is_half, widened, widened_inputs
 from ..emit.current import current
 from ..emit.dense import Twin, dense_shell, dense_twin
 from ..folders.manifest import MANIFEST, read_manifest
+from ..folders.origin import Loaded, origin_of
 from ..jsontext import to_json
-from ..targets import Target, folder_of
+from ..targets import Target, example_inputs, folder_of
 from .caching import CachedDecoder, cached_decoder
 from .onnx import EXTERNAL_DATA_BYTES, Form, onnx_session, write_graph
 from .onnx_language import session_perplexity
@@ -151,39 +152,69 @@ def _half_of(model: nn.Module) -> str | None:
 
 
 def export(
-    pruned: Pruned, path: str | os.PathLike[str], format: str = "onnx", **options: Any
+    pruned: Pruned | nn.Module,
+    path: str | os.PathLike[str],
+    format: str = "onnx",
+    inputs: Any = None,
+    **options: Any,
 ) -> Exported:
     """Write a pruned model as `format` (onnx, pt2, aoti) and say what was written.
 
+    A model that `load` or `recover` returned is captured first, at example `inputs`; for text and
+    images they are made where none are given.
     Options, for onnx: `cache` (past_key_values; the parts of an encoder-decoder); `dtype` float32,
     float16 or int8 (weights of matrix products, quantised dynamically); `tokens` [N, T] to measure
     perplexity on; weights of more than `external_data_bytes` lie in a file of their own.
     Raises VerificationError, and writes nothing, if the file computes other numbers.
     """
-    source = Source(
-        pruned.graph_module,
-        pruned.inputs,
-        pruned.dynamic_shapes,
-        pruned.model,
-        pruned.deps,
-        pruned.plan.to_dict(),
-    )
-    return export_source(source, Path(path), format, Options(**options))
+    asked = Options(**options)
+    if isinstance(pruned, nn.Module) or not hasattr(pruned, "deps"):
+        source = _source_again(pruned, inputs, asked.cache)
+    elif inputs is not None:
+        raise ConfigError("a Pruned holds its inputs · help: leave inputs out, or give its .model")
+    else:
+        source = Source(
+            pruned.graph_module,
+            pruned.inputs,
+            pruned.dynamic_shapes,
+            pruned.model,
+            pruned.deps,
+            pruned.plan.to_dict(),
+        )
+    return export_source(source, Path(path), format, asked)
+
+
+def _source_again(model: Any, inputs: Any, cache: bool) -> Source:
+    """A model that `prune`, `load` or `recover` made, without the graph that it was made by."""
+    origin = origin_of(model)
+    if isinstance(origin, Loaded):
+        given = example_inputs(model) if inputs is None else inputs
+        return _captured(model, given, origin.manifest, cache)
+    args, kwargs = origin.inputs
+    told = {"plan": origin.plan.to_dict(), "emission": {"shapes": origin.emission.shapes}}
+    return _captured(model, kwargs or args if inputs is None else inputs, told, cache)
 
 
 def source_of(target: Target, cache: bool = False) -> Source:
     """A model of the command line, pruned or not. `cache`: it will be exported with its cache,
     which takes an analysis of the dense form.
     """
-    found = capture(target.model, target.inputs)
-    source = Source(found.graph_module, found.inputs, found.dynamic_shapes, target.model)
     folder, _ = folder_of(target.source)
-    if not (folder / MANIFEST).is_file():
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    return _captured(target.model, target.inputs, manifest, cache)
+
+
+def _captured(
+    model: nn.Module, inputs: Any, manifest: Mapping[str, Any] | None, cache: bool
+) -> Source:
+    """Of a model and, where it was pruned, the manifest that says how."""
+    found = capture(model, inputs)
+    source = Source(found.graph_module, found.inputs, found.dynamic_shapes, model)
+    if manifest is None:
         return source
-    manifest = read_manifest(folder)
     if not cache or not manifest["emission"]["shapes"]:  # no shapes: built at the pruned sizes
         return replace(source, plan=manifest["plan"])
-    dense = capture(dense_shell(target.model), target.inputs)
+    dense = capture(dense_shell(model), inputs)
     deps = analysis(dense.graph_module, dense.inputs)
     return replace(source, deps=deps, plan=manifest["plan"])
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -62,7 +62,7 @@ class Form:
     external_data_bytes: int = EXTERNAL_DATA_BYTES
 
 
-def export_onnx(pruned: Pruned, path: str | os.PathLike[str]) -> Path:
+def export_onnx(pruned: Pruned | nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the compact graph as ONNX and return its path; dynamic wherever the capture is.
 
     Raises VerificationError, and writes nothing, if ONNX Runtime computes other numbers.

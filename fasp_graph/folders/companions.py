@@ -14,12 +14,11 @@ NAMES = (  # what transformers' tokenizers, image and feature processors read be
 )
 
 
-def copy_companions(model: Any, folder: Path) -> None:
-    """Copy what lies in the local folder that `model` was loaded from and `folder` lacks.
+def copy_companions(origin: Any, folder: Path) -> None:
+    """Copy what lies in the local folder `origin`, if it is one, and `folder` lacks.
 
     A folder that holds a tokenizer already gets no second one of another form.
     """
-    origin = getattr(model, "name_or_path", None)
     if not isinstance(origin, str) or not origin or not Path(origin).is_dir():
         return
     source = Path(origin)

@@ -14,9 +14,9 @@ transformers. A folder appears complete or not at all.
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,42 +24,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
-import torch
 from torch import Tensor, nn
 
-from passes.compare import outputs
 from passes.errors import FaspGraphError
 from passes.lazy import Lazy
-from passes.skeleton import skeleton
 
 from ..emit.emission import Emission
-from ..emit.layout import plain_config
 from ..jsontext import to_json
-from .card import model_card
-from .companions import copy_companions
+from .card import fact_lines, model_card
+from .companions import NAMES, copy_companions
 from .loading import load
-from .manifest import FORMAT, MANIFEST, digest, read_manifest, versions
-from .shards import INDEX, write_shard
+from .manifest import FORMAT, MANIFEST, checked_files, digest, read_manifest, versions
+from .origin import Loaded, Pruning, origin_of
+from .settings import is_transformers, refuse_undersized, said_config, write_config
+from .shards import INDEX, stored, write_shard
 from .whole import whole
 
 if TYPE_CHECKING:
     from ..prune import Pruned
 
-__all__ = ["MANIFEST", "load", "push_to_hub", "resave", "save", "unique_state"]
+__all__ = ["MANIFEST", "load", "push_to_hub", "refuse_undersized", "save", "unique_state"]
 
 _MEASURED = ("seconds", "peak_memory", "peak_memory_cuda")  # what differs from run to run
-PLAIN = ("native", "attributes")  # ways that a class built from another configuration can repeat
+State = Mapping[str, Tensor]
 
 
 def save(
-    pruned: Pruned,
+    pruned: Pruned | nn.Module,
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
     facts: Mapping[str, Any] | None = None,
     extra: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `pruned` as a folder and return its path.
+    """Write `pruned`, or a model that `load` or `recover` returned, as a folder; its path.
 
     An existing target is refused unless it is an earlier folder of this kind; that one is replaced
     after the new one is complete. `tokenizer` is anything with `save_pretrained` (a processor
@@ -68,37 +66,46 @@ def save(
     45.8, "perplexity after": 52.1}. `extra` writes more files into the folder
     before it appears.
     """
-    if "graph" in pruned.emission.ways.values():
+    if isinstance(pruned, nn.Module) or not hasattr(pruned, "emission"):
+        model, origin = pruned, origin_of(pruned)
+    else:
+        model, origin = pruned.model, Pruning.of(pruned)
+    _refuse(model, origin)
+    with _draft(folder) as draft:
+        _fill(model, origin, draft, max_shard_size, None, tokenizer, facts or {}, extra)
+    return Path(os.path.abspath(folder))
+
+
+def save_into(
+    model: nn.Module,
+    origin: Pruning | Loaded,
+    folder: Path,
+    state: State | None,
+    max_shard_size: int | str,
+) -> None:
+    """What `save` writes, but for tokenizer or processor, into a folder that may hold other files:
+    those of the same names are replaced, and weights that were there go.
+    """
+    _refuse(model, origin)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as made:
+        draft = Path(made)
+        _fill(model, origin, draft, max_shard_size, state, companions=False)
+        for old in (folder / MANIFEST, *folder.glob("model*.safetensors"), folder / INDEX):
+            old.unlink(missing_ok=True)
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == MANIFEST):
+            os.replace(path, folder / path.name)
+
+
+def _refuse(model: nn.Module, origin: Pruning | Loaded) -> None:
+    if isinstance(origin, Loaded):
+        return
+    if "graph" in origin.emission.ways.values():
         raise FaspGraphError(
             "this model could only be made smaller as a graph, which a "
             "folder cannot hold · help: use export_onnx, or torch.export.save of graph_module"
         )
-    refuse_undersized(pruned.model, pruned.deps.parameters)
-    with _draft(folder) as draft:
-        _write(pruned, draft, tokenizer, max_shard_size, facts or {}, extra)
-    return Path(os.path.abspath(folder))
-
-
-def resave(
-    source: str | os.PathLike[str], model: nn.Module, folder: str | os.PathLike[str]
-) -> Path:
-    """Write the folder `source` again as `folder`, with the weights of `model`, which `load` made
-    of it and which was trained since. Returns the new folder's path.
-    """
-    root = Path(source)
-    manifest = read_manifest(root)
-    state, aliases = unique_state(model)
-    if aliases != manifest["aliases"]:
-        raise FaspGraphError(f"the model ties other weights than {root} · help: load it again")
-    weights, left = manifest["weights"], set(manifest["files"])
-    with _draft(folder) as draft:
-        for name in left - set(weights) - {MANIFEST, INDEX}:
-            shutil.copyfile(root / name, draft / name)
-        size = max((root / name).stat().st_size for name in weights)
-        manifest["weights"] = _write_weights(state, draft, 2 * size)
-        manifest["files"] = sorted({*(path.name for path in draft.iterdir()), MANIFEST})
-        (draft / MANIFEST).write_text(to_json(manifest, indent=1) + "\n", encoding="utf-8")
-    return Path(os.path.abspath(folder))
+    refuse_undersized(model, origin.parameters)
 
 
 @contextmanager
@@ -120,46 +127,112 @@ def push_to_hub(folder: str | os.PathLike[str], repo_id: str, private: bool = Tr
     return str(info)
 
 
-def _write(
-    pruned: Pruned,
+def _fill(
+    model: Any,
+    origin: Pruning | Loaded,
     folder: Path,
-    tokenizer: Any,
     max_shard_size: int | str,
-    facts: Mapping[str, Any],
-    extra: Callable[[Path], None] | None,
+    state: State | None = None,
+    tokenizer: Any = None,
+    facts: Mapping[str, Any] | None = None,
+    extra: Callable[[Path], None] | None = None,
+    companions: bool = True,
 ) -> None:
-    model = pruned.model
-    state, aliases = unique_state(model)
-    weights = _write_weights(state, folder, max_shard_size)
-    plain = _write_config(pruned, folder)
+    """Write all files, the manifest last. `state`: the weights, where `model` does not hold them
+    all. Without `companions`, tokenizer and processor are not looked for.
+    """
+    held, aliases = unique_state(model, state)
+    said = said_config(model, origin)
+    told = _told(model, origin, said is not None)
+    if isinstance(origin, Loaded):
+        _refuse_others(held, aliases, origin)
+    weights = _write_weights(held, folder, max_shard_size)
+    write_config(model, said, folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    copy_companions(model, folder)
+    if companions:
+        _copy_companions(model, origin, folder)
     settings = _settings(folder, {*weights, INDEX})
-    report = pruned.report.to_dict()
-    card = model_card(type(model).__name__, report, facts, plain, pruned.emission)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    _write_card(model, origin, folder, said, facts or {})
     if extra is not None:
         extra(folder)
     manifest = {
-        "format": FORMAT,
-        "class": type(model).__name__ if _is_transformers(model) else None,
+        **told,
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         "experts": getattr(getattr(model, "config", None), "_experts_implementation", None),
-        "plain": plain,
         "weights": weights,
         "settings": settings,
         "aliases": aliases,
-        "emission": (Emission(ways=pruned.emission.ways) if plain else pruned.emission).to_dict(),
-        "config": asdict(pruned.config),
-        "plan": pruned.plan.to_dict(),
-        "report": {key: held for key, held in report.items() if key not in _MEASURED},
         "versions": versions(),
         "files": sorted({*(path.name for path in folder.iterdir()), MANIFEST}),
     }
     (folder / MANIFEST).write_text(to_json(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _told(model: nn.Module, origin: Pruning | Loaded, plain: bool) -> dict[str, Any]:
+    """What the manifest says of the pruning."""
+    if isinstance(origin, Loaded):
+        return origin.again()
+    report = origin.report.to_dict()
+    return {
+        "format": FORMAT,
+        "class": type(model).__name__ if is_transformers(model) else None,
+        "plain": plain,
+        "emission": (Emission(ways=origin.emission.ways) if plain else origin.emission).to_dict(),
+        "config": asdict(origin.config),
+        "plan": origin.plan.to_dict(),
+        "report": {key: held for key, held in report.items() if key not in _MEASURED},
+    }
+
+
+def _refuse_others(held: State, aliases: Mapping[str, str], origin: Loaded) -> None:
+    """FaspGraphError if the weights are not those, by name, shape and tie, of the folder."""
+    root = origin.folder
+    if aliases != origin.manifest["aliases"]:
+        raise FaspGraphError(f"the model ties other weights than {root} · help: load it again")
+    stored_there = (stored(root / name) for name in origin.manifest["weights"])
+    shapes = {name: held.shape for part in stored_there for name, held in part.items()}
+    for name in sorted({*shapes, *held}):
+        if name not in held or tuple(held[name].shape) != shapes.get(name):
+            raise FaspGraphError(
+                f"{name} is not what the model had in {root} · help: load it again; what PEFT "
+                "added, merge_and_unload() merges"
+            )
+
+
+def _copy_companions(model: nn.Module, origin: Pruning | Loaded, folder: Path) -> None:
+    """Tokenizer and processor from where the model came from; what has a hash is checked."""
+    if isinstance(origin, Pruning):
+        copy_companions(getattr(model, "name_or_path", None), folder)
+        return
+    before = {path.name for path in folder.iterdir()}
+    copy_companions(str(origin.folder), folder)
+    copied = {path.name for path in folder.iterdir()} - before
+    hashes = origin.manifest["settings"]
+    checked_files(folder, {name: hashes[name] for name in copied if name in hashes})
+
+
+def _write_card(
+    model: nn.Module,
+    origin: Pruning | Loaded,
+    folder: Path,
+    said: Any,
+    facts: Mapping[str, Any],
+) -> None:
+    """README.md; of a model that was loaded the card and pages that were there, and the facts."""
+    path = folder / "README.md"
+    if isinstance(origin, Pruning):
+        card = model_card(model, origin, facts, said is not None)
+    else:
+        left = {*origin.manifest["files"], path.name} - {*origin.manifest["weights"], INDEX}
+        for name in left - {MANIFEST, *origin.manifest["settings"], *NAMES}:
+            if (origin.folder / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(origin.folder / name, folder / name)
+        card = path.read_text(encoding="utf-8") if path.is_file() else ""
+        card += "\n" * bool(facts) + fact_lines(facts)
+    path.write_text(card, encoding="utf-8")
 
 
 def _settings(folder: Path, without: set[str]) -> dict[str, str]:
@@ -187,60 +260,14 @@ def _write_weights(
     return {name: digest(folder / name) for name in sorted(split.filename_to_tensors)}
 
 
-def _write_config(pruned: Pruned, folder: Path) -> bool:
-    """Write config.json; True if it says the pruned shapes, so that a plain load works."""
-    model: Any = pruned.model
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "save_pretrained"):
-        return False
-    if not _is_transformers(model):
-        config.save_pretrained(folder)
-        return False
-    said = _said(pruned)
-    if said is None:
-        from .auto import FaspConfig
-
-        dense = {**config.to_dict(), "architectures": [type(model).__name__]}
-        dense.pop("_name_or_path", None)  # where the dense model lay on this machine
-        FaspConfig(dense=dense, architectures=["FaspModel"]).save_pretrained(folder)
-        return False
-    said.architectures = [type(model).__name__]
-    said.save_pretrained(folder)
-    return True
-
-
-def _said(pruned: Pruned) -> Any:
-    """The configuration that says the pruned shapes, if one does and its numbers are the same."""
-    if not set(pruned.emission.ways.values()) <= set(PLAIN):
-        return None
-    model: Any = pruned.model
-    changes = {
-        (g.size // g.blocks, len(pruned.plan.kept[g.name]) // g.blocks) for g in _cut(pruned)
-    }
-    changes |= {(g.size, len(pruned.plan.kept[g.name])) for g in _cut(pruned)}
-    said = plain_config(model, sorted(changes))
-    if said is None:
-        return None
-    with torch.random.fork_rng(devices=[]):
-        other = skeleton(lambda: type(model)(said)).to(next(model.parameters()).dtype).eval()
-    other.load_state_dict(model.state_dict(), assign=True)
-    args, training = pruned.inputs, model.training
-    same = zip(outputs(model.eval(), args), outputs(other, args), strict=False)
-    agrees = all(a.shape == b.shape and torch.allclose(a, b, 0, 1e-6) for a, b in same)
-    model.train(training)
-    return said if agrees else None
-
-
-def _cut(pruned: Pruned) -> list[Any]:
-    return [g for g in pruned.deps.groups if g.name in pruned.plan.kept]
-
-
-def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unique_state(
+    model: nn.Module, given: State | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict with every tensor once, and left-out name -> the name holding its tensor."""
     state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if given is None else given).items():
         held = id(tensor.read) if isinstance(tensor, Lazy) else tensor.data_ptr()
         key = (held, tensor.dtype, tensor.device, tensor.shape, tensor.stride())
         if tensor.numel() and key in first:
@@ -249,24 +276,6 @@ def unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             first[key] = name
             state[name] = tensor.detach().cpu().contiguous().clone()
     return state, aliases
-
-
-def refuse_undersized(model: Any, parameters: Mapping[str, tuple[int, ...]]) -> None:
-    """FaspGraphError if the model, of these shapes before it is pruned, is not what its
-    configuration builds: a folder says how to make that smaller.
-    """
-    if not _is_transformers(model):
-        return
-    built = skeleton(lambda: type(model)(copy.deepcopy(model.config)))
-    shapes = {name: tuple(p.shape) for name, p in built.named_parameters(remove_duplicate=False)}
-    for name, shape in parameters.items():
-        if shapes.get(name) != tuple(shape):
-            raise FaspGraphError(
-                f"{name} {list(shape)} was not what the configuration of {type(model).__name__} "
-                f"builds ({list(shapes.get(name, ()))}) before it was pruned here, so a folder "
-                "cannot say how to build it · help: prune the original model once, by as much as "
-                "both times together; or export it"
-            )
 
 
 def refuse_foreign(target: Path) -> None:
@@ -282,10 +291,3 @@ def refuse_foreign(target: Path) -> None:
             f"{target} also holds {foreign[0]}, which would be lost · help: move it away, or "
             "choose another folder"
         )
-
-
-def _is_transformers(model: nn.Module) -> bool:
-    import transformers
-
-    known = getattr(transformers, type(model).__name__, None) is type(model)
-    return known and isinstance(model, transformers.PreTrainedModel)

@@ -20,6 +20,7 @@ from ..emit.emission import apply_shapes
 from ..emit.sizes import replaces
 from ..jsontext import read_object
 from .manifest import AGAIN, MANIFEST, checked_files, read_manifest
+from .origin import Loaded, remember
 
 _READ = ("config.json", "generation_config.json")
 _ATTENTION = ("eager", "sdpa")
@@ -61,7 +62,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         raise FaspGraphError(
             f"{root} holds a broken safetensors file: {error} · {AGAIN}"
         ) from error
-    return built.eval()
+    return remember(built.eval(), Loaded(Path(os.path.abspath(root)), manifest))
 
 
 def _build(root: Path, manifest: dict[str, Any]) -> nn.Module:
