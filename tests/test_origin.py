@@ -89,7 +89,9 @@ def test_save_pretrained_writes_what_loads(pruned, tmp_path, way):
         model = copy.deepcopy(model)
     if way == "pickled":
         model = pickle.loads(pickle.dumps(model))
-    (tmp_path / "notes.txt").write_text("mine")
+    mine = [tmp_path / name for name in ("notes.txt", "model_of_mine.safetensors")]
+    for path in mine:
+        path.write_text("mine")
     (tmp_path / "model-00001-of-00002.safetensors").write_text("of another save")
 
     model.save_pretrained(tmp_path)
@@ -97,8 +99,10 @@ def test_save_pretrained_writes_what_loads(pruned, tmp_path, way):
     assert torch.equal(numbers(fg.load(tmp_path)), numbers(model))
     auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(numbers(auto), numbers(model))
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert all(path.read_text() == "mine" for path in mine)
+    assert {path.name for path in tmp_path.glob("model*.safetensors")} == {
+        *("model.safetensors", "model_of_mine.safetensors")
+    }
 
 
 def test_what_a_trainer_saves_loads_and_goes_on(pruned, tmp_path):

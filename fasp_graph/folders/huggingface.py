@@ -14,6 +14,7 @@ transformers. A folder appears complete or not at all.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -91,8 +92,9 @@ def save_into(
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as made:
         draft = Path(made)
         _fill(model, origin, draft, max_shard_size, state, companions=False)
-        for old in (folder / MANIFEST, *folder.glob("model*.safetensors"), folder / INDEX):
-            old.unlink(missing_ok=True)
+        weights = (MANIFEST, INDEX, "model.safetensors", "model-*-of-*.safetensors")
+        for old in itertools.chain(*(folder.glob(name) for name in weights)):
+            old.unlink()
         for path in sorted(draft.iterdir(), key=lambda path: path.name == MANIFEST):
             os.replace(path, folder / path.name)
 
