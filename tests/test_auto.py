@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["float16", torch.float16])
 def test_the_type_that_is_asked_for(folder, dtype):
-    for options in ({"dtype": dtype}, {"torch_dtype": dtype}):
+    for options in ({"dtype": dtype}, {"torch_dtype": dtype}, {"dtype": {"": dtype}}):
         model = Auto.from_pretrained(folder, **options)
 
         assert {p.dtype for p in model.parameters()} == {torch.float16}
@@ -60,6 +60,15 @@ def test_loading_information_and_devices(folder):
     assert Auto.from_pretrained(folder, device_map="auto").device.type in ("cpu", "cuda")
 
 
+def test_switches_of_a_run(folder):
+    model = Auto.from_pretrained(folder, use_cache=False, output_hidden_states=True)
+
+    found = model(**families.tokens())
+    assert found.past_key_values is None and len(found.hidden_states) > 1
+    plain = Auto.from_pretrained(folder)(**families.tokens())
+    assert plain.past_key_values is not None and plain.hidden_states is None
+
+
 def test_options_of_the_hub_reach_it(folder, monkeypatch):
     asked = {}
 
@@ -84,8 +93,9 @@ REFUSED = {
     ),
     "unknown": ({"no_such_option": 3}, "no_such_option cannot be honoured for a pruned model"),
     "of the configuration": ({"output_attentions": True}, "output_attentions cannot be honoured"),
-    "turned off": ({"use_cache": False}, "use_cache cannot be honoured"),
-    "devices": ({"device_map": {"model": 0, "lm_head": "cpu"}}, "is no single device · help: name"),
+    "turned off": ({"tie_word_embeddings": False}, "tie_word_embeddings cannot be honoured"),
+    "devices": ({"device_map": {"model": 0, "lm_head": "cpu"}}, "is no single device of this"),
+    "several types": ({"dtype": {"": "float16", "model": "float32"}}, "is no type of torch"),
 }
 
 
@@ -95,6 +105,13 @@ def test_what_cannot_be_honoured(folder, case):
 
     with pytest.raises(fg.FaspGraphError, match=message):
         Auto.from_pretrained(folder, **options)
+
+
+def test_a_type_that_torch_does_not_have(folder):
+    made = Auto._model_mapping[auto.FaspConfig]
+
+    with pytest.raises(fg.FaspGraphError, match="dtype='no_type' is no type of torch · help: name"):
+        made.from_pretrained(folder, dtype="no_type")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ _IDLE = (  # options that change nothing here: no code is run, no pickle read, a
     *("trust_remote_code", "adapter_kwargs", "use_safetensors", "weights_only", "_from_auto"),
     *("low_cpu_mem_usage", "offload_folder", "_commit_hash", "config", "output_loading_info"),
 )
+_SWITCHES = ("use_cache", "output_hidden_states", "return_dict")  # of a run, not of what is built
 _INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -52,8 +53,8 @@ class FaspModel:
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Any:
         """The pruned model in a folder or hub repository, with transformers' options for where it
-        is read from, `dtype`, `device_map` (one device), `attn_implementation` and
-        `output_loading_info`; others are refused.
+        is read from, `dtype`, `device_map` (one device), `attn_implementation`,
+        `output_loading_info` and what a run gives back; others are refused.
         """
         given = {key: held for key, held in options.items() if held or isinstance(held, (int, str))}
         root = _folder(name, given)
@@ -69,6 +70,8 @@ class FaspModel:
             )
         if wanted.attention is not None:
             model.set_attn_implementation(wanted.attention)
+        for key, held in wanted.switches.items():
+            setattr(model.config, key, held)
         model = model.to(wanted.device, wanted.dtype)
         info: dict[str, Any] = {key: [] for key in _INFO}  # all weights are there, or load fails
         return (model, info) if options.get("output_loading_info") else model
@@ -89,6 +92,7 @@ class _Wanted:
     dtype: torch.dtype | None
     device: torch.device | None
     attention: Any
+    switches: dict[str, Any]
 
 
 def _folder(name: str | os.PathLike[str], options: dict[str, Any]) -> Path:
@@ -104,21 +108,33 @@ def _wanted(options: dict[str, Any], root: Path) -> _Wanted:
     dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
     device = options.pop("device_map", None)
     attention = options.pop("attn_implementation", None)
+    switches = {key: options.pop(key) for key in _SWITCHES if key in options}
     config = options.get("config")
     if isinstance(config, FaspConfig):  # transformers has put into it what it has a field for
         attention = attention or config._attn_implementation
         held, own = config.to_dict(), FaspConfig.from_pretrained(root).to_dict()
         changed = {k for k in held if not k.startswith("_") and held[k] != own.get(k)} - {"dtype"}
-        options |= dict.fromkeys(changed, True)
+        switches |= {key: held[key] for key in changed.intersection(_SWITCHES)}
+        options |= dict.fromkeys(changed.difference(_SWITCHES), True)
     unknown = sorted(key for key, held in options.items() if key not in _IDLE and held is not None)
     if unknown:
         raise FaspGraphError(
             f"{unknown[0]} cannot be honoured for a pruned model, whose folder says how it is "
             "built · help: leave it out, and set it on the model, or quantise, after loading"
         )
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype)
-    return _Wanted(dtype, _device(device), attention)
+    return _Wanted(_dtype(dtype), _device(device), attention, switches)
+
+
+def _dtype(said: Any) -> torch.dtype | None:
+    """One type for all weights; None: as they are stored."""
+    if isinstance(said, dict) and len(set(said.values())) == 1:
+        (said,) = set(said.values())
+    found = getattr(torch, said, said) if isinstance(said, str) else said
+    if found not in (None, "auto") and not isinstance(found, torch.dtype):
+        raise FaspGraphError(
+            f"dtype={said!r} is no type of torch · help: name one, such as 'float16', or 'auto'"
+        )
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _device(said: Any) -> torch.device | None:
@@ -131,7 +147,8 @@ def _device(said: Any) -> torch.device | None:
         return None if said is None else torch.device(said)
     except (RuntimeError, TypeError) as error:
         raise FaspGraphError(
-            f"device_map={said!r} is no single device · help: name one, such as 'cuda:0'; "
+            f"device_map={said!r} is no single device of this machine · help: name one, such as "
+            "'cpu' or 'cuda:0'; "
             "accelerate.dispatch_model spreads a loaded model"
         ) from error
 
