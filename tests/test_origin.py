@@ -105,6 +105,12 @@ def test_save_pretrained_writes_what_loads(pruned, tmp_path, way):
     }
 
 
+def test_one_process_of_several_writes(pruned, tmp_path):
+    copy.deepcopy(pruned.model).save_pretrained(tmp_path / "small", is_main_process=False)
+
+    assert not (tmp_path / "small").exists()
+
+
 def test_what_a_trainer_saves_loads_and_goes_on(pruned, tmp_path):
     pytest.importorskip("accelerate")
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 90, (4, 9))]
