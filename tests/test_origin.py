@@ -106,9 +106,14 @@ def test_save_pretrained_writes_what_loads(pruned, tmp_path, way):
 
 
 def test_one_process_of_several_writes(pruned, tmp_path):
-    copy.deepcopy(pruned.model).save_pretrained(tmp_path / "small", is_main_process=False)
+    pruned.model.save_pretrained(tmp_path / "small", is_main_process=False)
 
     assert not (tmp_path / "small").exists()
+
+
+def test_a_model_that_nothing_holds_says_so(pruned, tmp_path):
+    with pytest.raises(fg.FaspGraphError, match="the model is gone.*help: keep it in a variable"):
+        copy.deepcopy(pruned.model).save_pretrained(tmp_path / "small")
 
 
 def test_what_a_trainer_saves_loads_and_goes_on(pruned, tmp_path):

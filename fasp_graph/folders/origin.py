@@ -91,7 +91,12 @@ class Saving:
 
         asked = [name for name, value in options.items() if value and name not in _IDLE]
         model = self.model()
-        if asked or model is None or options.get("safe_serialization") is False:
+        if model is None:
+            raise FaspGraphError(
+                "the model is gone, since nothing holds it while it is saved · help: keep it in a "
+                "variable (model = load(folder); model.save_pretrained(...)), or fasp_graph.save it"
+            )
+        if asked or options.get("safe_serialization") is False:
             said = ", ".join(asked) or "such weights"
             raise FaspGraphError(
                 f"save_pretrained of a pruned model writes no {said} · help: leave it out; "
