@@ -45,25 +45,22 @@ def perplexity(
             f"stride={stride} must lie between 0 and {tokens.shape[1]} · help: it counts tokens "
             "from one window's start to the next; without it windows lie side by side"
         )
-    training = model.training and not isinstance(model, GraphModule)
     device = next((p.device for p in model.parameters()), tokens.device)
     total, count = 0.0, 0
-    try:
-        model.eval() if training else None
-        with steady(model), torch.no_grad():
-            for chunk in tokens.to(device).tensor_split(math.ceil(len(tokens) / batch)):
-                logits = logits_of(call_with_tokens(model, chunk))[:, :-1]
-                losses = F.cross_entropy(
-                    logits.flatten(0, 1).float(), chunk[:, 1:].flatten(), reduction="none"
-                ).view(len(chunk), -1)
-                start = 0 if stride is None else losses.shape[1] - stride
-                total += float(losses[:, start:].double().sum())
-                if stride is not None and not count:
-                    total += float(losses[0, :start].double().sum())
-                    count += start
-                count += losses[:, start:].numel()
-    finally:
-        model.train(training) if training else None
+    with steady(model), torch.no_grad():
+        if not isinstance(model, GraphModule):
+            model.eval()
+        for chunk in tokens.to(device).tensor_split(math.ceil(len(tokens) / batch)):
+            logits = logits_of(call_with_tokens(model, chunk))[:, :-1]
+            losses = F.cross_entropy(
+                logits.flatten(0, 1).float(), chunk[:, 1:].flatten(), reduction="none"
+            ).view(len(chunk), -1)
+            start = 0 if stride is None else losses.shape[1] - stride
+            total += float(losses[:, start:].double().sum())
+            if stride is not None and not count:
+                total += float(losses[0, :start].double().sum())
+                count += start
+            count += losses[:, start:].numel()
     mean = total / count
     return math.exp(mean) if mean < 700 else math.inf
 

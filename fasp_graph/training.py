@@ -98,12 +98,12 @@ def train(
 def _trained(
     model: nn.Module, steps: Sequence[Any], training: Training, progress: Progress | None
 ) -> tuple[nn.Module, list[float]]:
-    """`model` itself after training, without adapters, and the losses; requires_grad, the mode
+    """`model` itself after training, without adapters, and the losses; requires_grad, the modes
     and the device are put back.
     """
     device = next((held.device for held in model.parameters()), None)
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    mode = model.training
+    modes = {path: module.training for path, module in model.named_modules()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         wrapped = _adapted(model, training.lora) if training.lora else model.requires_grad_(True)
@@ -113,7 +113,9 @@ def _trained(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(wanted[name])
         parameter.grad = None
-    return model.to(device).train(mode), losses
+    for path, module in model.named_modules():
+        module.training = modes[path]
+    return model.to(device), losses
 
 
 def _adapted(model: nn.Module, rank: int) -> nn.Module:

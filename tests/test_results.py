@@ -155,3 +155,22 @@ def test_a_lack_of_memory_is_not_taken_for_a_class_that_cannot(monkeypatch):
 
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         pruned("llama-random", method="magnitude")
+
+
+def test_each_module_stays_in_its_mode(tmp_path):
+    entry = models_zoo.load("llama")
+    pruned = fg.prune(
+        entry.model, entry.inputs, None, fg.Config(0.3, method="magnitude", layout="uniform")
+    )
+    model = pruned.model.train()
+    model.lm_head.eval()
+    modes = {path: module.training for path, module in model.named_modules()}
+
+    fg.save(pruned, tmp_path / "small")
+    fg.export(pruned, tmp_path / "small.onnx", cache=True)
+    fg.perplexity(model, entry.heldout[:2])
+
+    assert {path: module.training for path, module in model.named_modules()} == modes
+    pytest.importorskip("peft")
+    trained = fg.recover(pruned, list(entry.calibration), tokens=2_000).model
+    assert {path: module.training for path, module in trained.named_modules()} == modes

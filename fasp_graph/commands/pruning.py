@@ -18,8 +18,9 @@ from ..calibration import refuse_dataless
 from ..config import Config
 from ..data import load_target
 from ..evaluate import perplexity
-from ..folders.huggingface import refuse_foreign, refuse_undersized, save
+from ..folders.huggingface import refuse_foreign, save
 from ..folders.manifest import versions
+from ..folders.settings import refuse_undersized
 from ..inputs import refuse_unstreamable
 from ..jsontext import to_json
 from ..pages.report_page import write_report

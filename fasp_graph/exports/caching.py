@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 
 from passes.capture import Args
 from passes.errors import FaspGraphError, VerificationError
+from passes.state import steady
 from passes.values import OpenAxes
 from passes.verify import difference
 
@@ -221,12 +222,11 @@ def cached_decoder(twin: Twin) -> CachedDecoder:
 def verify(decoder: CachedDecoder, reference: nn.Module) -> None:
     """A prompt and then some tokens give the logits of all at once."""
     ids = decoder.inputs[0][:2]
-    training, device = reference.training, next(reference.parameters()).device
-    with torch.no_grad():
+    device = next(reference.parameters()).device
+    with steady(reference), torch.no_grad():
         expected = reference.eval()(input_ids=ids.to(device)).logits.cpu()
         first, past = decoder.graph_module(*decoder.arguments(ids[:, :-3]))
         last, _ = decoder.graph_module(*decoder.arguments(ids[:, -3:], past))
-    reference.train(training)
     agree(expected, torch.cat([first, last], 1), "with its cache")
 
 

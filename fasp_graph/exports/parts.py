@@ -24,6 +24,7 @@ from torch.export import Dim
 
 from passes.capture import Args
 from passes.errors import FaspGraphError
+from passes.state import steady
 from passes.values import OpenAxes
 
 from ..emit.dense import Shrunk, Twin, shrunk
@@ -221,12 +222,11 @@ def verify(parts: Parts, reference: nn.Module, value: Tensor) -> None:
     model: Any = reference
     ids = _tokens(model, len(value), LENGTH)
     mask = [torch.ones_like(value)] if _is_text(value) else []
-    training, device = reference.training, next(reference.parameters()).device
-    with torch.no_grad():
+    device = next(reference.parameters()).device
+    with steady(reference), torch.no_grad():
         given = {model.main_input_name: value.to(device), "decoder_input_ids": ids.to(device)}
         expected = model.eval()(**given, use_cache=False).logits.cpu()
         hidden = encoder(value, *mask)
         start, past = first(ids[:, :-3], hidden, *mask)
         end, _ = later(ids[:, -3:], past, *mask)
-    reference.train(training)
     agree(expected, torch.cat([start, end], 1), "in parts")

@@ -125,10 +125,15 @@ def _wanted(options: dict[str, Any], root: Path) -> _Wanted:
     return _Wanted(_dtype(dtype), _device(device), attention, switches)
 
 
+def _one(said: Any) -> Any:
+    """What a table says of every module alike; anything else as it is."""
+    same = isinstance(said, dict) and len(set(said.values())) == 1
+    return next(iter(said.values())) if same else said
+
+
 def _dtype(said: Any) -> torch.dtype | None:
     """One type for all weights; None: as they are stored."""
-    if isinstance(said, dict) and len(set(said.values())) == 1:
-        (said,) = set(said.values())
+    said = _one(said)
     found = getattr(torch, said, said) if isinstance(said, str) else said
     if found not in (None, "auto") and not isinstance(found, torch.dtype):
         raise FaspGraphError(
@@ -139,8 +144,7 @@ def _dtype(said: Any) -> torch.dtype | None:
 
 def _device(said: Any) -> torch.device | None:
     """One device, for a model is not spread over several."""
-    if isinstance(said, dict) and len(set(said.values())) == 1:
-        (said,) = set(said.values())
+    said = _one(said)
     if said == "auto":
         said = torch.accelerator.current_accelerator() or "cpu"
     try:
@@ -148,8 +152,7 @@ def _device(said: Any) -> torch.device | None:
     except (RuntimeError, TypeError) as error:
         raise FaspGraphError(
             f"device_map={said!r} is no single device of this machine · help: name one, such as "
-            "'cpu' or 'cuda:0'; "
-            "accelerate.dispatch_model spreads a loaded model"
+            "'cpu' or 'cuda:0'; accelerate.dispatch_model spreads a loaded model"
         ) from error
 
 

@@ -44,7 +44,7 @@ from .whole import whole
 if TYPE_CHECKING:
     from ..prune import Pruned
 
-__all__ = ["MANIFEST", "load", "push_to_hub", "refuse_undersized", "save", "unique_state"]
+__all__ = ["MANIFEST", "load", "push_to_hub", "save", "unique_state"]
 
 _MEASURED = ("seconds", "peak_memory", "peak_memory_cuda")  # what differs from run to run
 State = Mapping[str, Tensor]

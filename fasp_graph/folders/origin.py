@@ -97,7 +97,7 @@ class Saving:
                 "variable (model = load(folder); model.save_pretrained(...)), or fasp_graph.save it"
             )
         if asked or options.get("safe_serialization") is False:
-            said = ", ".join(asked) or "such weights"
+            said = ", ".join(asked) or "weights but safetensors"
             raise FaspGraphError(
                 f"save_pretrained of a pruned model writes no {said} · help: leave it out; "
                 "fasp_graph.push_to_hub uploads a folder"

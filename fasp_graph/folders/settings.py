@@ -15,6 +15,7 @@ from passes.compare import outputs
 from passes.errors import FaspGraphError
 from passes.lazy import is_lazy
 from passes.skeleton import skeleton
+from passes.state import steady
 
 from ..emit.layout import plain_config
 from .origin import Loaded, Pruning
@@ -99,10 +100,10 @@ def said_config(model: Any, pruning: Pruning | Loaded) -> Any:
     with torch.random.fork_rng(devices=[]):
         other = skeleton(lambda: type(model)(said)).to(next(model.parameters()).dtype).eval()
     other.load_state_dict(model.state_dict(), assign=True)
-    args, training = pruning.inputs, model.training
-    same = zip(outputs(model.eval(), args), outputs(other, args), strict=False)
+    with steady(model):
+        expected = outputs(model.eval(), pruning.inputs)
+    same = zip(expected, outputs(other, pruning.inputs), strict=False)
     agrees = all(a.shape == b.shape and torch.allclose(a, b, 0, 1e-6) for a, b in same)
-    model.train(training)
     return said if agrees else None
 
 
