@@ -47,7 +47,20 @@ def domains(visit: Visit) -> list[Tensor | None]:
     for other in held[1:]:
         if len(other) == len(held[0]):
             visit.labels.unite(held[0], other)
+    if name == "cat":
+        _chosen_together(visit, values, held[0])
     return [held[0]] * len(visit.outs)
+
+
+def _chosen_together(visit: Visit, values: list[Value], axis: Tensor) -> None:
+    """Choices of one position each, side by side: as many must stay as there are choices, for the
+    second may be made among what the first has left.
+    """
+    dim = visit.dim("dim", visit.outs[0].dim(), 0)
+    if all(value.shape[dim] == 1 for value in values):
+        reason = visit.reason("chosen together")
+        row, least = axis.reshape(1, -1), visit.outs[0].shape[dim]
+        visit.labels.marks.append(Mark("routed", row, reason, least=least))
 
 
 def settle(visit: Visit) -> None:
