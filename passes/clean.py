@@ -17,6 +17,7 @@ Every step keeps the numbers; what is not provably without effect stays.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,37 +92,44 @@ def _simplify(graph: Graph, node: Node) -> None:
     if _changes_nothing(node):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
-    elif node.target in _OTHER_NAMES:
-        node.target = _OTHER_NAMES[node.target]
-    elif order := _order(node):
-        node.target, node.args, node.kwargs = (
-            aten.permute.default,
-            (*node.all_input_nodes, order),
-            {},
-        )
-    if op_name(node) == "rms_norm" and (bound := bind(node, node.args, node.kwargs))["eps"] is None:
+        return
+    node.target = _OTHER_NAMES.get(node.target, node.target)  # type: ignore[arg-type]
+    if order := _order(node):
+        node.target, node.kwargs = aten.permute.default, {}
+        node.args = (*node.all_input_nodes, order)
+    if own := _FORMS.get(op_name(node)):
+        own(graph, node)
+
+
+def _with_epsilon(graph: Graph, node: Node) -> None:
+    if (bound := _bound(node))["eps"] is None:
         computed = torch.promote_types(node.meta["val"].dtype, torch.float32)
         node.args = (*(bound[name] for name in ("input", "normalized_shape", "weight")),)
         node.kwargs = {"eps": torch.finfo(computed).eps}
-    if op_name(node) == "cat":
-        _without_empty(node)
-    if op_name(node) == "broadcast_tensors":
-        _expand_each(graph, node)
-    if op_name(node) == "narrow":
-        source, dim, start, length = bind(node, node.args, node.kwargs).values()
-        if isinstance(start, int) and isinstance(length, int) and start >= 0:
-            node.target, node.kwargs = aten.slice.Tensor, {}
-            node.args = (source, dim, start, start + length)
-    pairs = op_name(node) == "view_as_complex"  # refuses odd strides, which a cut may leave
-    if pairs or (op_name(node) == "reshape" and _follows_attention(node)):
-        with graph.inserting_before(node):
-            source = node.args[0]
-            copied = graph.call_function(
-                aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
-            )
-            assert isinstance(source, Node)
-            copied.meta = dict(source.meta)
-        node.replace_input_with(source, copied)
+
+
+def _as_slice(graph: Graph, node: Node) -> None:
+    source, dim, start, length = _bound(node).values()
+    if isinstance(start, int) and isinstance(length, int) and start >= 0:
+        node.target, node.kwargs = aten.slice.Tensor, {}
+        node.args = (source, dim, start, start + length)
+
+
+def _of_a_copy(graph: Graph, node: Node) -> None:
+    """The op refuses odd strides, which a cut may leave."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    with graph.inserting_before(node):
+        copied = graph.call_function(
+            aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+        )
+    copied.meta = dict(source.meta)
+    node.replace_input_with(source, copied)
+
+
+def _reshape(graph: Graph, node: Node) -> None:
+    if _follows_attention(node):
+        _of_a_copy(graph, node)
 
 
 def _order(node: Node) -> list[int]:
@@ -164,9 +172,9 @@ def _expand_each(graph: Graph, node: Node) -> None:
     graph.erase_node(node)
 
 
-def _without_empty(node: Node) -> None:
+def _without_empty(graph: Graph, node: Node) -> None:
     """Parts of no place are none of what is joined."""
-    bound = bind(node, node.args, node.kwargs)
+    bound = _bound(node)
     values = [part.meta.get("val") for part in bound["tensors"]]
     if not all(isinstance(value, Tensor) for value in values):
         return
@@ -218,6 +226,16 @@ def _whole(node: Node, size: Any) -> bool:
 
 def _bound(node: Node) -> dict[str, Any]:
     return bind(node, node.args, node.kwargs)
+
+
+_FORMS: dict[str, Callable[[Graph, Node], None]] = {
+    "rms_norm": _with_epsilon,
+    "cat": _without_empty,
+    "broadcast_tensors": _expand_each,
+    "narrow": _as_slice,
+    "view_as_complex": _of_a_copy,
+    "reshape": _reshape,
+}
 
 
 # ---------------------------------------------------------------- wrappers
