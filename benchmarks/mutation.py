@@ -1,6 +1,6 @@
 """The mutation score of the compiler's core: how many small errors in its code the tests notice.
 
-    python -m benchmarks.mutation [--files labels,rewrite] [--sample 12] [--seed 0] [--seconds 600]
+    python -m benchmarks.mutation [--sample 12] [--seed 0] [--seconds 600]
 
 A mutant is one function of passes/ in which one operator is another one: `<` for `<=`, `+` for
 `-`, `and` for `or`, a number one larger, a condition turned. It is noticed if a random program then
@@ -175,24 +175,15 @@ def traced(call: Callable[[], Any]) -> tuple[set[types.CodeType], Any]:
         sys.setprofile(None)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", default=",".join(CORE))
-    parser.add_argument("--sample", type=int, default=12, help="mutants of each file")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no mutant after these")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "mutation.json")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def score(options: argparse.Namespace) -> dict[str, Any]:
+    """Mutants tried until `options.seconds` are over, and noticed; `survived`: the others."""
     end = time.monotonic() + options.seconds
     outcomes()  # imports and caches, so that the traced run is like those with mutants
     by_programs, expected = traced(outcomes)
     by_tests, right = traced(tests_pass)
     if not right:
         raise RuntimeError(f"without a mutant, {', '.join(TESTS)} fail")
-    names, ran = options.files.split(","), by_programs | by_tests
-    every = {name: list(mutants(name, ran)) for name in names}
+    every = {name: list(mutants(name, by_programs | by_tests)) for name in CORE}
     draw = random.Random(options.seed)
     drawn = [
         m for held in every.values() for m in draw.sample(held, min(len(held), options.sample))
@@ -202,7 +193,6 @@ def main(argv: list[str] | None = None) -> int:
         "mutants": {name: len(held) for name, held in every.items()},
         **{"tried": 0, "noticed": 0, "by programs": 0, "by tests": 0, "survived": []},
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     for mutant in drawn:
         if time.monotonic() > end:
             break
@@ -212,8 +202,21 @@ def main(argv: list[str] | None = None) -> int:
             result[f"by {judge}"] += 1
         else:
             result["survived"].append(mutant.what)
-        result["score"] = round(result["noticed"] / result["tried"], 3)
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=12, help="mutants of each file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no mutant after these")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "mutation.json")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    result = score(options)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
     return 0
 

@@ -8,6 +8,8 @@ mutants      the compact graph or the engine broken on purpose (tests/mutants.py
 bad_inputs   refused with a reason, or pruned exactly (tests/test_bad_input.py)
 readers      tests that fuzz readers and look at pages and sources (tests/test_fuzz.py, _security)
 faults       kills, resumed runs, full disks, altered files, rivals, lost ranks (faults.py)
+mutation     small errors in the core of passes/, and how many the programs and the fast tests
+             notice (benchmarks/mutation.py)
 coverage     lines and branches that the whole suite runs: read from --coverage, which
              `coverage json` wrote; none if there is no such file
 
@@ -31,7 +33,7 @@ from typing import Any
 
 import torch
 
-from . import fault_cases, faults, soak
+from . import fault_cases, faults, mutation, soak
 from .soak import ROOT  # importing it puts tests/ on sys.path
 
 RESULTS, PAGE = ROOT / "benchmarks/results/trust.json", ROOT / "docs/trust.md"
@@ -114,6 +116,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "mutants": mutants,
     "bad_inputs": bad_inputs,
     "readers": readers,
+    "mutation": mutation.score,
     "coverage": coverage,
 }
 FAULTS = {  # counts of a fault -> name and outcome
@@ -139,7 +142,7 @@ def wrong(found: dict[str, Part]) -> list[str]:
 def table(found: dict[str, Part]) -> str:
     """The figures as Markdown."""
     program, mutant, fault = found["programs"], found["mutants"], found["faults"]
-    inputs, tested = found["bad_inputs"], found["readers"]["tests"]
+    inputs, tested, small = found["bad_inputs"], found["readers"]["tests"], found["mutation"]
     rows = [
         (
             "random programs",
@@ -166,6 +169,11 @@ def table(found: dict[str, Part]) -> str:
         ),
         *((name, fault[key], said) for key, (name, said) in FAULTS.items() if key in fault),
         ("tests of readers, pages, sources", tested["passed"], f"{tested.get('failed', 0)} failed"),
+        (
+            "small errors in the core of passes/",
+            small["tried"],
+            f"{small['noticed'] / small['tried']:.0%} noticed by programs and fast tests",
+        ),
         *(_covered(name, held) for name, held in found.get("coverage", {}).items()),
     ]
     lines = [f"| {what} | {count:,} | {text} |" for what, count, text in rows]
@@ -194,8 +202,9 @@ def _machine() -> Part:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=300, help="of random programs")
+    parser.add_argument("--seconds", type=float, default=300, help="of random programs; of errors")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--sample", type=int, default=12, help="small errors in each file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "trust.json")
