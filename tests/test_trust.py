@@ -27,6 +27,13 @@ def test_a_failure_is_named():
     assert trust.wrong(found) == ["2 mismatches", "mutant missed: a swap", "readers: 1 failed"]
 
 
+def test_the_mutation_score_is_a_row():
+    found = json.loads(trust.RESULTS.read_text(encoding="utf-8"))
+    found["mutation"] = {"tried": 40, "noticed": 30}
+
+    assert "| small errors in the core of passes/ | 40 | 75% noticed" in trust.table(found)
+
+
 def test_other_versions_leave_the_rest_constrained():
     text = "numpy==2.4.6\ntorch==2.13.0\ntransformers==5.23.0\nhuggingface_hub==2.4.0\nrich==15.0\n"
 
