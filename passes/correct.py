@@ -229,11 +229,10 @@ def _gradients(
     by_node = {site.view.node: site for site in sites}
     tables = (sums.cross, sums.power, sums.second)
     sums.distance, sums.tokens = 0.0, 0
-    (parts,) = room.sums(1)  # each process holds one of what the sums were
     for cross in sums.cross.values():
         cross *= MOMENTUM
     for held in (tensor for table in tables for tensor in table.values()):
-        held /= parts
+        held /= room.size  # each process holds its part of what the sums were
     with room.agreed():
         for sample in fit:
             _add_sample(module, read, by_node, sample, words, sums)

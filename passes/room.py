@@ -23,24 +23,36 @@ def _alone(value: Tensor) -> Tensor:
     return value
 
 
-def _ahead(counts: Tensor) -> Tensor:
-    return counts.cumsum(0) - counts
-
-
 @dataclass(frozen=True)
 class Room:
-    """`total` adds a tensor up over all processes, perhaps in place. `ahead` takes counts [own
-    batches, ...] and gives the sum over all batches before each, those of other processes too.
-    `settle` may move the live values of all batches out of memory.
+    """`total` adds a tensor up over all processes, perhaps in place. `settle` may move the live
+    values of all batches out of memory. Of `size` processes number `rank` has the batches rank,
+    rank + size, ...
     """
 
     total: Callable[[Tensor], Tensor] = _alone
-    ahead: Callable[[Tensor], Tensor] = _ahead
     settle: Callable[[list[dict[Node, Any]]], None] | None = None
+    rank: int = 0
+    size: int = 1
 
     def sums(self, *values: float) -> list[float]:
         """Each number, added up over all processes."""
         return self.total(torch.tensor(values, dtype=torch.float64)).tolist()  # type: ignore[no-any-return]
+
+    def ahead(self, counts: Tensor) -> Tensor:
+        """Of counts [own batches, ...] the sums over all batches, of any process, before each."""
+        (batches,) = self.sums(len(counts))
+        every = counts.new_zeros(int(batches), *counts.shape[1:])
+        every[self.rank :: self.size] = counts
+        every = self.total(every)
+        return (every.cumsum(0) - every)[self.rank :: self.size]
+
+    def in_turn(self, generator: torch.Generator) -> Iterator[bool]:
+        """For each process whether it is this one: it draws where the one before it ended."""
+        for turn in range(self.size):
+            yield turn == self.rank
+            state = generator.get_state()
+            generator.set_state(self.total(state * (turn == self.rank)))
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

@@ -78,21 +78,23 @@ def sense(
     room: Room | None = None,
 ) -> dict[str, Sensed]:
     """Consumer node name -> Sensed. Batches run one after the other; `metric` asks for A. `room`:
-    of several processes, of which one may have no batch.
+    of several processes each runs one at a time, and some may have one less, or none.
     """
     room = room or Room()
     sites = {view.node: view for view in views}
     sums = {view.node.name: _nothing(module, view) for view in sites.values()}
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    generator = torch.Generator(device)
-    numbers = room.ahead(torch.ones(len(batches), dtype=torch.long)).tolist()
-    with room.agreed(), torch.set_grad_enabled(metric):
-        for number, environment in zip(numbers, environments(module, batches), strict=True):
-            leaves, outputs = _run(module, environment, sites, sums, metric)
-            if metric:
-                _backward(leaves, outputs, generator.manual_seed(seed + number))
-    if sites and not room.sums(len(batches))[0]:
+    generator = torch.Generator(device).manual_seed(seed)
+    (count,) = room.sums(len(batches))
+    if sites and not count:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
+    own = environments(module, batches)
+    for _ in range(0, int(count), room.size):
+        one = next(own, None)
+        with room.agreed(), torch.set_grad_enabled(metric):
+            leaves, outputs = ([], []) if one is None else _run(module, one, sites, sums, metric)
+        if metric:
+            _backward(leaves, outputs, generator, room)
     found = {}
     for view in sites.values():
         s = _together(sums.pop(view.node.name), room)
@@ -212,16 +214,23 @@ def _accumulate(
         s.added += len(rows)
 
 
-def _backward(leaves: list[Tensor], outputs: list[Tensor], generator: torch.Generator) -> None:
+def _backward(
+    leaves: list[Tensor], outputs: list[Tensor], generator: torch.Generator, room: Room
+) -> None:
     """J^T z of every tapped result, z a random vector for each output."""
     reached = [output for output in outputs if output.requires_grad]
-    slopes = []
-    for output in reached:
-        z = torch.randn(output.shape, generator=generator, device=generator.device).to(output)
-        scale = output.detach().float().square().mean().sqrt().clamp_min(1e-12)
-        slopes.append((z / scale).to(output))
-    if reached:
-        backward(reached, slopes, leaves)
+    turns = room.in_turn(generator)
+    slopes = [_slope(held, generator) for mine in turns if mine for held in reached]
+    with room.agreed():
+        if reached:
+            backward(reached, slopes, leaves)
+
+
+def _slope(output: Tensor, generator: torch.Generator) -> Tensor:
+    """z, for an output that is divided by its root mean square."""
+    z = torch.randn(output.shape, generator=generator, device=generator.device).to(output)
+    scale = output.detach().float().square().mean().sqrt().clamp_min(1e-12)
+    return (z / scale).to(output)
 
 
 def _is_node(item: Any) -> bool:

@@ -52,26 +52,16 @@ def refuse_idle(batches: Sequence[Any]) -> None:
 
 def room(settle: Callable[[list[dict[Any, Any]]], None] | None = None) -> Room:
     """Where all ranks walk together, each over its share."""
-    return Room(total, ahead, settle)
-
-
-def ahead(counts: Tensor) -> Tensor:
-    """Of counts [this rank's batches, ...] the sums over all batches, of any rank, before each."""
-    rank, size = world()
-    every = counts.new_zeros(int(total(torch.tensor(len(counts)))), *counts.shape[1:])
-    every[rank::size] = counts
-    every = total(every)
-    return (every.cumsum(0) - every)[rank::size]
+    return Room(total, settle, *world())
 
 
 def total(value: Tensor) -> Tensor:
     """The sum over all ranks, perhaps in place."""
     if world()[1] == 1:
         return value
-    if dist.get_backend() == "nccl":
-        value = value.cuda()  # it takes no others
+    held = value.cuda() if dist.get_backend() == "nccl" else value  # which takes no others
     try:
-        dist.all_reduce(value)
+        dist.all_reduce(held)
     except RuntimeError as error:
         raise FaspGraphError(
             f"rank {world()[0]} lost another process while statistics were summed: "
@@ -79,7 +69,7 @@ def total(value: Tensor) -> Tensor:
             "error of the other ranks, and run again; with the same work folder (or --output) the "
             "run goes on from the last finished group"
         ) from error
-    return value
+    return held.to(value.device)
 
 
 @contextmanager
