@@ -88,9 +88,9 @@ class Walk:
         """
         weight = self.held(view.parameter)  # for its shape
         values = [self.value(environment, view.source) for environment in self.environments]
-        counts = [len(view.rows(value.to("meta"), weight)) for value in values]
-        before = self.room.ahead(torch.tensor(counts)).tolist()
-        width = view.matrix(weight).shape[1]
+        shapes = [view.rows(value.to("meta"), weight).shape for value in values]
+        before = self.room.ahead(torch.tensor([rows for rows, _ in shapes])).tolist()
+        width = shapes[0][1]
         zeros = functools.partial(values[0].new_zeros, dtype=torch.float32)
         gram, total, tokens = zeros(width, width), zeros(width), 0
         for value, seen in zip(values, before, strict=True):
