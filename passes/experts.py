@@ -64,7 +64,8 @@ class ExpertView:
         shape = state.held(self.parameter).shape
         experts, width = shape[0], shape[self.dim]
         sent = [self._sent(state, environment) for environment in state.environments]
-        counts = [ids.bincount(minlength=experts) * rows.shape[1] for ids, rows in sent]
+        each = torch.arange(experts, device=sent[0][0].device)[:, None]
+        counts = [(ids == each).sum(1) * rows.shape[1] for ids, rows in sent]
         before = state.room.ahead(torch.stack(counts).cpu()).tolist()
         device = sent[0][1].device
         zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)
@@ -77,8 +78,8 @@ class ExpertView:
                 add_gram(gram[expert], mine)
                 total[expert] += mine.sum(0, dtype=torch.float32)
                 count[expert] += len(mine)
-        for each in gram:
-            mirror(each)
+        for one in gram:
+            mirror(one)
         gram, total, count = (state.room.total(held) for held in (gram, total, count))
         check_finite(self, gram)
         means = total / count.clamp_min(1)[:, None]

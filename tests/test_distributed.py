@@ -130,6 +130,7 @@ CASES = {
     "ridge": (Stream, FEW, {"ridge": "held-out", "restore": "residual"}),
     "experts": (Routed, UNEVEN, {}),
     "ridge of experts": (Routed, FEW, {"ridge": "held-out"}),
+    "variance in experts": (Routed, UNEVEN, {"method": "flap"}),
     "one sensed, no gradient": (Behind, UNEVEN[:2], {}),
     "one fitted, no gradient": (Behind, UNEVEN * 3, {"restore": "outputs", "allocation": "curves"}),
 }
@@ -144,6 +145,7 @@ def decided(name):
     groups = [group for group in program.deps.groups if group.kind in config.kinds]
     found = decide(program.captured, program.deps, groups, given, config)
     tables = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    tables["rotated"] = sorted(found.rotated)
     return {name: held for name, held in tables.items() if name not in ("budget", "cost")}
 
 
