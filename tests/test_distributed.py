@@ -75,19 +75,27 @@ class Stream(nn.Module):
         return self.head(x + self.narrow(h))
 
 
+class Coupled(Stream):
+    """A stream of which every row sees the others, so that no batch can be cut."""
+
+    def forward(self, x):
+        return super().forward(x + x.mean(0))
+
+
 class Routed(nn.Module):
-    """Experts picked by an index, one matrix for each."""
+    """Experts picked by an index, one matrix for each, their hidden units far from zero."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.router, self.head = nn.Linear(12, 3), nn.Linear(12, 4)
         self.up = nn.Parameter(torch.randn(3, 10, 12))
+        self.shift = nn.Parameter(6 * torch.rand(3, 10, 1))
         self.down = nn.Parameter(torch.randn(3, 12, 10))
 
     def forward(self, x):
         ids = self.router(x).argmax(-1)
-        h = torch.relu(torch.bmm(self.up[ids], x[:, :, None]))
+        h = torch.relu(torch.bmm(self.up[ids], x[:, :, None]) + self.shift[ids])
         return self.head(x + torch.bmm(self.down[ids], h).squeeze(-1))
 
 
@@ -131,6 +139,8 @@ CASES = {
     "experts": (Routed, UNEVEN, {}),
     "ridge of experts": (Routed, FEW, {"ridge": "held-out"}),
     "variance in experts": (Routed, UNEVEN, {"method": "flap"}),
+    "one sensed": (Coupled, UNEVEN[:2], {}),
+    "one sensed, influence": (Coupled, UNEVEN[:2], {"method": "modegpt"}),
     "one sensed, no gradient": (Behind, UNEVEN[:2], {}),
     "one fitted, no gradient": (Behind, UNEVEN * 3, {"restore": "outputs", "allocation": "curves"}),
 }
