@@ -109,17 +109,36 @@ def _(x):
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("distributed::stubborn", mutates_args=())
+def stubborn(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+@stubborn.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def refuse(ctx, inputs, output):
+    raise RuntimeError("not where a gradient is asked for")
+
+
+stubborn.register_autograd(lambda ctx, gradient: gradient, setup_context=refuse)
+
+
 class Behind(nn.Module):
     """A chain before an op that has no derivative, and one after it; rows are not alone."""
 
-    def __init__(self):
+    def __init__(self, stubbornly=False):
         super().__init__()
         torch.manual_seed(0)
+        self.stubbornly = stubbornly
         self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 8)
         self.c, self.d = nn.Linear(8, 16), nn.Linear(16, 4)
 
     def forward(self, x):
-        h = swish(4 * self.b(torch.relu(self.a(x))))
+        between = stubborn if self.stubbornly else swish
+        h = between(4 * self.b(torch.relu(self.a(x))))
         return self.d(torch.relu(self.c(4 * h + h.mean(0))))
 
 
@@ -142,6 +161,7 @@ CASES = {
     "one sensed": (Coupled, UNEVEN[:2], {}),
     "one sensed, influence": (Coupled, UNEVEN[:2], {"method": "modegpt"}),
     "one sensed, no gradient": (Behind, UNEVEN[:2], {}),
+    "one sensed, no run": (functools.partial(Behind, True), UNEVEN[:2], {}),
     "one fitted, no gradient": (Behind, UNEVEN * 3, {"restore": "outputs", "allocation": "curves"}),
 }
 
