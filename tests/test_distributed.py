@@ -15,6 +15,8 @@ from torch import nn
 from fasp_graph import Config, prune
 from fasp_graph.decide import decide
 from fasp_graph.prune import read
+from fasp_graph.scale import distributed
+from passes.errors import CalibrationError
 
 WORKER = """
 import os, sys, datetime
@@ -148,6 +150,7 @@ CASES = {
     "fasp": (Stream, UNEVEN, {"method": "fasp"}),
     "best": (Stream, UNEVEN, {}),
     "best, the dense path beside": (Entered, MANY, {}),
+    "best, in little memory": (Stream, MANY, {"max_memory": 40_000}),
     "asymmetric": (Entered, UNEVEN, {"restore": "asymmetric"}),
     "residual": (Entered, UNEVEN, {"restore": "residual"}),
     "curves": (Stream, UNEVEN, {"score": "obs", "restore": "affine", "allocation": "curves"}),
@@ -177,6 +180,13 @@ def decided(name):
     tables = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     tables["rotated"] = sorted(found.rotated)
     return {name: held for name, held in tables.items() if name not in ("budget", "cost")}
+
+
+def test_fewer_batches_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: (0, 4))
+
+    with pytest.raises(CalibrationError, match="3 calibration batches .* 4 processes .* help"):
+        prune(model(), batches()[0], batches()[:3], Config(method="fasp"))
 
 
 def two(folder: Path, fails: str = "no") -> list[tuple[int, str]]:
