@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from passes.errors import CalibrationError, FaspGraphError
-from passes.observe import Room
+from passes.room import Room
 
 PATIENCE = datetime.timedelta(minutes=30)
 T = TypeVar("T")
