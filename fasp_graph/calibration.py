@@ -1,4 +1,4 @@
-"""calibration: the batches of a run: checked, dealt out to processes, cut where there is one."""
+"""calibration: the batches of a run, checked and cut, and what the options need of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch.utils import _pytree as pytree
 
 from passes.capture import Args, Captured, as_args
 from passes.compare import tensors
-from passes.errors import CalibrationError, ConfigError, NoGradient
+from passes.errors import CalibrationError, NoGradient
 from passes.lazy import is_lazy
 from passes.restore import TOWARDS
 from passes.score import GREEDY, NEEDS_DATA
 
 from .config import Config
 from .correction import PIECES
-from .scale.distributed import share, world
 from .scale.microbatch import cut, rows_apart, rows_of
 
 NAMED = 3  # weights of which a note says the names
@@ -113,17 +112,6 @@ def _form(args: Args) -> str:
 
     told = pytree.tree_map(kind, args)
     return ", ".join(f"{part}" for part in told if part) or "empty"
-
-
-def shared_batches(batches: list[Args], config: Config) -> list[Args]:
-    """This process's batches. What compares with the dense path is not summed over processes."""
-    passes = config.passes
-    if world()[1] > 1 and (sensing(config) or passes.restore in TOWARDS):
-        raise ConfigError(
-            f"score={passes.score}, restore={passes.restore}, allocation={passes.allocation} run "
-            "in one process only · help: method='fasp' or 'slimgpt' under torchrun"
-        )
-    return share(batches)
 
 
 def affordable(

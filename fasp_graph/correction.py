@@ -38,6 +38,7 @@ from passes.restore import TOWARDS
 from passes.views import View
 
 from .config import Config
+from .scale.distributed import room, share
 
 PIECES = (16, 8)
 """How many batches are wanted, and how many do."""
@@ -99,6 +100,7 @@ def corrected(
 ) -> Correction | None:
     """Steps of all layers where these lower the held-out distance; of the consumers alone where
     something has no derivative between them and the others. None where none can be tried.
+    `batches`: those of all processes; `twin`: of this one's.
     """
     state = Walk(module, [], dict(weights))
 
@@ -106,13 +108,17 @@ def corrected(
         held: Any = state.weight(name)
         return held.detach() if isinstance(held, Tensor) else held  # the body of a scan
 
+    count = len(batches)
+    own = share(range(count))
+
     def samples(numbers: Iterable[int]) -> list[Sample]:
+        mine = [number for number in numbers if number in own]
         if twin is not None:
-            return [Sample(batches[n], functools.partial(twin.outputs, n)) for n in numbers]
-        found = (batches[n] for n in numbers)
+            places = [(batches[n], own.index(n)) for n in mine]
+            return [Sample(b, functools.partial(twin.outputs, place)) for b, place in places]
+        found = (batches[n] for n in mine)
         return [Sample(b, functools.partial(dense_outputs, module, b)) for b in found]
 
-    count = len(batches)
     fits = [samples(numbers) for numbers in fitted_on(count, twin is not None)]
     consumers = _consumers(groups, views, kept, read) if fits else []
     if not consumers:
@@ -120,7 +126,7 @@ def corrected(
     sites = [*consumers, *_others(module, consumers, read)]
     for moving in (sites, consumers):
         with contextlib.suppress(NoGradient):  # of an op between producers and consumers, perhaps
-            return correct(module, read, moving, fits, samples(held_out(count)))
+            return correct(module, read, moving, fits, samples(held_out(count)), room())
     return None
 
 

@@ -49,13 +49,13 @@ from .calibration import (
     measuring,
     needs_data,
     sensing,
-    shared_batches,
     without_gradients,
 )
 from .config import Config
 from .correction import beside, correction_cost, sensed_on
 from .emit.layout import Said, settled
 from .pricing import measured_cost
+from .scale.distributed import refuse_idle, room, share
 from .scale.journal import fingerprint, open_journal
 from .scale.microbatch import microbatches
 from .walking import Decisions, settle_all
@@ -89,8 +89,10 @@ def decide(
     captured = replace(captured, graph_module=module)
     nodes = nodes_by_name(module.graph.nodes)
     found = {group.name: views(group, deps, nodes) for group in groups}
-    batches, config = affordable(captured, shared_batches(every, config) if every else [], config)
+    batches, config = affordable(captured, every, config)
     batches = microbatches(captured, batches, config.max_memory)
+    if batches:
+        refuse_idle(batches)
     alone = [group for group in groups if not found[group.name]]
     sensed, config, notes = _sense(captured, found, batches, config)
     own = independent(captured.graph_module, alone, deps, captured.inputs, config.seed)
@@ -161,10 +163,10 @@ def _sense(
     if not sensing(config):
         return {}, config, ()
     sites = [view for several in found.values() for view in several]
-    chosen = [batches[number] for number in sensed_on(len(batches), config)]
+    chosen = share([batches[number] for number in sensed_on(len(batches), config)])
     module = captured.graph_module
     try:
-        sensed = sense(module, chosen, sites, config.seed, backward(config))
+        sensed = sense(module, chosen, sites, config.seed, backward(config), room())
     except NoGradient as error:
         again = _sense(captured, found, batches, without_gradients(config, error))
         return again[0], again[1], (f"{error}; as is done here",)

@@ -30,8 +30,8 @@ from passes.capture import Args, Captured
 from passes.cost import Cost, Item, Lost, isotonic
 from passes.errors import BudgetError, UnsupportedOp
 from passes.groups import DependencyGraph, Group
-from passes.observe import Room
 from passes.removal import removal
+from passes.room import Room
 from passes.select import Plan, least, select, steps
 
 from .config import Config

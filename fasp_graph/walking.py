@@ -24,9 +24,10 @@ from passes.errors import where
 from passes.experts import ExpertView, Orders, moved
 from passes.gates import behind, level
 from passes.lazy import Lazy, materialized
-from passes.observe import Moments, Room, Walk, probe, walk
+from passes.observe import Moments, Walk, probe, walk
 from passes.pieces import with_every_piece
 from passes.rewrite import attribute
+from passes.room import Room
 from passes.rotate import columns_of, turns
 from passes.score import GREEDY, NEEDS_DATA
 from passes.select import Budget, select
@@ -38,7 +39,7 @@ from .config import Config
 from .correction import beside, corrected
 from .experts import settle_experts, weight_orders
 from .refit import Turn, cut, folds, refit, whole
-from .scale.distributed import total
+from .scale.distributed import room, share
 from .scale.journal import Journal, watch
 from .scale.spill import Spill
 from .worth import Job, Progress, basis_of, problems_of, told, utility_of, weight_utility
@@ -83,17 +84,17 @@ def settle_all(
     progress: Progress | None = None,
     journal: Journal | None = None,
 ) -> None:
-    """Fill `decided` by one walk over the batches."""
+    """Fill `decided` by one walk over the batches; each process walks over its share of them."""
     module, config = job.captured.graph_module, job.config
-    stops = _Stops(job, decided)
+    stops, own = _Stops(job, decided), share(batches)
     for group in groups:
         stops.add(group, bool(batches))
     if stops.pending and beside(config, job.views):
-        stops.dense = twin(module, batches)
+        stops.dense = twin(module, own)
     report = (lambda done, total: progress("prune", done, total)) if progress else None
-    visit, nodes, room = watch(journal, stops.visit, decided), stops.nodes, _room(config)
-    given = batches if nodes else []
-    decided.weights = walk(module, given, nodes, visit, report, room, stops.again, stops.shut)
+    visit, nodes = watch(journal, stops.visit, decided), stops.nodes
+    given, inside = own if nodes else [], _room(config)
+    decided.weights = walk(module, given, nodes, visit, report, inside, stops.again, stops.shut)
     _turn(job, groups, decided)
     if stops.pending and config.passes.restore == "outputs":
         found = corrected(
@@ -325,5 +326,4 @@ def _columns(group: Group, view: View, unit: Tensor) -> str:
 
 
 def _room(config: Config) -> Room:
-    settle = None if config.max_memory is None else Spill(config.max_memory)
-    return Room(total, settle)
+    return room(None if config.max_memory is None else Spill(config.max_memory))

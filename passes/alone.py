@@ -21,9 +21,10 @@ from torch.utils import _pytree as pytree
 from .capture import Args
 from .cost import scope
 from .groups import DependencyGraph
-from .observe import Room, Walk, walk
+from .observe import Walk, walk
 from .removal import Removal, count, removal
 from .rewrite import shrink_node
+from .room import Room
 from .values import Value
 
 Pool = dict[tuple[Any, ...], Tensor]

@@ -24,6 +24,7 @@ bias is one more column of ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ from .capture import Args
 from .consumers import Offset
 from .observe import backward, environments, tap
 from .rewrite import attribute
+from .room import Room
 from .sensitivity import run
 from .views import View
 from .visit import bind, op_name
@@ -113,11 +115,13 @@ def correct(
     sites: Sequence[Site],
     fits: Sequence[Sequence[Sample]],
     held: Sequence[Sample],
+    room: Room | None = None,
 ) -> Correction:
     """One step for each of `fits`. `read(name)`: the weight as pruned so far, dense-shaped, removed
-    columns zero.
+    columns zero. `room`: of several processes, each with its share of the samples, or none.
     """
-    words, sums, moved = vocabularies(module), _Sums(), dict[str, Tensor]()
+    room = room or Room()
+    words, sums, moved = vocabularies(module), _nothing(sites, read), dict[str, Tensor]()
     targets = [sample.target() for sample in held]
 
     def now(name: str) -> Tensor:
@@ -125,11 +129,13 @@ def correct(
 
     def lost(at: Read) -> float:
         pairs = zip(held, targets, strict=True)
-        return sum(apart(_outputs(module, s.batch, at), t, words)[0] for s, t in pairs)
+        own = sum(apart(_outputs(module, s.batch, at), t, words)[0] for s, t in pairs)
+        (distance,) = room.sums(own)
+        return distance
 
     least, steps = lost(now), []
     for fit in fits:
-        if not _gradients(module, now, sites, fit, words, sums):
+        if not _gradients(module, now, sites, fit, words, sums, room):
             break
         step = _steps(sites, sums)
         slope = sum(float((sums.cross[node] * step[node]).sum()) for node in step) / sums.tokens
@@ -196,6 +202,20 @@ def _divergence(output: Tensor, target: Tensor, slope: Tensor | None) -> Iterato
             place.copy_(log.exp() - dense.exp())
 
 
+def _nothing(sites: Sequence[Site], read: Read) -> _Sums:
+    """The sums before the first step."""
+    sums = _Sums()
+    for site in sites:
+        matrix = site.view.matrix(read(site.view.parameter))
+        out, width = len(matrix), matrix.shape[1] + bool(site.offset)
+        zeros = functools.partial(matrix.new_zeros, dtype=torch.float32)
+        sums.cross[site.view.node] = zeros(out, width)
+        sums.power[site.view.node] = zeros(out)
+        if site.entry not in sums.second:
+            sums.second[site.entry] = zeros(width, width)
+    return sums
+
+
 def _gradients(
     module: GraphModule,
     read: Read,
@@ -203,14 +223,23 @@ def _gradients(
     fit: Sequence[Sample],
     words: frozenset[int],
     sums: _Sums,
+    room: Room,
 ) -> bool:
-    """Add the samples to the sums; whether a gradient reaches a site."""
+    """Add the samples of all processes to the sums; whether a gradient reaches a site."""
     by_node = {site.view.node: site for site in sites}
+    tables = (sums.cross, sums.power, sums.second)
     sums.distance, sums.tokens = 0.0, 0
     for cross in sums.cross.values():
         cross *= MOMENTUM
-    if not all(_add_sample(module, read, by_node, sample, words, sums) for sample in fit):
-        return False
+    for held in (tensor for table in tables for tensor in table.values()):
+        held /= room.size  # each process holds its part of what the sums were
+    with room.agreed():
+        for sample in fit:
+            _add_sample(module, read, by_node, sample, words, sums)
+    for table in tables:
+        table.update({key: room.total(held) for key, held in table.items()})
+    sums.distance, tokens = room.sums(sums.distance, sums.tokens)
+    sums.tokens = int(tokens)
     sums.seen += sums.tokens
     return sums.tokens > 0
 
@@ -222,7 +251,7 @@ def _add_sample(
     sample: Sample,
     words: frozenset[int],
     sums: _Sums,
-) -> bool:
+) -> None:
     leaves: list[Tensor] = []
     counts = {}
 
@@ -233,12 +262,8 @@ def _add_sample(
         weight, entering = read(site.view.parameter), value(site.view.source).detach()
         if site.entry not in counts:
             rows = _rows(site, entering, weight)
-            held = sums.second.setdefault(site.entry, rows.new_zeros(rows.shape[1], rows.shape[1]))
-            held.addmm_(rows.T, rows)
+            sums.second[site.entry].addmm_(rows.T, rows)
             counts[site.entry] = len(rows)
-        out, entries = result.shape[1 if site.view.convolution else -1], sums.second[site.entry]
-        sums.cross.setdefault(node, entries.new_zeros(out, len(entries)))
-        sums.power.setdefault(node, entries.new_zeros(out))
 
         def see(gradient: Tensor) -> None:
             slope = site.view.outputs(gradient).float()
@@ -251,12 +276,11 @@ def _add_sample(
         (environment,) = environments(module, [sample.batch])
         outputs = run(module, environment, read, watch)
         distance, slopes = apart(outputs, sample.target(), words)
-        if not slopes:
-            return False
+        if not slopes:  # no gradient reaches a site
+            return
         backward([output for output in outputs if output.requires_grad], slopes, leaves)
     sums.distance += distance
     sums.tokens += max(counts.values())
-    return True
 
 
 def _rows(site: Site, entering: Tensor, weight: Tensor) -> Tensor:

@@ -114,6 +114,8 @@ def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift | None:
             if gap is not None:
                 cross += (gap.T @ x).double()
                 mean += gap.sum(0).double()
+    cross, mean = state.room.total(cross), state.room.total(mean)
+    tokens = int(state.room.sums(tokens)[0])
     return Drift(cross, mean / tokens, tokens)
 
 

@@ -10,8 +10,10 @@ tried on the model, with random permutations, before anything relies on it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,30 +63,33 @@ class ExpertView:
         """Of each expert, over the places that are its own, or a part of them (`fold`)."""
         shape = state.held(self.parameter).shape
         experts, width = shape[0], shape[self.dim]
-        gram: Tensor | None = None
-        for environment in state.environments:
-            ids = state.value(environment, self.ids).reshape(-1)
-            rows = state.value(environment, self.source).movedim(self.source_dim, -1).flatten(1, -2)
-            if gram is None:
-                zeros = {"dtype": torch.float32, "device": rows.device}
-                gram = torch.zeros(experts, width, width, **zeros)
-                total = torch.zeros(experts, width, **zeros)
-                count = torch.zeros(experts, dtype=torch.long, device=rows.device)
-                before = [0] * experts
+        sent = [self._sent(state, environment) for environment in state.environments]
+        each = torch.arange(experts, device=sent[0][0].device)[:, None]
+        counts = [(ids == each).sum(1) * rows.shape[1] for ids, rows in sent]
+        before = state.room.ahead(torch.stack(counts).cpu()).tolist()
+        device = sent[0][1].device
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)
+        gram, total = zeros(experts, width, width), zeros(experts, width)
+        count = torch.zeros(experts, dtype=torch.long, device=device)
+        for (ids, rows), seen in zip(sent, before, strict=True):
             for expert in range(experts):
                 own = rows[ids == expert].flatten(0, 1)
-                mine = summable(fold(own, before[expert], part))
-                before[expert] += len(own)
+                mine = summable(fold(own, seen[expert], part))
                 add_gram(gram[expert], mine)
                 total[expert] += mine.sum(0, dtype=torch.float32)
                 count[expert] += len(mine)
-        assert gram is not None
-        for each in gram:
-            mirror(each)
+        for one in gram:
+            mirror(one)
         gram, total, count = (state.room.total(held) for held in (gram, total, count))
         check_finite(self, gram)
         means = total / count.clamp_min(1)[:, None]
         return [Moments(*of_one) for of_one in zip(gram, means, count.tolist(), strict=True)]
+
+    def _sent(self, state: Walk, environment: dict[Node, Any]) -> tuple[Tensor, Tensor]:
+        """Of a batch e(s), and X as [places, rows of a place, in]."""
+        ids = state.value(environment, self.ids).reshape(-1)
+        rows = state.value(environment, self.source).movedim(self.source_dim, -1).flatten(1, -2)
+        return ids, rows
 
 
 def stacked(group: Group, deps: DependencyGraph) -> bool:

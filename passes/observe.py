@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from .capture import Args
 from .errors import CalibrationError, NoGradient, brief, where
 from .lazy import materialized
+from .room import Room
 from .views import Seen, View
 
 STRIPES = 8
@@ -58,20 +59,6 @@ def fold(rows: Tensor, seen: int, part: int | None) -> Tensor:
     return rows if part is None else (rows[:cut], rows[cut:])[part]
 
 
-def _alone(value: Tensor) -> Tensor:
-    return value
-
-
-@dataclass(frozen=True)
-class Room:
-    """Where a walk runs. `total` adds a tensor up over all processes that walk (each over its
-    share of the batches); `settle` may move the live values of all batches out of memory.
-    """
-
-    total: Callable[[Tensor], Tensor] = _alone
-    settle: Callable[[list[dict[Node, Any]]], None] | None = None
-
-
 @dataclass
 class Walk:
     """The state of a walk: live values per batch, and weights that replace the module's."""
@@ -100,24 +87,20 @@ class Walk:
         an activation is not finite.
         """
         weight = self.held(view.parameter)  # for its shape
-        gram: Tensor | None = None
-        total: Tensor | None = None
-        tokens = seen = 0
-        for environment in self.environments:
-            every = view.rows(self.value(environment, view.source), weight)
-            rows = summable(fold(every, seen, part))
-            seen += len(every)
-            if gram is None or total is None:
-                width = rows.shape[1]
-                zeros = functools.partial(rows.new_zeros, dtype=torch.float32)
-                gram, total = zeros(width, width), zeros(width)
+        values = [self.value(environment, view.source) for environment in self.environments]
+        shapes = [view.rows(value.to("meta"), weight).shape for value in values]
+        before = self.room.ahead(torch.tensor([rows for rows, _ in shapes])).tolist()
+        width = shapes[0][1]
+        zeros = functools.partial(values[0].new_zeros, dtype=torch.float32)
+        gram, total, tokens = zeros(width, width), zeros(width), 0
+        for value, seen in zip(values, before, strict=True):
+            rows = summable(fold(view.rows(value, weight), seen, part))
             add_gram(gram, rows)
             total += rows.sum(0, dtype=torch.float32)
             tokens += len(rows)
-        assert gram is not None and total is not None
         mirror(gram)
         gram, total = self.room.total(gram), self.room.total(total)
-        tokens = int(self.room.total(torch.tensor(tokens, device=gram.device)))
+        tokens = int(self.room.sums(tokens)[0])
         check_finite(view, gram)
         return Moments(gram, total / max(tokens, 1), tokens)
 

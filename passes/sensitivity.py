@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ from .observe import (
     last_reads,
     tap,
 )
+from .room import Room
 from .views import View
 
 Read = Callable[[str], Any]
@@ -69,23 +70,34 @@ class _Sums:
 
 
 def sense(
-    module: GraphModule, batches: Iterable[Args], views: Iterable[View], seed: int, metric: bool
+    module: GraphModule,
+    batches: Sequence[Args],
+    views: Iterable[View],
+    seed: int,
+    metric: bool,
+    room: Room | None = None,
 ) -> dict[str, Sensed]:
-    """Consumer node name -> Sensed. Batches run one after the other; `metric` asks for A."""
+    """Consumer node name -> Sensed. Batches run one after the other; `metric` asks for A. `room`:
+    of several processes each runs one at a time, and some may have one less, or none.
+    """
+    room = room or Room()
     sites = {view.node: view for view in views}
-    sums: dict[str, _Sums] = {}
+    sums = {view.node.name: _nothing(module, view) for view in sites.values()}
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
-    for environment in environments(module, batches):
-        with torch.set_grad_enabled(metric):
-            leaves, outputs = _run(module, environment, sites, sums, metric)
-            if metric:
-                _backward(leaves, outputs, generator)
-    if not sums and sites:
+    (count,) = room.sums(len(batches))
+    if sites and not count:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
+    own = environments(module, batches)
+    for _ in range(0, int(count), room.size):
+        one = next(own, None)
+        with room.agreed(), torch.set_grad_enabled(metric):
+            leaves, outputs = ([], []) if one is None else _run(module, one, sites, sums, metric)
+        if metric:
+            _backward(leaves, outputs, generator, room)
     found = {}
     for view in sites.values():
-        s = sums[view.node.name]
+        s = _together(sums.pop(view.node.name), room)
         check_finite(view, s.gram, s.metric)
         tokens = max(s.tokens, 1)
         moments = Moments(s.gram, s.total / tokens, s.tokens)
@@ -95,6 +107,21 @@ def sense(
             s.cosine / s.added if s.added else None,
         )
     return found
+
+
+def _nothing(module: GraphModule, view: View) -> _Sums:
+    """The sums of no batch."""
+    weight = operator.attrgetter(view.parameter)(module).detach()
+    out, size = view.matrix(weight).shape
+    zeros = [weight.new_zeros(s, dtype=torch.float32) for s in ((size, size), (size,), (out, out))]
+    return _Sums(*zeros)
+
+
+def _together(s: _Sums, room: Room) -> _Sums:
+    """The sums of all processes."""
+    gram, total, metric = (room.total(held) for held in (s.gram, s.total, s.metric))
+    tokens, reached, cosine, added = room.sums(s.tokens, s.reached, s.cosine, s.added)
+    return _Sums(gram, total, metric, int(tokens), reached > 0, cosine, int(added))
 
 
 def factor(metric: Tensor, damping: float = 1e-4) -> Tensor:
@@ -174,11 +201,7 @@ def _accumulate(
 ) -> None:
     weight = operator.attrgetter(view.parameter)(view.node.graph.owning_module).detach()
     rows = view.rows(value(view.source).detach(), weight).to(torch.float32)
-    size, out = rows.shape[1], view.outputs(result).shape[1]
-    s = sums.get(view.node.name)
-    if s is None:
-        zeros = [rows.new_zeros(shape) for shape in ((size, size), (size,), (out, out))]
-        s = sums[view.node.name] = _Sums(*zeros)
+    s = sums[view.node.name]
     s.gram.addmm_(rows.T, rows)
     s.total += rows.sum(0)
     s.tokens += len(rows)
@@ -191,16 +214,23 @@ def _accumulate(
         s.added += len(rows)
 
 
-def _backward(leaves: list[Tensor], outputs: list[Tensor], generator: torch.Generator) -> None:
+def _backward(
+    leaves: list[Tensor], outputs: list[Tensor], generator: torch.Generator, room: Room
+) -> None:
     """J^T z of every tapped result, z a random vector for each output."""
     reached = [output for output in outputs if output.requires_grad]
-    slopes = []
-    for output in reached:
-        z = torch.randn(output.shape, generator=generator, device=generator.device).to(output)
-        scale = output.detach().float().square().mean().sqrt().clamp_min(1e-12)
-        slopes.append((z / scale).to(output))
-    if reached:
-        backward(reached, slopes, leaves)
+    turns = room.in_turn(generator)
+    slopes = [_slope(held, generator) for mine in turns if mine for held in reached]
+    with room.agreed():
+        if reached:
+            backward(reached, slopes, leaves)
+
+
+def _slope(output: Tensor, generator: torch.Generator) -> Tensor:
+    """z, for an output that is divided by its root mean square."""
+    z = torch.randn(output.shape, generator=generator, device=generator.device).to(output)
+    scale = output.detach().float().square().mean().sqrt().clamp_min(1e-12)
+    return (z / scale).to(output)
 
 
 def _is_node(item: Any) -> bool:

@@ -23,7 +23,7 @@ from passes.allocate import _give_back, allocate_by_error
 from passes.alone import timed
 from passes.cost import Cost, Item, Lost, isotonic
 from passes.errors import BudgetError, ConfigError
-from passes.observe import Room
+from passes.room import Room
 from passes.select import Budget, allocate
 
 STAIR = 8

@@ -1,24 +1,27 @@
 """distributed: several processes walk, each over its share of the calibration batches.
 
-    rank r takes batches r, r + world, ...;   G = sum over ranks of G_r,   likewise means and counts
+    rank r takes batches r, r + world, ...;   G = sum over ranks of G_r,   likewise means, counts,
+    sensitivities, drifts, distances and their gradients
 
 An all-reduce gives every rank the same bits, so all make the same choices and repairs; rank 0
-writes. Started by torchrun; torch.distributed must be initialised (`joined` does it).
+writes. All ranks sum as often, whatever batches they have. Started by torchrun; torch.distributed
+must be initialised (`joined` does it).
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from passes.errors import CalibrationError, FaspGraphError
+from passes.room import Room
 
 PATIENCE = datetime.timedelta(minutes=30)
 T = TypeVar("T")
@@ -31,23 +34,34 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def share(batches: list[T]) -> list[T]:
-    """This rank's batches; CalibrationError, on every rank alike, if one would have none."""
+def share(batches: Sequence[T]) -> Sequence[T]:
+    """This rank's batches; of few there may be none."""
     rank, size = world()
+    return batches[rank::size]
+
+
+def refuse_idle(batches: Sequence[Any]) -> None:
+    """CalibrationError, on every rank alike, if one would have nothing to walk over."""
+    size = world()[1]
     if len(batches) < size:
         raise CalibrationError(
             f"{len(batches)} calibration batches cannot be shared by {size} processes · help: "
             "start fewer processes, or give smaller batches"
         )
-    return batches[rank::size]
+
+
+def room(settle: Callable[[list[dict[Any, Any]]], None] | None = None) -> Room:
+    """Where all ranks walk together, each over its share."""
+    return Room(total, settle, *world())
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over all ranks."""
+    """The sum over all ranks, perhaps in place."""
     if world()[1] == 1:
         return value
+    held = value.cuda() if dist.get_backend() == "nccl" else value  # which takes no others
     try:
-        dist.all_reduce(value)
+        dist.all_reduce(held)
     except RuntimeError as error:
         raise FaspGraphError(
             f"rank {world()[0]} lost another process while statistics were summed: "
@@ -55,7 +69,7 @@ def total(value: Tensor) -> Tensor:
             "error of the other ranks, and run again; with the same work folder (or --output) the "
             "run goes on from the last finished group"
         ) from error
-    return value
+    return held.to(value.device)
 
 
 @contextmanager
