@@ -26,6 +26,7 @@ from benchmarks.speed import calibration
 from fasp_graph import Config, prune
 
 CASES = ("layers", "tokens", "hidden")
+WINDOWS = (4, 256)  # of a batch: their number and length
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -43,7 +44,7 @@ def measure(layers: int, batches: int, hidden: int) -> dict[str, float]:
     config = OPTConfig(
         **sizes, num_hidden_layers=layers, num_attention_heads=hidden // 64, vocab_size=512
     )
-    model, data = OPTForCausalLM(config).eval(), calibration(batches)
+    model, data = OPTForCausalLM(config).eval(), calibration(batches, *WINDOWS)
     ticks: list[float] = []
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -52,7 +53,7 @@ def measure(layers: int, batches: int, hidden: int) -> dict[str, float]:
 
     example = {"input_ids": data[0]["input_ids"][:2, :17]}
     prune(model, example, data, Config(sparsity=0.3, method="fasp"), progress)
-    row = {"layers": layers, "tokens": batches * 1024, "hidden": hidden}
+    row = {"layers": layers, "tokens": batches * math.prod(WINDOWS), "hidden": hidden}
     return row | {"seconds": ticks[-1] - ticks[0]}
 
 
