@@ -63,7 +63,7 @@ def linears(module: GraphModule) -> Iterator[View]:
         if not isinstance(weight, nn.Parameter) or uses[id(weight)] > 1 or not isinstance(x, Node):
             continue
         if _plain(node, x.name, weight.dim()):
-            dim = 1 if weight.dim() > 2 else -1
+            dim = 1 - weight.dim() if weight.dim() > 2 else -1  # channels, of one sample too
             yield View(node, str(at.target), int(first == "input"), x, dim)
 
 

@@ -56,7 +56,7 @@ class View:
 
     def outputs(self, value: Tensor) -> Tensor:
         """The output, or anything of its layout, as [tokens, out]."""
-        moved = value.movedim(1, -1) if self.convolution else value
+        moved = value.movedim(self.source_dim, -1) if self.convolution else value
         return moved.reshape(-1, moved.shape[-1])
 
     def rows(self, value: Tensor, weight: Tensor) -> Tensor:

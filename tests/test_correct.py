@@ -306,3 +306,17 @@ def test_layers_with_a_weight_of_their_own_may_move():
     found = {view.parameter: view.dim for view in linears(captured.graph_module)}
 
     assert found == {"plain.weight": 1, "conv.weight": 1, "free": 0}
+
+
+def test_a_convolution_of_one_sample_alone():
+    layers = [nn.Conv1d(3, 16, 3), nn.ReLU(), nn.Conv1d(16, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3)]
+    model, batches = nn.Sequential(*layers).eval(), [torch.randn(3, 40) for _ in range(20)]
+
+    alone = prune(model, batches[0], batches, Config(0.3))
+    within = [sample[None] for sample in batches]
+    expected = prune(model, within[0], within, Config(0.3))
+
+    assert not any("derivative" in note for note in alone.report.notes)
+    assert alone.plan == expected.plan
+    for name, weight in expected.model.state_dict().items():
+        torch.testing.assert_close(alone.model.state_dict()[name], weight)
