@@ -89,7 +89,7 @@ def test_folders_load_in_a_fresh_process(tmp_path):
 def test_the_uniform_layout_loads_without_this_package(tmp_path):
     expected = {}
     for name, fields in SAID.items():
-        result = pruned(name, 0.4, method="fasp", layout="uniform", kinds=("chain", "head"))
+        result = pruned(name, 0.35, method="fasp", layout="uniform", kinds=("chain", "head"))
         folder = result.save(tmp_path / name, max_shard_size=40_000)
         inputs = EVERY[name].batch(2, 9)
         torch.save(inputs, f"{folder}.inputs")

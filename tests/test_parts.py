@@ -58,7 +58,7 @@ def test_speech_in_parts():
 
     found = parts.parts_of(twin, result.inputs)
 
-    assert found.cache_numbers < found.dense_cache_numbers == 2 * 2 * 48
+    assert found.cache_numbers < found.dense_cache_numbers == 2 * 48
     assert found.encoder.inputs == ("input_features",)
     assert found.first.inputs == ("input_ids", "encoder_hidden_states")
     for part in (found.encoder, found.first, found.later):
