@@ -26,8 +26,8 @@ from .lazy import materialized
 from .room import Room
 from .views import Seen, View
 
-STRIPES = 8
-MIN_STRIPE = 64  # narrower products waste the machine
+BLOCKS = 16  # of a Gram matrix's diagonal
+MIN_BLOCK = 64  # narrower products waste the machine
 
 
 @dataclass(frozen=True)
@@ -190,26 +190,35 @@ def summable(rows: Tensor) -> Tensor:
     return rows if exact else rows.to(torch.float32)
 
 
-def add_gram(gram: Tensor, rows: Tensor) -> None:
-    """Add X^T X below the diagonal, block column by block column: (1 + 1/STRIPES) / 2 of the work
-    of the whole product.
+def add_gram(gram: Tensor, rows: Tensor, block: int | None = None) -> None:
+    """Add X^T X, up to blocks of the diagonal what lies below it alone: (1 + 1/BLOCKS) / 2 of the
+    work of the whole product.
     """
-    width = max(MIN_STRIPE, -(-len(gram) // STRIPES))
-    for start in range(0, len(gram), width):
-        stop = min(start + width, len(gram))
-        part, left, right = gram[start:, start:stop], rows[:, start:].T, rows[:, start:stop]
-        if rows.dtype == gram.dtype:
-            part.addmm_(left, right)
-        else:
-            part.copy_(torch.addmm(part, left, right, out_dtype=gram.dtype))
+    block = block or _block(gram)
+    left, right = rows.T, rows
+    if len(gram) > block:
+        half = len(gram) // 2
+        add_gram(gram[:half, :half], rows[:, :half], block)
+        add_gram(gram[half:, half:], rows[:, half:], block)
+        gram, left, right = gram[half:, :half], left[half:], rows[:, :half]
+    if rows.dtype == gram.dtype:
+        gram.addmm_(left, right)
+    else:
+        gram.copy_(torch.addmm(gram, left, right, out_dtype=gram.dtype))
 
 
-def mirror(gram: Tensor) -> None:
-    """Copy what is below the diagonal above it, in place, block by block."""
-    width = max(MIN_STRIPE, -(-len(gram) // STRIPES))
-    for start in range(0, len(gram), width):
-        stop = min(start + width, len(gram))
-        gram[start:stop, stop:] = gram[stop:, start:stop].T
+def mirror(gram: Tensor, block: int | None = None) -> None:
+    """Copy what `add_gram` has left below the diagonal above it, in place."""
+    block = block or _block(gram)
+    if len(gram) > block:
+        half = len(gram) // 2
+        mirror(gram[:half, :half], block)
+        mirror(gram[half:, half:], block)
+        gram[:half, half:] = gram[half:, :half].T
+
+
+def _block(gram: Tensor) -> int:
+    return max(MIN_BLOCK, -(-len(gram) // BLOCKS))
 
 
 def environments(module: GraphModule, batches: Iterable[Args]) -> Iterator[dict[Node, Any]]:

@@ -75,9 +75,10 @@ def test_live_values_stay_within_the_budget(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_gram_matrices_by_blocks_are_whole():
-    rows = torch.randn(50, 200, dtype=torch.float64)
-    gram = torch.zeros(200, 200, dtype=torch.float64)
+@pytest.mark.parametrize("size", [1, 63, 65, 200, 1025])
+def test_gram_matrices_by_blocks_are_whole(size):
+    rows = torch.randn(50, size, dtype=torch.float64)
+    gram = torch.zeros(size, size, dtype=torch.float64)
     for part in rows.split(20):
         passes.observe.add_gram(gram, part)
     passes.observe.mirror(gram)
