@@ -1,5 +1,6 @@
 """Spilled activations give the same plan and weights; memory within the budget."""
 
+import pytest
 import torch
 from torch import nn
 
