@@ -149,7 +149,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [measure(name, options.layers, options.windows) for name in SHAPES]
-    found: dict[str, Any] = {"rates": rates(), "rows": rows}
+    settings = {"sparsity": SPARSITY, "window": LENGTH, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {**settings, "rates": rates(), "rows": rows}
     options.output.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

@@ -142,7 +142,7 @@ def wrong(found: dict[str, Part]) -> list[str]:
 def table(found: dict[str, Part]) -> str:
     """The figures as Markdown."""
     program, mutant, fault = found["programs"], found["mutants"], found["faults"]
-    inputs, tested = found["bad_inputs"], found["readers"]["tests"]
+    inputs, tested, small = found["bad_inputs"], found["readers"]["tests"], found["mutation"]
     rows = [
         (
             "random programs",
@@ -169,17 +169,16 @@ def table(found: dict[str, Part]) -> str:
         ),
         *((name, fault[key], said) for key, (name, said) in FAULTS.items() if key in fault),
         ("tests of readers, pages, sources", tested["passed"], f"{tested.get('failed', 0)} failed"),
-        *(_noticed(held) for held in [found.get("mutation")] if held),
+        (
+            "small errors in the core of passes/",
+            small["tried"],
+            f"{small['noticed'] / small['tried']:.0%} noticed by random programs or the fast tests",
+        ),
         *(_covered(name, held) for name, held in found.get("coverage", {}).items()),
     ]
     lines = [f"| {what} | {count:,} | {text} |" for what, count, text in rows]
     machine = found["machine"]
     return "\n".join(["| tried | count | outcome |", "|---|---|---|", *lines, "", machine["said"]])
-
-
-def _noticed(held: Part) -> tuple[str, int, str]:
-    said = f"{held['noticed'] / held['tried']:.0%} noticed by random programs or the fast tests"
-    return "small errors in the core of passes/", held["tried"], said
 
 
 def _covered(name: str, held: Part) -> tuple[str, int, str]:

@@ -101,24 +101,18 @@ class Routed(nn.Module):
         return self.head(x + torch.bmm(self.down[ids], h).squeeze(-1))
 
 
-@torch.library.custom_op("distributed::swish", mutates_args=())
-def swish(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(x)
+def operator_of(name):
+    """An op of a user's own, without a derivative."""
+
+    @torch.library.custom_op(f"distributed::{name}", mutates_args=())
+    def swish(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
+
+    swish.register_fake(torch.empty_like)
+    return swish
 
 
-@swish.register_fake
-def _(x):
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("distributed::stubborn", mutates_args=())
-def stubborn(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(x)
-
-
-@stubborn.register_fake
-def _(x):
-    return torch.empty_like(x)
+swish, stubborn = operator_of("swish"), operator_of("stubborn")
 
 
 def refuse(ctx, inputs, output):
