@@ -173,8 +173,7 @@ class _Stops:
         counted = [(group, view) for group, view in chosen if group.name in job.gates]
         for group, _ in counted:
             state.weights |= _shut(job, group, decided, state.weights)
-        for earlier in self.again[node] if counted else ():
-            state.step(earlier)
+        state.run(self.again[node] if counted else ())
         for view in {view: None for _, view in counted}:
             level(view, moments[view], state)
 

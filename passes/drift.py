@@ -54,13 +54,9 @@ class Twin:
     @torch.no_grad()
     def advance(self, until: Node) -> list[dict[Node, Any]]:
         """Run up to `until`, itself excluded; the live values of each batch."""
-        while self.nodes[self.done] is not until:
-            node = self.nodes[self.done]
-            self.walk.step(node)
-            for value in self.over.get(node, ()):
-                for environment in self.walk.environments:
-                    environment.pop(value, None)
-            self.done += 1
+        end = self.nodes.index(until, self.done)
+        self.walk.run(self.nodes[self.done : end], self.over)
+        self.done = end
         return self.walk.environments
 
     @torch.no_grad()
@@ -68,10 +64,7 @@ class Twin:
         """The dense model's floating-point outputs for one batch: the rest of its run."""
         here = self.walk
         rest = Walk(here.module, [dict(here.environments[number])], here.weights, here.room)
-        for node in self.nodes[self.done :]:
-            rest.step(node)
-            for value in self.over.get(node, ()):
-                rest.environments[0].pop(value, None)
+        rest.run(self.nodes[self.done :], self.over)
         (end,) = (node for node in here.module.graph.nodes if node.op == "output")
         leaves = pytree.tree_map(
             lambda a: rest.value(rest.environments[0], a) if isinstance(a, Node) else a,

@@ -2,8 +2,8 @@
 
 Nodes run in order. Before a node that the caller wants to see, `visit` is called with the walk; it
 reads the node's inputs over all batches and may replace weights, which every later node then uses.
-A value is dropped after its last use, so the walk costs one forward pass and holds only live
-activations.
+From one such stop to the next the batches run one after the other, and a value is dropped after its
+last use: the walk costs one forward pass, and of all batches it holds only what is live at a stop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .errors import CalibrationError, NoGradient, brief, where
-from .lazy import materialized
+from .lazy import Lazy, materialized
 from .room import Room
 from .views import Seen, View
 
@@ -104,22 +104,55 @@ class Walk:
         check_finite(view, gram)
         return Moments(gram, total / max(tokens, 1), tokens)
 
-    def step(self, node: Node) -> None:
-        """Run one node on all batches; a weight is read once for all of them."""
-        read = {
-            arg: self.weight(str(arg.target))
-            for arg in node.all_input_nodes
-            if arg.op == "get_attr"
-        }
-        for environment in self.environments:
-            args, kwargs = pytree.tree_map(
-                lambda a, e=environment: (
-                    a if not isinstance(a, Node) else read[a] if a in read else e[a]
-                ),
-                (node.args, node.kwargs),
-                is_leaf=lambda a: isinstance(a, Node),
+    def run(
+        self,
+        nodes: Sequence[Node],
+        over: Mapping[Node, Iterable[Node]] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run nodes that follow each other on all batches. `over`: what goes after each node
+        (`last_reads`); `progress`: told how many of the nodes are done.
+        """
+        start = 0
+        for part in self._parts(nodes):
+            inputs = {arg: None for node in part for arg in node.all_input_nodes}
+            read = {arg: self.weight(str(arg.target)) for arg in inputs if arg.op == "get_attr"}
+            for number, environment in enumerate(self.environments):
+                for node in part:
+                    self._step(node, environment, read)
+                    for value in (over or {}).get(node, ()):
+                        environment.pop(value, None)
+                if self.room.settle:
+                    self.room.settle(self.environments)
+                if progress:
+                    progress(start + len(part) * (number + 1) // len(self.environments))
+            start += len(part)
+
+    def _parts(self, nodes: Sequence[Node]) -> Iterator[list[Node]]:
+        """The nodes, such that a part holds the promised weights of one node at most; batches go
+        through a part one after the other, for each of which these are not read anew.
+        """
+        part: list[Node] = []
+        for node in nodes:
+            promised = any(
+                isinstance(self.held(str(arg.target)), Lazy)
+                for arg in node.all_input_nodes
+                if arg.op == "get_attr"
             )
-            environment[node] = called(node, args, kwargs)
+            if promised and part:
+                yield part
+                part = []
+            part.append(node)
+        if part:
+            yield part
+
+    def _step(self, node: Node, environment: dict[Node, Any], read: Mapping[Node, Any]) -> None:
+        args, kwargs = pytree.tree_map(
+            lambda a: a if not isinstance(a, Node) else read[a] if a in read else environment[a],
+            (node.args, node.kwargs),
+            is_leaf=lambda a: isinstance(a, Node),
+        )
+        environment[node] = called(node, args, kwargs)
 
 
 def check_finite(view: Seen, *sums: Tensor) -> None:
@@ -265,30 +298,24 @@ def walk(
     name. `again`: a stop -> nodes before it that depend on a weight which the visit replaces, and
     so are run once more.
     """
-    remaining = set(stops)
+    wanted = set(stops)
     state = Walk(module, list(environments(module, batches)), dict(weights or {}), room or Room())
-    if remaining and not state.environments:
+    if wanted and not state.environments:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     repeated = again or {}
-    over = last_reads(module, repeated)
-    for position, node in enumerate(nodes):
-        if not remaining:
-            break
-        if node in remaining:
-            visit(state, node)
-            remaining.discard(node)
-            for earlier in repeated.get(node, ()):
-                state.step(earlier)
-        if remaining:
-            state.step(node)
-        for value in over.get(node, ()):
-            for environment in state.environments:
-                environment.pop(value, None)
-        if state.room.settle:
-            state.room.settle(state.environments)
+    over, done = last_reads(module, repeated), 0
+
+    def report(more: int) -> None:
         if progress:
-            progress(position + 1, len(nodes))
+            progress(done + more, len(nodes))
+
+    for stop in (place for place, node in enumerate(nodes) if node in wanted):
+        state.run(nodes[done:stop], over, report)
+        visit(state, nodes[stop])
+        state.run(repeated.get(nodes[stop], ()))
+        done = stop
+        report(1)
     return state.weights
 
 
@@ -299,15 +326,11 @@ def probe(state: Walk, start: Node, views: list[View]) -> dict[str, Moments]:
     """
     ahead = Walk(state.module, [dict(e) for e in state.environments], state.weights, state.room)
     wanted = {view.node: view for view in views}
+    nodes = [node for node in state.module.graph.nodes if node.op == "call_function"]
     found: dict[str, Moments] = {}
-    running = False
-    for node in state.module.graph.nodes:
-        running = running or node is start
-        if not running or node.op != "call_function":
-            continue
-        if node in wanted:
-            found[node.name] = ahead.moments(wanted[node])
-        if len(found) == len(wanted):
-            break
-        ahead.step(node)
+    done = nodes.index(start)
+    for stop in (place for place, node in enumerate(nodes) if node in wanted):
+        ahead.run(nodes[done:stop])
+        found[nodes[stop].name] = ahead.moments(wanted[nodes[stop]])
+        done = stop
     return found

@@ -1,8 +1,8 @@
 """microbatch: calibration batches in pieces that fit into a budget of memory.
 
-    bytes that one node reads and writes, of one piece <= max_memory / 2
+    bytes of all live values, of one piece at any node <= max_memory / 2
 
-The other half is for what lives between nodes; Spill keeps that within bounds. Batches are cut
+The other half is for those of the pieces that wait; Spill keeps these within bounds. Batches are cut
 along their first axis, and only if the model treats its positions apart: run on one row of the
 example inputs, it must give that row of the outputs. Statistics are sums, so pieces change them
 by rounding only.
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from passes.capture import Args, Captured
 from passes.compare import outputs
+from passes.observe import last_reads
 from passes.precision import widened, widened_inputs
 from passes.rewrite import attribute
 from passes.verify import difference
@@ -44,13 +45,13 @@ def microbatches(captured: Captured, batches: list[Args], max_memory: int | None
 
 
 def working_set(module: GraphModule, args: Args) -> int:
-    """Largest bytes of activations that one node reads and writes, found without numbers: where
-    these decide how many places are chosen, of all places.
+    """Largest bytes of activations that live at one node, found without numbers: where these
+    decide how many places are chosen, of all places.
     """
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     given = iter(pytree.tree_leaves(args))
     values: dict[Node, Any] = {}
-    largest = 0
+    over, largest = last_reads(module), 0
     with torch.no_grad(), fakes, _Everywhere():
         for node in module.graph.nodes:
             if node.op == "placeholder":
@@ -58,16 +59,23 @@ def working_set(module: GraphModule, args: Args) -> int:
             elif node.op == "get_attr":
                 values[node] = _faked(fakes)(attribute(module, str(node.target)))
             elif node.op == "call_function":
-                ins = [a for a in node.all_input_nodes if a.op != "get_attr"]
                 args_, kwargs = pytree.tree_map(
                     lambda a: values[a] if isinstance(a, Node) else a,
                     (node.args, node.kwargs),
                     is_leaf=lambda a: isinstance(a, Node),
                 )
                 values[node] = node.target(*args_, **kwargs)
-                touched = [values[node], *(values[a] for a in ins)]
-                largest = max(largest, sum(t.nbytes for t in _tensors(touched)))
+                live = [value for held, value in values.items() if held.op != "get_attr"]
+                largest = max(largest, _storages(live))
+                for value in over.get(node, ()):
+                    values.pop(value, None)
     return largest
+
+
+def _storages(values: Iterable[Any]) -> int:
+    """Bytes of the values' storages, each counted once."""
+    held = [tensor.untyped_storage() for tensor in _tensors(values)]
+    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
 
 
 class _Everywhere(TorchDispatchMode):
