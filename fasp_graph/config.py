@@ -75,6 +75,9 @@ class Config:
         seed: for score=random and the inputs of the verification.
         max_memory: bytes of live activations to hold in memory between nodes; more is spilled to
             files in the folder for temporary files. Without it all of them are held.
+        compute_on: devices, say cuda:0,cuda:1, that the layers are spread over in order, as many
+            bytes of weights on each. The model stays where it is; each weight is copied when its
+            layer runs. Without it everything runs where the model is.
         check: check after every op of the analysis that no axis lost its labels.
     """
 
@@ -91,6 +94,7 @@ class Config:
     budget: str = "parameters"
     seed: int = 0
     max_memory: int | None = None
+    compute_on: tuple[str, ...] = ()
     check: bool = False
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from .corpora import (
     refuse_missing,
     text_of,
 )
+from .scale.devices import device_of
 from .targets import Target, model_of
 
 
@@ -39,7 +39,12 @@ def load_target(
     weights are read one by one (fasp_graph/scale/streaming.py). `device`: where model and example
     inputs go.
     """
-    place = device_of(device, stream)
+    if device is not None and stream:
+        raise ConfigError(
+            "--stream leaves the weights in their folder, --device would move them · help: "
+            f"--compute-on {device}, where each weight is copied when its layer runs"
+        )
+    place = None if device is None else device_of(device)
     target = replace(model_of(text, stream), source=text)
     if calibration is not None:
         target = replace(
@@ -51,30 +56,6 @@ def load_target(
         return target
     model = target.model.to(place)
     return replace(target, model=model, inputs=placed(target.inputs, place))
-
-
-def device_of(text: str | None, stream: bool = False) -> torch.device | None:
-    """The device that `text` names, tried with one number; under torchrun each process on a
-    machine has its own GPU.
-    """
-    if text is None:
-        return None
-    if stream:
-        raise ConfigError("--stream computes on the CPU · help: leave --device out")
-    if text == "cuda":
-        text = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        place = torch.empty(1, device=text).device
-        torch.cuda.set_device(place) if place.type == "cuda" else None
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        # torch built without a device says so with an AssertionError
-        raise ConfigError(
-            f"device {text!r} cannot be used: {str(error).splitlines()[0]} · help: cpu, or cuda "
-            "with a torch built for it"
-        ) from error
-    if place.type == "meta":
-        raise ConfigError("device 'meta' holds no numbers · help: cpu, cuda")
-    return place
 
 
 def calibration_batches(target: Target, source: str, length: int, count: int) -> list[Any]:

@@ -13,6 +13,7 @@ from passes.lazy import is_lazy
 from passes.skeleton import has_numbers
 
 from .config import Config
+from .scale.devices import device_of
 
 UNQUANTISED = "prune the model in its original precision, then quantise the result"
 
@@ -89,13 +90,29 @@ def quantised_by(config: Any) -> str:
 
 
 def refuse_unstreamable(lazy: bool, config: Config) -> None:
-    """ConfigError if weights are read one by one and the method needs all of them at once."""
-    if lazy and config.passes.allocation != "uniform":
+    """ConfigError if weights are read one by one, or computed with elsewhere than they are, and
+    the method needs all of them at once; or if a device cannot be used.
+    """
+    passes, elsewhere = config.passes, bool(config.compute_on)
+    if (lazy or elsewhere) and passes.allocation != "uniform":
         raise ConfigError(
-            f"method={config.method} spreads the sparsity by allocation="
-            f"{config.passes.allocation}, which needs all weights in memory · help: "
+            f"method={config.method} spreads the sparsity by allocation={passes.allocation}, which "
+            f"needs all weights {'on one device' if elsewhere else 'in memory'} · help: "
             "method='fasp', or allocation='uniform'"
         )
+    if elsewhere and (passes.score == "taylor" or passes.restore == "outputs"):
+        named = "score=taylor" if passes.score == "taylor" else "restore=outputs"
+        raise ConfigError(
+            f"{named} needs gradients, which compute_on has none of · help: method='fasp', "
+            "score='obs', restore='affine'; or move the model to one device"
+        )
+    if elsewhere and config.budget == "latency":
+        raise ConfigError(
+            "budget=latency measures ops where the model is, not on the devices of compute_on · "
+            "help: move the model to the device, or budget='parameters'"
+        )
+    for name in config.compute_on:
+        device_of(name)
 
 
 def _encoded(data: Tensor) -> bool:

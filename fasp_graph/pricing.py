@@ -35,10 +35,10 @@ from passes.room import Room
 from passes.select import Plan, least, select, steps
 
 from .config import Config
+from .scale.devices import bounds
 from .scale.distributed import total, world
 from .scale.journal import Journal
 from .scale.microbatch import microbatches
-from .scale.spill import Spill
 from .timing import latency
 
 POINTS = 9  # counts of a group at which its ops are run
@@ -58,7 +58,8 @@ def measured_cost(
     """Seconds of the ops of the layers in scope; BudgetError if none can be timed."""
     given = list(batches[:1]) or [captured.inputs]
     batch = microbatches(captured, given, config.max_memory)[0]
-    room = Room(settle=None if config.max_memory is None else Spill(config.max_memory))
+    settle, devices = bounds(captured.graph_module, config)
+    room = Room(settle=settle, devices=devices)
     sheet = _Sheet(timed(captured.graph_module, deps, batch, room))
     sheet.fill(captured, deps, groups, config)
     measure = functools.partial(_on_one_rank, sheet.calls)

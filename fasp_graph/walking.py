@@ -27,7 +27,6 @@ from passes.lazy import Lazy, materialized
 from passes.observe import Moments, Walk, probe, walk
 from passes.pieces import with_every_piece
 from passes.rewrite import attribute
-from passes.room import Room
 from passes.rotate import columns_of, turns
 from passes.score import GREEDY, NEEDS_DATA
 from passes.select import Budget, select
@@ -35,13 +34,12 @@ from passes.unchanged import moved as moved_weight
 from passes.views import View
 
 from .calibration import solving
-from .config import Config
 from .correction import beside, corrected
 from .experts import settle_experts, weight_orders
 from .refit import Turn, cut, folds, refit, whole
+from .scale.devices import bounds
 from .scale.distributed import room, share
 from .scale.journal import Journal, watch
-from .scale.spill import Spill
 from .worth import Job, Progress, basis_of, problems_of, told, utility_of, weight_utility
 
 
@@ -90,10 +88,10 @@ def settle_all(
     for group in groups:
         stops.add(group, bool(batches))
     if stops.pending and beside(config, job.views):
-        stops.dense = twin(module, own)
+        stops.dense = twin(module, own, room(*bounds(module, config)))
     report = (lambda done, total: progress("prune", done, total)) if progress else None
     visit, nodes = watch(journal, stops.visit, decided), stops.nodes
-    given, inside = own if nodes else [], _room(config)
+    given, inside = own if nodes else [], room(*bounds(module, config))
     decided.weights = walk(module, given, nodes, visit, report, inside, stops.again, stops.shut)
     _turn(job, groups, decided)
     if stops.pending and config.passes.restore == "outputs":
@@ -291,7 +289,7 @@ def _repair(
     mask = staying(group, decided.kept[group.name], unit)
     for other in cut_before:
         mask &= staying(other, decided.kept[other.name], unit_columns(other, view, weight))
-    maps = materialized(state.weights.get(turn_of(group)))
+    maps = state.weight(turn_of(group)) if turn_of(group) in state.weights else None
     turn = None if maps is None else Turn(maps, columns_of(group, unit))
     found = whole(parts)
     if not found.tell(unit >= 0):
@@ -322,7 +320,3 @@ def _columns(group: Group, view: View, unit: Tensor) -> str:
     """The group's columns of a weight, in words."""
     whole = bool((unit >= 0).all())
     return view.parameter if whole else f"the columns of {group.name} in {view.parameter}"
-
-
-def _room(config: Config) -> Room:
-    return room(None if config.max_memory is None else Spill(config.max_memory))

@@ -156,7 +156,8 @@ def _readers(module: GraphModule, deps: DependencyGraph) -> Iterator[tuple[Node,
 
 def _operand(arg: Node, state: Walk) -> Operand:
     """What a node reads: of weights the shape is enough."""
-    value = state.held(str(arg.target)) if arg.op == "get_attr" else state.environments[0][arg]
+    held = arg.op == "get_attr"
+    value = state.held(str(arg.target)) if held else state.value(state.environments[0], arg)
     if not isinstance(value, Tensor):
         return Operand(arg.name, value=value)
     lies = sorted(range(value.dim()), key=lambda dim: (-value.stride(dim), dim))

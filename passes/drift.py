@@ -13,7 +13,7 @@ towards t needs. `residual` lets a block repay the error of the residual stream 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .fakes import unknowns
-from .observe import Walk, environments, last_reads
+from .observe import Walk, begun, last_reads
+from .room import Room
 from .views import View
 
 _RELAYS = {
@@ -56,14 +57,14 @@ class Twin:
         """Run up to `until`, itself excluded; the live values of each batch."""
         end = self.nodes.index(until, self.done)
         self.walk.run(self.nodes[self.done : end], self.over)
-        self.done = end
+        self.done, self.walk.here = end, self.walk.places.get(until)
         return self.walk.environments
 
     @torch.no_grad()
     def outputs(self, number: int) -> list[Tensor]:
         """The dense model's floating-point outputs for one batch: the rest of its run."""
         here = self.walk
-        rest = Walk(here.module, [dict(here.environments[number])], here.weights, here.room)
+        rest = replace(here, environments=[dict(here.environments[number])], room=here.room.open)
         rest.run(self.nodes[self.done :], self.over)
         (end,) = (node for node in here.module.graph.nodes if node.op == "output")
         leaves = pytree.tree_map(
@@ -75,10 +76,10 @@ class Twin:
         return [x for x in found if x.is_floating_point()]
 
 
-def twin(module: GraphModule, batches: Iterable[Args]) -> Twin:
+def twin(module: GraphModule, batches: Iterable[Args], room: Room | None = None) -> Twin:
     """A dense path at the start of the graph."""
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
-    return Twin(Walk(module, list(environments(module, batches))), nodes, last_reads(module))
+    return Twin(begun(module, batches, room), nodes, last_reads(module))
 
 
 @torch.no_grad()
@@ -88,6 +89,7 @@ def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift | None:
     """
     if unknowns(view.node.meta.get("val")):
         return None
+    environments_ = dense.advance(view.node)
     weight = state.weight(view.parameter)
     now = view.matrix(weight).double()
     then = view.matrix(dense.walk.weight(view.parameter)).double()
@@ -95,7 +97,6 @@ def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift | None:
     cross = torch.zeros_like(now)
     mean = now.new_zeros(len(now))
     tokens = 0
-    environments_ = dense.advance(view.node)
     for here, there in zip(state.environments, environments_, strict=True):
         x = view.rows(state.value(here, view.source), weight).float()
         x_dense = view.rows(dense.walk.value(there, view.source), weight).float()
@@ -103,7 +104,8 @@ def drift(state: Walk, dense: Twin, view: View, residual: bool) -> Drift | None:
         mean += then @ x_dense.sum(0).double() - now @ x.sum(0).double()
         tokens += len(x)
         if other is not None and other in here and other in there:
-            gap = rows_of(there[other] - here[other], view, len(x), len(now))
+            both = dense.walk.value(there, other) - state.value(here, other)
+            gap = rows_of(both, view, len(x), len(now))
             if gap is not None:
                 cross += (gap.T @ x).double()
                 mean += gap.sum(0).double()

@@ -12,7 +12,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from .capture import Args
 from .errors import CalibrationError, NoGradient, brief, where
 from .lazy import Lazy, materialized
+from .placement import Places, home, moved, spread
 from .room import Room
 from .views import Seen, View
 
@@ -42,13 +43,17 @@ class Moments:
 
     def tell(self, columns: Tensor) -> bool:
         """Whether they tell the worth of columns (bool [in]): some were other than zero."""
-        return bool(self.gram.diagonal()[columns].any())
+        return bool(self.gram.diagonal()[columns.to(self.gram.device)].any())
 
     def __add__(self, other: Moments) -> Moments:
         """Of the tokens of both."""
         tokens = self.tokens + other.tokens
         total = self.mean * self.tokens + other.mean * other.tokens
         return Moments(self.gram + other.gram, total / max(tokens, 1), tokens)
+
+    def to(self, place: torch.device) -> Moments:
+        """The same on a device."""
+        return Moments(self.gram.to(place), self.mean.to(place), self.tokens)
 
 
 def fold(rows: Tensor, seen: int, part: int | None) -> Tensor:
@@ -61,12 +66,16 @@ def fold(rows: Tensor, seen: int, part: int | None) -> Tensor:
 
 @dataclass
 class Walk:
-    """The state of a walk: live values per batch, and weights that replace the module's."""
+    """The state of a walk: live values per batch, and weights that replace the module's. `places`:
+    where nodes run, if not where the model is; `here`: of these the one that the walk is at.
+    """
 
     module: GraphModule
     environments: list[dict[Node, Any]]
     weights: dict[str, Tensor] = field(default_factory=dict)
     room: Room = field(default_factory=Room)
+    places: Places = field(default_factory=dict)
+    here: torch.device | None = None
 
     def held(self, name: str) -> Tensor:
         """The current weight of a parameter or buffer; its numbers may be a promise."""
@@ -76,11 +85,14 @@ class Walk:
 
     def weight(self, name: str) -> Tensor:
         """The numbers of the current weight: read here, gone with the last reference."""
-        return materialized(self.held(name))  # type: ignore[no-any-return]
+        return moved(materialized(self.held(name)), self.here)  # type: ignore[no-any-return]
 
     def value(self, environment: dict[Node, Any], node: Node) -> Any:
         """A node's value in one batch."""
-        return self.weight(str(node.target)) if node.op == "get_attr" else environment[node]
+        if node.op == "get_attr":
+            return self.weight(str(node.target))
+        environment[node] = moved(environment[node], self.here)
+        return environment[node]
 
     def moments(self, view: View, part: int | None = None) -> Moments:
         """Sums over all batches at a consumer, or over a part of each (`fold`); CalibrationError if
@@ -115,6 +127,7 @@ class Walk:
         """
         start = 0
         for part in self._parts(nodes):
+            self.here = self.places.get(part[0])
             inputs = {arg: None for node in part for arg in node.all_input_nodes}
             read = {arg: self.weight(str(arg.target)) for arg in inputs if arg.op == "get_attr"}
             for number, environment in enumerate(self.environments):
@@ -129,30 +142,46 @@ class Walk:
             start += len(part)
 
     def _parts(self, nodes: Sequence[Node]) -> Iterator[list[Node]]:
-        """The nodes, such that a part holds the promised weights of one node at most; batches go
-        through a part one after the other, for each of which these are not read anew.
+        """The nodes, such that those of a part run in one place, and that at most the last of them
+        reads weights that are promised or elsewhere: these are held while all batches go through.
         """
         part: list[Node] = []
         for node in nodes:
-            promised = any(
-                isinstance(self.held(str(arg.target)), Lazy)
-                for arg in node.all_input_nodes
-                if arg.op == "get_attr"
-            )
-            if promised and part:
+            if part and self.places.get(node) != self.places.get(part[0]):
                 yield part
                 part = []
             part.append(node)
+            if any(arg.op == "get_attr" and self._far(arg) for arg in node.all_input_nodes):
+                yield part
+                part = []
         if part:
             yield part
 
+    def go_home(self) -> None:
+        """Weights that were replaced, back to where the model is."""
+        for name, held in self.weights.items() if self.places else ():
+            if not isinstance(held, Lazy):
+                self.weights[name] = held.to(home(self.module, name))
+
+    def _far(self, weight: Node) -> bool:
+        held: Any = self.held(str(weight.target))
+        return isinstance(held, Lazy) or bool(self.places)
+
     def _step(self, node: Node, environment: dict[Node, Any], read: Mapping[Node, Any]) -> None:
         args, kwargs = pytree.tree_map(
-            lambda a: a if not isinstance(a, Node) else read[a] if a in read else environment[a],
+            lambda a: (
+                a
+                if not isinstance(a, Node)
+                else read[a]
+                if a in read
+                else self.value(environment, a)
+            ),
             (node.args, node.kwargs),
             is_leaf=lambda a: isinstance(a, Node),
         )
-        environment[node] = called(node, args, kwargs)
+        if self.here is not None and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": self.here}
+        environment[node] = moved(called(node, args, kwargs), self.here)
 
 
 def check_finite(view: Seen, *sums: Tensor) -> None:
@@ -283,6 +312,18 @@ def last_reads(
     return over
 
 
+def begun(
+    module: GraphModule,
+    batches: Iterable[Args],
+    room: Room | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Walk:
+    """A walk before the first node."""
+    room = room or Room()
+    values, places = list(environments(module, batches)), spread(module, room.devices)
+    return Walk(module, values, dict(weights or {}), room, places)
+
+
 @torch.no_grad()
 def walk(
     module: GraphModule,
@@ -299,7 +340,7 @@ def walk(
     so are run once more.
     """
     wanted = set(stops)
-    state = Walk(module, list(environments(module, batches)), dict(weights or {}), room or Room())
+    state = begun(module, batches, room, weights)
     if wanted and not state.environments:
         raise CalibrationError("calibration is empty · help: give at least one batch of inputs")
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
@@ -312,7 +353,9 @@ def walk(
 
     for stop in (place for place, node in enumerate(nodes) if node in wanted):
         state.run(nodes[done:stop], over, report)
+        state.here = state.places.get(nodes[stop])
         visit(state, nodes[stop])
+        state.go_home()
         state.run(repeated.get(nodes[stop], ()))
         done = stop
         report(1)
@@ -324,13 +367,15 @@ def probe(state: Walk, start: Node, views: list[View]) -> dict[str, Moments]:
     """Moments at several consumers from `start` on, without changing the walk: consumer node
     name -> moments.
     """
-    ahead = Walk(state.module, [dict(e) for e in state.environments], state.weights, state.room)
+    values = [dict(environment) for environment in state.environments]
+    ahead = replace(state, environments=values, room=state.room.open)
     wanted = {view.node: view for view in views}
     nodes = [node for node in state.module.graph.nodes if node.op == "call_function"]
     found: dict[str, Moments] = {}
     done = nodes.index(start)
     for stop in (place for place, node in enumerate(nodes) if node in wanted):
         ahead.run(nodes[done:stop])
+        ahead.here = state.here
         found[nodes[stop].name] = ahead.moments(wanted[nodes[stop]])
         done = stop
     return found

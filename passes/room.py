@@ -1,4 +1,4 @@
-"""room: where a walk runs: in one process or in several, with how much memory.
+"""room: where a walk runs: in one process or in several, on which devices, in how much memory.
 
 Each of several processes walks over its share of the batches, and sums of all are taken where they
 decide something, so that all decide alike. A sum is taken by all or by none: whatever batches a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,13 +27,20 @@ def _alone(value: Tensor) -> Tensor:
 class Room:
     """`total` adds a tensor up over all processes, perhaps in place. `settle` may move the live
     values of all batches out of memory. Of `size` processes number `rank` has the batches rank,
-    rank + size, ...
+    rank + size, ... `devices`: those to compute on, if not where the model is
+    (passes/placement.py).
     """
 
     total: Callable[[Tensor], Tensor] = _alone
     settle: Callable[[list[dict[Node, Any]]], None] | None = None
     rank: int = 0
     size: int = 1
+    devices: tuple[torch.device, ...] = ()
+
+    @property
+    def open(self) -> Room:
+        """The same with no bound on memory."""
+        return replace(self, settle=None)
 
     def sums(self, *values: float) -> list[float]:
         """Each number, added up over all processes."""

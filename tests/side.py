@@ -8,6 +8,7 @@ be run, and held against one on the CPU, to the bit.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 
 import torch
 from torch.utils import _pytree as pytree
@@ -16,6 +17,8 @@ from torch.utils import backend_registration
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default}
 COUNT = 4
+ran = Counter[tuple[str, str]]()
+"""How often each op ran on each device."""
 
 
 class Side(torch.Tensor):
@@ -43,6 +46,7 @@ class Side(torch.Tensor):
         place = _place(func, args, kwargs, held)
         if kwargs.get("device") is not None:
             place, kwargs["device"] = torch.device(kwargs["device"]), torch.device("cpu")
+        ran[str(func), str(place)] += 1
         wrapped = {id(leaf.inner): leaf for leaf in held}
         found = func(*pytree.tree_map(_inner, args), **pytree.tree_map(_inner, kwargs))
         if not isinstance(found, torch.Tensor) and not isinstance(found, (list, tuple)):
@@ -54,6 +58,9 @@ class Side(torch.Tensor):
             return wrapped.get(id(value)) if id(value) in wrapped else Side(value, place)
 
         return pytree.tree_map(wrap, found)
+
+    def tolist(self):
+        return self.inner.tolist()
 
     def __repr__(self, *, tensor_contents=None):
         return f"Side({self.inner!r}, {self.device})"
@@ -108,7 +115,9 @@ def devices():
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
-    library.impl("_copy_from", lambda a, b, non_blocking=False: b.inner.copy_(_inner(a)), "PrivateUse1")
+    library.impl(
+        "_copy_from", lambda a, b, non_blocking=False: b.inner.copy_(_inner(a)), "PrivateUse1"
+    )
     return (*kept, library)
 
 
@@ -119,3 +128,8 @@ def _empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_f
 
 def _empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
     return Side(torch.empty_strided(size, stride, dtype=dtype), device)
+
+
+def _copy_from(source, target, non_blocking=False):
+    target.inner.copy_(_inner(source))
+    return target

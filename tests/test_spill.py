@@ -22,11 +22,11 @@ def batches():
 
 
 def test_spilling_changes_nothing(monkeypatch):
-    move = Spill._move
+    move = Spill._write
     config, data = {"sparsity": 0.4, "method": "fasp"}, batches() * 2
     whole = prune(model(), data[0], data, Config(**config))
     written = []
-    monkeypatch.setattr(Spill, "_move", lambda self, at: (written.append(at), move(self, at)))
+    monkeypatch.setattr(Spill, "_write", lambda self, at: (written.append(at), move(self, at)))
     spilled = prune(model(), data[0], data, Config(**config, max_memory=600_000))
     assert written
     assert whole.plan == spilled.plan

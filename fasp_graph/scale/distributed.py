@@ -50,9 +50,12 @@ def refuse_idle(batches: Sequence[Any]) -> None:
         )
 
 
-def room(settle: Callable[[list[dict[Any, Any]]], None] | None = None) -> Room:
+def room(
+    settle: Callable[[list[dict[Any, Any]]], None] | None = None,
+    devices: tuple[torch.device, ...] = (),
+) -> Room:
     """Where all ranks walk together, each over its share."""
-    return Room(total, settle, *world())
+    return Room(total, settle, *world(), devices)
 
 
 def total(value: Tensor) -> Tensor:

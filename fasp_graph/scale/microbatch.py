@@ -2,8 +2,8 @@
 
     bytes of all live values, of one piece at any node <= max_memory / 2
 
-The other half is for those of the pieces that wait; Spill keeps these within bounds. Batches are cut
-along their first axis, and only if the model treats its positions apart: run on one row of the
+The other half is for those of the pieces that wait; Spill keeps these within bounds. Batches are
+cut along their first axis, and only if the model treats its positions apart: run on one row of the
 example inputs, it must give that row of the outputs. Statistics are sums, so pieces change them
 by rounding only.
 """

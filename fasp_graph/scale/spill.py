@@ -1,9 +1,10 @@
-"""spill: live activations over a budget lie in files, mapped into memory.
+"""spill: live activations over a budget go from a device to memory, and from memory to files.
 
-    bytes of live storages in memory <= budget, after every node of the walk
+    bytes of live storages in memory <= budget, likewise on each device, whenever a batch rests
 
-A mapped page is clean once it is written, so that the system may drop it and read it again; only
-what a node works on must fit. A file vanishes with its tensor: it has no name from the start.
+Files are mapped into memory: a mapped page is clean once it is written, so that the system may drop
+it and read it again; only what a node works on must fit. A file vanishes with its tensor: it has no
+name from the start.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from passes.errors import FaspGraphError
 
 SMALLEST = 1 << 16  # bytes; a file for less costs more than it saves
+Place = tuple[dict[Node, Any], Node]
+HOST = torch.device("cpu")
 
 
 class Spill:
@@ -30,34 +34,45 @@ class Spill:
         self.budget = budget
         self.folder = Path(folder or tempfile.gettempdir())
         self.written = 0
-        self._mapped: dict[int, int] = {}
+        self._mapped: dict[int, StorageWeakRef] = {}
 
     def __call__(self, environments: list[dict[Node, Any]]) -> None:
         """Replace values in place. Views of one storage go together, into one file."""
         held = _by_storage(environments)
-        self._mapped = {key: size for key, size in self._mapped.items() if key in held}
-        inside = {k: places for k, places in held.items() if k not in self._mapped}
-        size = {k: _storage(places[0]).nbytes() for k, places in inside.items()}
-        total = sum(size.values())
-        for key in sorted(inside, key=lambda k: -size[k]):
-            if total <= self.budget or size[key] < SMALLEST:
-                return
-            self._move(inside[key])
-            total -= size[key]
+        self._mapped = {key: one for key, one in self._mapped.items() if not one.expired()}
+        away = {_value(places[0]).device for places in held.values()} - {HOST}
+        for device in sorted(away, key=str):
+            inside = [p for p in held.values() if _value(p[0]).device == device]
+            for places in self._over(inside):
+                _replace(places, _bytes(places[0]).to(HOST))
+        if away:
+            held = _by_storage(environments)
+        inside = [
+            places
+            for key, places in held.items()
+            if key not in self._mapped and _value(places[0]).device == HOST
+        ]
+        for places in self._over(inside):
+            self._write(places)
 
-    def _move(self, places: list[tuple[dict[Node, Any], Node]]) -> None:
-        old = _storage(places[0])
-        mapped = self._file(old.nbytes())
-        mapped.untyped_storage().copy_(old)
-        for environment, node in places:
-            value = environment[node]
-            moved = torch.empty(0, dtype=value.dtype)
-            moved.set_(
-                mapped.untyped_storage(), value.storage_offset(), value.shape, value.stride()
-            )
-            environment[node] = moved
-        self._mapped[mapped.untyped_storage().data_ptr()] = old.nbytes()
-        self.written += old.nbytes()
+    def _over(self, inside: list[list[Place]]) -> list[list[Place]]:
+        """The largest storages, without which the others fit."""
+        found, total = [], sum(_size(places) for places in inside)
+        for places in sorted(inside, key=_size, reverse=True):
+            if total <= self.budget or _size(places) < SMALLEST:
+                break
+            found.append(places)
+            total -= _size(places)
+        return found
+
+    def _write(self, places: list[Place]) -> None:
+        old = _bytes(places[0])
+        mapped = self._file(old.nbytes)
+        mapped.copy_(old)
+        _replace(places, mapped)
+        storage = mapped.untyped_storage()
+        self._mapped[storage._cdata] = StorageWeakRef(storage)
+        self.written += old.nbytes
 
     def _file(self, size: int) -> Tensor:
         try:
@@ -74,24 +89,40 @@ class Spill:
         return mapped
 
 
-def _storage(place: tuple[dict[Node, Any], Node]) -> torch.UntypedStorage:
-    value: Tensor = place[0][place[1]]
-    return value.untyped_storage()
+def _value(place: Place) -> Tensor:
+    return place[0][place[1]]  # type: ignore[no-any-return]
 
 
-def _by_storage(
-    environments: list[dict[Node, Any]],
-) -> dict[int, list[tuple[dict[Node, Any], Node]]]:
+def _size(places: list[Place]) -> int:
+    return _value(places[0]).untyped_storage().nbytes()
+
+
+def _bytes(place: Place) -> Tensor:
+    """The whole storage that a value lies in."""
+    value = _value(place)
+    count = value.untyped_storage().nbytes() // value.element_size()
+    return value.as_strided((count,), (1,), 0).view(torch.uint8)
+
+
+def _replace(places: list[Place], new: Tensor) -> None:
+    """The values of one storage, in the bytes `new`."""
+    for environment, node in places:
+        value = environment[node]
+        whole = new[: len(new) // value.element_size() * value.element_size()].view(value.dtype)
+        environment[node] = whole.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _by_storage(environments: list[dict[Node, Any]]) -> dict[int, list[Place]]:
     """Storage -> where its views are; a storage that a list of results shares stays out."""
-    found: dict[int, list[tuple[dict[Node, Any], Node]]] = {}
+    found: dict[int, list[Place]] = {}
     inner: set[int] = set()
     for environment in environments:
         for node, value in environment.items():
             if isinstance(value, Tensor):
-                if value.device.type == "cpu" and node.op != "placeholder":
-                    key = value.untyped_storage().data_ptr()
+                if node.op != "placeholder":
+                    key = value.untyped_storage()._cdata
                     found.setdefault(key, []).append((environment, node))
                 continue
             leaves = [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
-            inner |= {leaf.untyped_storage().data_ptr() for leaf in leaves}
-    return {key: places for key, places in found.items() if key not in inner and key}
+            inner |= {leaf.untyped_storage()._cdata for leaf in leaves}
+    return {key: places for key, places in found.items() if key not in inner and _size(places)}
