@@ -2,12 +2,14 @@
 
     attention(q, k, v) = attention(q, k, [v, 0]) without its last columns
     attention(q, k, v) = attention(clone(q), clone(k), v)
+    attention(q, k, v, tril) = attention(q, k, v, is_causal)
 
 Where V is narrower than Q and K, torch's attention has no fused kernel and falls back to one that
 writes the whole matrix of attention weights. V is padded with zeros to the width of Q, and the
 zeros are cut off the result. Where Q, K and V are parts of one product of odd width, their rows
 begin at odd places, which GPU kernels refuse; such parts are copied first. `narrow` undoes both for
-runtimes that do not mind.
+runtimes that do not mind. A causal mask that is written out is computed with like any other; told
+that it is one, kernels leave out the half that it hides.
 """
 
 from __future__ import annotations
@@ -30,6 +32,23 @@ _ATTENTION = aten.scaled_dot_product_attention.default
 _MARK = "padded_value"
 _COPIED = "copied_rows"
 _ROWS = 8  # elements: rows that begin at multiples of 16 bytes in any precision
+
+
+def told_causal(node: Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a call; of an attention, `is_causal` in place of a mask that is the causal
+    one in all rows.
+    """
+    mask = args[3] if node.target is _ATTENTION and len(args) == 4 else None
+    if mask is None or kwargs.keys() - {"scale", "enable_gqa"} or not _is_causal(mask):
+        return args, kwargs
+    return args[:3], {**kwargs, "is_causal": True}
+
+
+def _is_causal(mask: Tensor) -> bool:
+    if mask.dtype != torch.bool or mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
+        return False
+    own = mask[tuple(slice(1 if step == 0 else None) for step in mask.stride()[:-2])]
+    return torch.equal(own, torch.ones_like(own).tril())
 
 
 class _Operands(Interpreter):

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .errors import CalibrationError, NoGradient, brief, where
+from .kernels import told_causal
 from .lazy import Lazy, materialized
 from .placement import Places, home, moved, spread
 from .room import Room
@@ -195,6 +196,7 @@ def check_finite(view: Seen, *sums: Tensor) -> None:
 
 def called(node: Node, args: Any, kwargs: Any) -> Any:
     """The node's result on calibration data; CalibrationError where the data do not fit it."""
+    args, kwargs = told_causal(node, args, kwargs)
     try:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     except torch.OutOfMemoryError:

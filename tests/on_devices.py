@@ -1,6 +1,6 @@
-"""Prunes on the devices of tests/side.py, in a process of its own, since torch knows them to its end.
+"""Prunes on the devices of tests/side.py, in a process of its own: torch knows them to its end.
 
-    python -m tests.on_devices FOLDER    one JSON object: case -> what was seen
+python -m tests.on_devices FOLDER    one JSON object: case -> what was seen
 """
 
 from __future__ import annotations

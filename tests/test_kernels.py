@@ -4,12 +4,13 @@ import operator
 from types import SimpleNamespace
 
 import onnx
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fasp_graph import Config, prune
-from passes.kernels import narrow, widen
+from passes.kernels import narrow, told_causal, widen
 from passes.select import _count, _step
 
 attention = torch.ops.aten.scaled_dot_product_attention.default
@@ -126,3 +127,49 @@ def test_blocks_keep_together_what_is_aligned():
     assert step(768, 12, 1) == 1 and _count(heads, 0.36, 1, 1) == 41
     assert step(48, 12, 64) == 1  # too coarse for 4 units
     assert step(3072, 1, 64) == 64
+
+
+def masks():
+    """Masks [*, 5, 5], and whether they are the causal one."""
+    tril = torch.ones(5, 5, dtype=torch.bool).tril()
+    one_row_more = tril.clone()
+    one_row_more[0, 1] = True
+    second = torch.stack([tril, one_row_more])[:, None]
+    return [
+        (tril, True),
+        (tril[None, None].expand(2, 1, 5, 5), True),
+        (tril.repeat(2, 3, 1, 1), True),
+        (one_row_more, False),
+        (second, False),
+        (torch.ones_like(tril), False),
+        (tril.float(), False),
+        (tril.T, False),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(masks())))
+def test_a_causal_mask_is_told_to_the_attention_and_no_other(number):
+    mask, causal = masks()[number]
+    node = SimpleNamespace(target=torch.ops.aten.scaled_dot_product_attention.default)
+    generator = torch.Generator().manual_seed(0)
+    operands = torch.randn(3, 2, 3, 5, 4, generator=generator, dtype=torch.double)
+    if mask.dtype != torch.bool:
+        mask = mask.double()
+    args, kwargs = told_causal(node, (*operands, mask), {"scale": 0.3})
+    assert kwargs == ({"scale": 0.3, "is_causal": True} if causal else {"scale": 0.3})
+    assert len(args) == (3 if causal else 4)
+    told = node.target(*args, **kwargs)
+    assert torch.allclose(told, node.target(*operands, mask, scale=0.3), rtol=0, atol=1e-14)
+
+
+def test_other_calls_and_masks_of_other_sizes_stay_as_they_are():
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    q, tril = torch.randn(1, 1, 5, 4), torch.ones(5, 5, dtype=torch.bool).tril()
+    for target, args, kwargs in (
+        (torch.ops.aten.add.Tensor, (q, q), {}),
+        (attention, (q, q, q), {}),
+        (attention, (q, q, q, None, 0.0, True), {}),
+        (attention, (q[:, :, 1:], q, q, tril[1:]), {}),
+        (attention, (q, q, q), {"attn_mask": tril}),
+    ):
+        assert told_causal(SimpleNamespace(target=target), args, kwargs) == (args, kwargs)
