@@ -60,9 +60,11 @@ def refuse(model: nn.Module, args: Any) -> None:
     tensors = [*model.parameters(), *model.buffers(), *leaves]
     devices = {str(t.device) for t in tensors if not t.is_meta}
     if len(devices) > 1:
+        listed = ", ".join(sorted(devices))
         raise CaptureError(
-            f"the model and its inputs are spread over {', '.join(sorted(devices))} · help: move "
-            "both to one device; the analysis itself needs none of the weights' numbers"
+            f"the model and its inputs are spread over {listed} · help: move both to one device; a "
+            "model too large for any of them stays on the CPU (loaded without device_map), and "
+            f"Config(compute_on=...) names devices to compute on, say {listed}"
         )
 
 

@@ -35,7 +35,7 @@ def test_help_tells_defaults_and_cuts_nothing(run, monkeypatch):
     words = " ".join(told["prune"].replace("│", " ").split())
     for field in dataclasses.fields(fg.Config):
         default = "chain" if field.name == "kinds" else field.default
-        assert default is None or f"[default: ({default})]" in words, field.name
+        assert default in (None, ()) or f"[default: ({default})]" in words, field.name
     summary = " ".join(run("--help")[1].replace("│", " ").split())
     assert "parameters, FLOPs, latency, and its quality on data. bench" in summary
 

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from passes.errors import FaspGraphError
 from passes.lazy import Lazy, is_lazy
 from passes.observe import Walk
+from passes.placement import home
 
 from ..config import Config
 from ..folders.manifest import versions
@@ -77,7 +78,10 @@ class Journal:
         for table in HELD:
             added = json.loads(about.get(table, "{}"))
             getattr(decided, table).update({name: tuple(held) for name, held in added.items()})
-        state.weights |= self._weights(path)
+        found = self._weights(path)
+        if not self.lazily:
+            found = {name: held.to(home(state.module, name)) for name, held in found.items()}
+        state.weights |= found
         return True
 
     def add(
