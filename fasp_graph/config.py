@@ -73,8 +73,9 @@ class Config:
             the sizes of the first calibration batch, on this machine, so that plans differ from
             run to run. Good with align=8, 16 or 32.
         seed: for score=random and the inputs of the verification.
-        max_memory: bytes of live activations to hold in memory between nodes; more is spilled to
-            files in the folder for temporary files. Without it all of them are held.
+        max_memory: bytes of live activations to hold on each device and in memory, of batches that
+            wait; more goes from a device to memory, from there to files in the folder for temporary
+            files. Without it all of them are held.
         compute_on: devices, say cuda:0,cuda:1, that the layers are spread over in order, as many
             bytes of weights on each. The model stays where it is; each weight is copied when its
             layer runs. Without it everything runs where the model is.

@@ -39,13 +39,14 @@ def told_causal(node: Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
     one in all rows.
     """
     mask = args[3] if node.target is _ATTENTION and len(args) == 4 else None
-    if mask is None or kwargs.keys() - {"scale", "enable_gqa"} or not _is_causal(mask):
+    if mask is None or kwargs.keys() - {"scale", "enable_gqa"} or not _is_causal(*args[:2], mask):
         return args, kwargs
     return args[:3], {**kwargs, "is_causal": True}
 
 
-def _is_causal(mask: Tensor) -> bool:
-    if mask.dtype != torch.bool or mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
+def _is_causal(query: Tensor, key: Tensor, mask: Tensor) -> bool:
+    tokens = query.shape[-2]
+    if mask.dtype != torch.bool or key.shape[-2] != tokens or mask.shape[-2:] != (tokens, tokens):
         return False
     own = mask[tuple(slice(1 if step == 0 else None) for step in mask.stride()[:-2])]
     return torch.equal(own, torch.ones_like(own).tril())

@@ -170,6 +170,8 @@ def test_other_calls_and_masks_of_other_sizes_stay_as_they_are():
         (attention, (q, q, q), {}),
         (attention, (q, q, q, None, 0.0, True), {}),
         (attention, (q[:, :, 1:], q, q, tril[1:]), {}),
+        (attention, (q[:, :, :1], q, q, tril[:1, :1]), {}),
+        (attention, (q, q, q, tril[:1, :1]), {}),
         (attention, (q, q, q), {"attn_mask": tril}),
     ):
         assert told_causal(SimpleNamespace(target=target), args, kwargs) == (args, kwargs)

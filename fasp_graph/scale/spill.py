@@ -113,12 +113,14 @@ def _replace(places: list[Place], new: Tensor) -> None:
 
 
 def _by_storage(environments: list[dict[Node, Any]]) -> dict[int, list[Place]]:
-    """Storage -> where its views are; a storage that a list of results shares stays out."""
+    """Storage -> where its views are. One stays out that a list of results shares, or a value that
+    is the conjugate or the negative of what lies there.
+    """
     found: dict[int, list[Place]] = {}
     inner: set[int] = set()
     for environment in environments:
         for node, value in environment.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not (value.is_conj() or value.is_neg()):
                 if node.op != "placeholder":
                     key = value.untyped_storage()._cdata
                     found.setdefault(key, []).append((environment, node))
