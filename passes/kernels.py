@@ -39,7 +39,11 @@ def told_causal(node: Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
     one in all rows.
     """
     mask = args[3] if node.target is _ATTENTION and len(args) == 4 else None
-    if mask is None or kwargs.keys() - {"scale", "enable_gqa"} or not _is_causal(*args[:2], mask):
+    if (
+        mask is None
+        or kwargs.keys() - {"scale", "enable_gqa"}
+        or not _is_causal(args[0], args[1], mask)
+    ):
         return args, kwargs
     return args[:3], {**kwargs, "is_causal": True}
 
