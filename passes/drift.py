@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .fakes import unknowns
-from .observe import Walk, begun, last_reads
+from .observe import Walk, begun, forked, last_reads
 from .room import Room
 from .views import View
 
@@ -64,7 +64,8 @@ class Twin:
     def outputs(self, number: int) -> list[Tensor]:
         """The dense model's floating-point outputs for one batch: the rest of its run."""
         here = self.walk
-        rest = replace(here, environments=[dict(here.environments[number])], room=here.room.open)
+        rest = replace(here, environments=[forked(here.environments[number])])
+        rest.room = here.room.unbounded
         rest.run(self.nodes[self.done :], self.over)
         (end,) = (node for node in here.module.graph.nodes if node.op == "output")
         leaves = pytree.tree_map(

@@ -63,15 +63,16 @@ class ExpertView:
         """Of each expert, over the places that are its own, or a part of them (`fold`)."""
         shape = state.held(self.parameter).shape
         experts, width = shape[0], shape[self.dim]
-        sent = [self._sent(state, environment) for environment in state.environments]
-        each = torch.arange(experts, device=sent[0][0].device)[:, None]
-        counts = [(ids == each).sum(1) * rows.shape[1] for ids, rows in sent]
+        counts = []
+        for ids, rows in (self._sent(state, environment) for environment in state.environments):
+            each, device = torch.arange(experts, device=ids.device)[:, None], rows.device
+            counts.append((ids == each).sum(1) * rows.shape[1])
         before = state.room.ahead(torch.stack(counts).cpu()).tolist()
-        device = sent[0][1].device
         zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)
         gram, total = zeros(experts, width, width), zeros(experts, width)
         count = torch.zeros(experts, dtype=torch.long, device=device)
-        for (ids, rows), seen in zip(sent, before, strict=True):
+        for environment, seen in zip(state.environments, before, strict=True):
+            ids, rows = self._sent(state, environment)
             for expert in range(experts):
                 own = rows[ids == expert].flatten(0, 1)
                 mine = summable(fold(own, seen[expert], part))

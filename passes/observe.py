@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import Args
 from .errors import CalibrationError, NoGradient, brief, where
+from .functional import written
 from .kernels import told_causal
 from .lazy import Lazy, materialized
 from .placement import Places, home, moved, spread
@@ -68,7 +69,8 @@ def fold(rows: Tensor, seen: int, part: int | None) -> Tensor:
 @dataclass
 class Walk:
     """The state of a walk: live values per batch, and weights that replace the module's. `places`:
-    where nodes run, if not where the model is; `here`: of these the one that the walk is at.
+    where nodes run, if not where the model is; `here`: of these the one that the walk is at. A
+    buffer that the graph writes into is a value: each batch has its own.
     """
 
     module: GraphModule
@@ -89,25 +91,26 @@ class Walk:
         return moved(materialized(self.held(name)), self.here)  # type: ignore[no-any-return]
 
     def value(self, environment: dict[Node, Any], node: Node) -> Any:
-        """A node's value in one batch."""
-        if node.op == "get_attr":
+        """A node's value in one batch, where the walk is."""
+        if node.op == "get_attr" and node not in environment:
             return self.weight(str(node.target))
-        environment[node] = moved(environment[node], self.here)
-        return environment[node]
+        return moved(environment[node], self.here)
 
     def moments(self, view: View, part: int | None = None) -> Moments:
         """Sums over all batches at a consumer, or over a part of each (`fold`); CalibrationError if
         an activation is not finite.
         """
         weight = self.held(view.parameter)  # for its shape
-        values = [self.value(environment, view.source) for environment in self.environments]
-        shapes = [view.rows(value.to("meta"), weight).shape for value in values]
+        values = [environment.get(view.source) for environment in self.environments]
+        held = [self.value({}, view.source) if v is None else v for v in values]
+        shapes = [view.rows(value.to("meta"), weight).shape for value in held]
         before = self.room.ahead(torch.tensor([rows for rows, _ in shapes])).tolist()
         width = shapes[0][1]
-        zeros = functools.partial(values[0].new_zeros, dtype=torch.float32)
+        place = self.here or held[0].device
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=place)
         gram, total, tokens = zeros(width, width), zeros(width), 0
-        for value, seen in zip(values, before, strict=True):
-            rows = summable(fold(view.rows(value, weight), seen, part))
+        for value, seen in zip(held, before, strict=True):
+            rows = summable(fold(view.rows(moved(value, self.here), weight), seen, part))
             add_gram(gram, rows)
             total += rows.sum(0, dtype=torch.float32)
             tokens += len(rows)
@@ -126,21 +129,28 @@ class Walk:
         """Run nodes that follow each other on all batches. `over`: what goes after each node
         (`last_reads`); `progress`: told how many of the nodes are done.
         """
-        start = 0
+        start, gone = 0, over or {}
         for part in self._parts(nodes):
             self.here = self.places.get(part[0])
-            inputs = {arg: None for node in part for arg in node.all_input_nodes}
-            read = {arg: self.weight(str(arg.target)) for arg in inputs if arg.op == "get_attr"}
+            read = self._read(part)
             for number, environment in enumerate(self.environments):
                 for node in part:
                     self._step(node, environment, read)
-                    for value in (over or {}).get(node, ()):
+                    for value in gone.get(node, ()):
                         environment.pop(value, None)
                 if self.room.settle:
-                    self.room.settle(self.environments)
+                    self.room.settle(self.environments, environment)
                 if progress:
                     progress(start + len(part) * (number + 1) // len(self.environments))
+            read.clear()  # before the next part's are read
             start += len(part)
+
+    def _read(self, part: Sequence[Node]) -> dict[Node, Any]:
+        """The weights that nodes read, but what is a value of each batch."""
+        inputs = {arg: None for node in part for arg in node.all_input_nodes}
+        own = self.environments[0] if self.environments else {}
+        wanted = [arg for arg in inputs if arg.op == "get_attr" and arg not in own]
+        return {arg: self.weight(str(arg.target)) for arg in wanted}
 
     def _parts(self, nodes: Sequence[Node]) -> Iterator[list[Node]]:
         """The nodes, such that those of a part run in one place, and that at most the last of them
@@ -159,24 +169,23 @@ class Walk:
             yield part
 
     def go_home(self) -> None:
-        """Weights that were replaced, back to where the model is."""
-        for name, held in self.weights.items() if self.places else ():
-            if not isinstance(held, Lazy):
-                self.weights[name] = held.to(home(self.module, name))
+        """Weights that were replaced here, back to where the model is."""
+        away = [
+            n for n, w in self.weights.items() if w.device == self.here and not isinstance(w, Lazy)
+        ]
+        for name in away if self.places else ():
+            self.weights[name] = self.weights[name].to(home(self.module, name))
 
     def _far(self, weight: Node) -> bool:
         held: Any = self.held(str(weight.target))
         return isinstance(held, Lazy) or bool(self.places)
 
     def _step(self, node: Node, environment: dict[Node, Any], read: Mapping[Node, Any]) -> None:
+        for arg in node.all_input_nodes if self.here is not None else ():
+            if arg not in read:
+                environment[arg] = moved(environment[arg], self.here)
         args, kwargs = pytree.tree_map(
-            lambda a: (
-                a
-                if not isinstance(a, Node)
-                else read[a]
-                if a in read
-                else self.value(environment, a)
-            ),
+            lambda a: a if not isinstance(a, Node) else read[a] if a in read else environment[a],
             (node.args, node.kwargs),
             is_leaf=lambda a: isinstance(a, Node),
         )
@@ -321,9 +330,18 @@ def begun(
     weights: Mapping[str, Tensor] | None = None,
 ) -> Walk:
     """A walk before the first node."""
-    room = room or Room()
-    values, places = list(environments(module, batches)), spread(module, room.devices)
-    return Walk(module, values, dict(weights or {}), room, places)
+    room, tables = room or Room(), written(module.graph)
+    places = spread(module, room.devices)
+    state = Walk(module, list(environments(module, batches)), dict(weights or {}), room, places)
+    for node in module.graph.nodes:
+        for environment in state.environments if str(node.target) in tables else ():
+            environment[node] = state.held(str(node.target)).clone()
+    return state
+
+
+def forked(environment: Mapping[Node, Any]) -> dict[Node, Any]:
+    """The values of a batch for another run: what this writes into is its own."""
+    return {n: v.clone() if n.op == "get_attr" else v for n, v in environment.items()}
 
 
 @torch.no_grad()
@@ -353,13 +371,15 @@ def walk(
         if progress:
             progress(done + more, len(nodes))
 
-    for stop in (place for place, node in enumerate(nodes) if node in wanted):
+    places = [place for place, node in enumerate(nodes) if node in wanted]
+    for stop in places:
         state.run(nodes[done:stop], over, report)
         state.here = state.places.get(nodes[stop])
         visit(state, nodes[stop])
         state.go_home()
         state.run(repeated.get(nodes[stop], ()))
         done = stop
+    if places:
         report(1)
     return state.weights
 
@@ -369,14 +389,14 @@ def probe(state: Walk, start: Node, views: list[View]) -> dict[str, Moments]:
     """Moments at several consumers from `start` on, without changing the walk: consumer node
     name -> moments.
     """
-    values = [dict(environment) for environment in state.environments]
-    ahead = replace(state, environments=values, room=state.room.open)
+    values = [forked(environment) for environment in state.environments]
+    ahead = replace(state, environments=values, room=state.room.unbounded)
     wanted = {view.node: view for view in views}
     nodes = [node for node in state.module.graph.nodes if node.op == "call_function"]
-    found: dict[str, Moments] = {}
+    over, found = last_reads(state.module), dict[str, Moments]()
     done = nodes.index(start)
     for stop in (place for place, node in enumerate(nodes) if node in wanted):
-        ahead.run(nodes[done:stop])
+        ahead.run(nodes[done:stop], over)
         ahead.here = state.here
         found[nodes[stop].name] = ahead.moments(wanted[nodes[stop]])
         done = stop

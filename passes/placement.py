@@ -23,6 +23,8 @@ Places = Mapping[Node, torch.device]
 
 def spread(module: GraphModule, devices: Sequence[torch.device]) -> Places:
     """The device of every call; none for no devices. A weight counts where it is read first."""
+    if not devices:
+        return {}
     calls = [node for node in module.graph.nodes if node.op == "call_function"]
     seen: set[str] = set()
     sizes = []
@@ -33,9 +35,9 @@ def spread(module: GraphModule, devices: Sequence[torch.device]) -> Places:
     whole, before, places = max(sum(sizes), 1), 0, {}
     for node, size in zip(calls, sizes, strict=True):
         middle = (before + size / 2) / whole
-        places[node] = min(int(middle * len(devices)), len(devices) - 1)
+        places[node] = devices[min(int(middle * len(devices)), len(devices) - 1)]
         before += size
-    return {node: devices[number] for node, number in places.items()} if devices else {}
+    return places
 
 
 def _bytes(held: Any) -> int:
@@ -46,7 +48,15 @@ def moved(value: Any, place: torch.device | None) -> Any:
     """A value on a device, with all tensors in it; None: where it is."""
     if place is None:
         return value
-    return pytree.tree_map(lambda v: v.to(place) if isinstance(v, Tensor) else v, value)
+    return pytree.tree_map(lambda v: _moved(v, place) if isinstance(v, Tensor) else v, value)
+
+
+def _moved(value: Tensor, place: torch.device) -> Tensor:
+    """What an expanded tensor repeats goes once."""
+    if value.device == place or all(value.stride()):
+        return value.to(place)
+    own = value[tuple(slice(1 if step == 0 else None) for step in value.stride())]
+    return own.to(place).expand(value.shape)
 
 
 def home(module: GraphModule, name: str) -> torch.device:

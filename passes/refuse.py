@@ -64,7 +64,7 @@ def refuse(model: nn.Module, args: Any) -> None:
         raise CaptureError(
             f"the model and its inputs are spread over {listed} · help: move both to one device; a "
             "model too large for any of them stays on the CPU (loaded without device_map), and "
-            f"Config(compute_on=...) names devices to compute on, say {listed}"
+            "Config(compute_on=...) names devices to compute on"
         )
 
 

@@ -18,6 +18,8 @@ from torch.fx import Node
 
 from .errors import NoGradient
 
+Settle = Callable[[list[dict[Node, Any]], dict[Node, Any]], None]
+
 
 def _alone(value: Tensor) -> Tensor:
     return value
@@ -26,19 +28,19 @@ def _alone(value: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Room:
     """`total` adds a tensor up over all processes, perhaps in place. `settle` may move the live
-    values of all batches out of memory. Of `size` processes number `rank` has the batches rank,
-    rank + size, ... `devices`: those to compute on, if not where the model is
-    (passes/placement.py).
+    values of all batches out of memory, when those of one have changed. Of `size` processes number
+    `rank` has the batches rank, rank + size, ... `devices`: those to compute on, if not where the
+    model is (passes/placement.py).
     """
 
     total: Callable[[Tensor], Tensor] = _alone
-    settle: Callable[[list[dict[Node, Any]]], None] | None = None
+    settle: Settle | None = None
     rank: int = 0
     size: int = 1
     devices: tuple[torch.device, ...] = ()
 
     @property
-    def open(self) -> Room:
+    def unbounded(self) -> Room:
         """The same with no bound on memory."""
         return replace(self, settle=None)
 

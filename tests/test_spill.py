@@ -82,18 +82,20 @@ def test_values_of_any_kind_come_back_as_they_were(tmp_path, monkeypatch):
     pairs = torch.randn(6, 4, 2, dtype=torch.double)
     whole = torch.view_as_complex(pairs)
     whole, other = torch.view_as_complex(pairs), torch.randn(4, dtype=torch.complex64)
+    odd = torch.arange(11, dtype=torch.uint8)
     values = [
         *(pairs, whole, whole[1:], pairs[2:, :, 1].T),
         *(other, other.conj()),
         *(torch.arange(7) > 3, torch.tensor(2.5), torch.zeros(0, 3)),
         torch.randn(3, 1).expand(3, 9),
+        *(odd, odd[:8].view(torch.int32)),
         *(torch.randn(9, dtype=torch.bfloat16)[1:], torch.arange(5).view(torch.int32)[1:]),
     ]
     environment = {graph.call_function(torch.relu): value for value in values}
     before = [value.clone() for value in values]
     spill = Spill(0, tmp_path)
     spill([environment])
-    assert spill.written == 6 * 4 * 2 * 8 + 7 + 4 + 3 * 4 + 9 * 2 + 5 * 8
+    assert spill.written == 6 * 4 * 2 * 8 + 7 + 4 + 3 * 4 + 11 + 9 * 2 + 5 * 8
     for old, value, new in zip(before, values, environment.values(), strict=True):
         assert torch.equal(old, new) and new.stride() == value.stride()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from passes.errors import CalibrationError, FaspGraphError
-from passes.room import Room
+from passes.room import Room, Settle
 
 PATIENCE = datetime.timedelta(minutes=30)
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def refuse_idle(batches: Sequence[Any]) -> None:
 
 
 def room(
-    settle: Callable[[list[dict[Any, Any]]], None] | None = None,
+    settle: Settle | None = None,
     devices: tuple[torch.device, ...] = (),
 ) -> Room:
     """Where all ranks walk together, each over its share."""

@@ -28,6 +28,8 @@ from passes.precision import widened, widened_inputs
 from passes.rewrite import attribute
 from passes.verify import difference
 
+from .spill import held_bytes
+
 aten = torch.ops.aten
 SAME = 1e-4  # relative; rounding of another batch size
 
@@ -51,31 +53,27 @@ def working_set(module: GraphModule, args: Args) -> int:
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     given = iter(pytree.tree_leaves(args))
     values: dict[Node, Any] = {}
+    weights: dict[Node, Any] = {}
     over, largest = last_reads(module), 0
     with torch.no_grad(), fakes, _Everywhere():
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 values[node] = pytree.tree_map(_faked(fakes), next(given))
             elif node.op == "get_attr":
-                values[node] = _faked(fakes)(attribute(module, str(node.target)))
+                weights[node] = _faked(fakes)(attribute(module, str(node.target)))
             elif node.op == "call_function":
                 args_, kwargs = pytree.tree_map(
-                    lambda a: values[a] if isinstance(a, Node) else a,
+                    lambda a: (
+                        (weights if a in weights else values)[a] if isinstance(a, Node) else a
+                    ),
                     (node.args, node.kwargs),
                     is_leaf=lambda a: isinstance(a, Node),
                 )
                 values[node] = node.target(*args_, **kwargs)
-                live = [value for held, value in values.items() if held.op != "get_attr"]
-                largest = max(largest, _storages(live))
+                largest = max(largest, held_bytes(values.values()))
                 for value in over.get(node, ()):
                     values.pop(value, None)
     return largest
-
-
-def _storages(values: Iterable[Any]) -> int:
-    """Bytes of the values' storages, each counted once."""
-    held = [tensor.untyped_storage() for tensor in _tensors(values)]
-    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
 
 
 class _Everywhere(TorchDispatchMode):

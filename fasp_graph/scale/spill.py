@@ -1,6 +1,7 @@
 """spill: live activations over a budget go from a device to memory, and from memory to files.
 
-    bytes of live storages in memory <= budget, likewise on each device, whenever a batch rests
+    bytes of live storages in memory <= budget, likewise on each device, when a batch has come to a
+    stop; but inputs in memory, which are the user's
 
 Files are mapped into memory: a mapped page is clean once it is written, so that the system may drop
 it and read it again; only what a node works on must fit. A file vanishes with its tensor: it has no
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +30,58 @@ HOST = torch.device("cpu")
 
 
 class Spill:
-    """Moves the largest live values out until the rest fits into `budget` bytes."""
+    """Moves the largest live values out until the rest fits into half of `budget` bytes, whenever
+    they may be more than it: what comes until then is counted, and seldom all that is there.
+    """
 
     def __init__(self, budget: int, folder: str | os.PathLike[str] | None = None) -> None:
         self.budget = budget
         self.folder = Path(folder or tempfile.gettempdir())
         self.written = 0
+        self._left = 0
         self._mapped: dict[int, StorageWeakRef] = {}
 
-    def __call__(self, environments: list[dict[Node, Any]]) -> None:
-        """Replace values in place. Views of one storage go together, into one file."""
-        held = _by_storage(environments)
+    def __call__(
+        self, environments: list[dict[Node, Any]], changed: dict[Node, Any] | None = None
+    ) -> None:
+        """Replace values in place. Views of one storage go together, into one file. `changed`: the
+        one of them that has new values.
+        """
+        if changed is not None:
+            self._left -= held_bytes(changed.values())
+            if self._left >= 0:
+                return
         self._mapped = {key: one for key, one in self._mapped.items() if not one.expired()}
-        away = {_value(places[0]).device for places in held.values()} - {HOST}
-        for device in sorted(away, key=str):
-            inside = [p for p in held.values() if _value(p[0]).device == device]
-            for places in self._over(inside):
-                _replace(places, _bytes(places[0]).to(HOST))
-        if away:
-            held = _by_storage(environments)
-        inside = [
-            places
-            for key, places in held.items()
-            if key not in self._mapped and _value(places[0]).device == HOST
-        ]
-        for places in self._over(inside):
-            self._write(places)
+        found = {_value(places).device for places in _by_storage(environments).values()}
+        self._left = self.budget
+        for device in (*sorted(found - {HOST}, key=str), HOST):
+            held = _by_storage(environments).items()
+            inside = [p for k, p in held if k not in self._mapped and _value(p).device == device]
+            going = self._over(inside)
+            left = self.budget - sum(map(_size, inside)) + sum(map(_size, going))
+            self._left = min(self._left, left)
+            for places in going:
+                if device == HOST:
+                    self._write(places)
+                else:
+                    _replace(places, _bytes(places).to(HOST))
 
     def _over(self, inside: list[list[Place]]) -> list[list[Place]]:
-        """The largest storages, without which the others fit."""
-        found, total = [], sum(_size(places) for places in inside)
+        """The largest storages, without which the others take half of the budget; none, if all of
+        them fit into it.
+        """
+        found, total = [], sum(map(_size, inside))
+        if total <= self.budget:
+            return []
         for places in sorted(inside, key=_size, reverse=True):
-            if total <= self.budget or _size(places) < SMALLEST:
+            if total <= self.budget // 2 or _size(places) < SMALLEST:
                 break
             found.append(places)
             total -= _size(places)
         return found
 
     def _write(self, places: list[Place]) -> None:
-        old = _bytes(places[0])
+        old = _bytes(places)
         mapped = self._file(old.nbytes)
         mapped.copy_(old)
         _replace(places, mapped)
@@ -89,17 +104,25 @@ class Spill:
         return mapped
 
 
-def _value(place: Place) -> Tensor:
-    return place[0][place[1]]  # type: ignore[no-any-return]
+def held_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the storages of all tensors in values, each counted once."""
+    tensors = [leaf for leaf in pytree.tree_leaves(list(values)) if isinstance(leaf, Tensor)]
+    held = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
+
+
+def _value(places: list[Place]) -> Tensor:
+    """Of the views of one storage that of the smallest elements."""
+    return min((e[node] for e, node in places), key=lambda value: value.element_size())  # type: ignore[no-any-return]
 
 
 def _size(places: list[Place]) -> int:
-    return _value(places[0]).untyped_storage().nbytes()
+    return _value(places).untyped_storage().nbytes()
 
 
-def _bytes(place: Place) -> Tensor:
-    """The whole storage that a value lies in."""
-    value = _value(place)
+def _bytes(places: list[Place]) -> Tensor:
+    """The whole storage that values lie in."""
+    value = _value(places)
     count = value.untyped_storage().nbytes() // value.element_size()
     return value.as_strided((count,), (1,), 0).view(torch.uint8)
 
@@ -121,7 +144,7 @@ def _by_storage(environments: list[dict[Node, Any]]) -> dict[int, list[Place]]:
     for environment in environments:
         for node, value in environment.items():
             if isinstance(value, Tensor) and not (value.is_conj() or value.is_neg()):
-                if node.op != "placeholder":
+                if node.op != "placeholder" or value.device != HOST:  # the user holds those
                     key = value.untyped_storage()._cdata
                     found.setdefault(key, []).append((environment, node))
                 continue
