@@ -159,10 +159,18 @@ def outputs(call: Callable[..., Any], args: Args, calls: int = 1) -> list[Tensor
     while isinstance(owner, functools.partial):
         owner = owner.func
     with steady(getattr(owner, "__self__", owner)), torch.no_grad(), fork_rng(devices=[]):
-        torch.manual_seed(0)
+        _seed()
         for _ in range(calls - 1):
             call(*args[0], **args[1])
         return tensors(call(*args[0], **args[1]))
+
+
+def _seed() -> None:
+    """Where there is no accelerator, torch.manual_seed formats the stack for each that could be."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:
+        torch.default_generator.manual_seed(0)
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:
