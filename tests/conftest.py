@@ -1,5 +1,6 @@
 """Shared test options and fixtures."""
 
+import gc
 import os
 import sys
 
@@ -21,8 +22,8 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """Tests of one named model run in one process, where it is captured once, unless they are in
-    another group.
+    """Tests of one named model, or with a fixture of their module, run in one process, where it is
+    captured once, or made once, unless they are in another group.
     """
     for item in items:
         if item.get_closest_marker("xdist_group"):
@@ -30,6 +31,17 @@ def pytest_collection_modifyitems(items):
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         if isinstance(name, str) and name in models_zoo.BUILDERS:
             item.add_marker(pytest.mark.xdist_group(name))
+        elif any(
+            f.scope == "module" for fs in item._fixtureinfo.name2fixturedefs.values() for f in fs
+        ):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+def pytest_collection_finish():
+    """A million objects of libraries stay to the end: the collector need not visit them anew."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)
