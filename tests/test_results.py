@@ -1,5 +1,6 @@
 """What can be done with a result: folder, ONNX, viewer, perplexity, generation."""
 
+import decoding
 import pytest
 import torch
 from programs_of_zoo import program
@@ -35,6 +36,7 @@ def test_the_users_class_equals_the_graph(name):
     assert result.report.flops_after < result.report.flops_before
 
 
+@pytest.mark.xdist_group("llama-random")
 def test_a_result_says_what_it_is_in_a_line():
     _, result = pruned("llama-random", method="magnitude")
 
@@ -43,6 +45,7 @@ def test_a_result_says_what_it_is_in_a_line():
     assert repr(result) == f"Pruned(LlamaForCausalLM: {said} of those in scope removed)"
 
 
+@pytest.mark.xdist_group("llama-random")
 def test_modes_and_frozen_weights_stay_the_users():
     dense = models_zoo.load("llama-random").model.train()
     dense.model.layers[1].eval()
@@ -80,6 +83,7 @@ def test_the_class_is_tried_at_other_inputs_than_the_example():
     assert torch.allclose(outputs(result.model, x), outputs(result.graph_module, x), atol=1e-6)
 
 
+@pytest.mark.xdist_group("llama-random")
 def test_altered_weights_and_foreign_folders_are_refused(tmp_path):
     _, result = pruned("llama-random")
     folder = result.save(tmp_path / "small")
@@ -97,6 +101,7 @@ def test_altered_weights_and_foreign_folders_are_refused(tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.xdist_group("resnet")
 def test_a_plain_module_loads_into_the_callers_instance(tmp_path):
     entry, result = pruned("resnet")
     folder = result.save(tmp_path / "small")
@@ -109,6 +114,7 @@ def test_a_plain_module_loads_into_the_callers_instance(tmp_path):
         fg.load(folder)
 
 
+@pytest.mark.xdist_group("llama-random")
 def test_generate_trains_and_copies():
     entry, result = pruned("llama-random")
     model, prompt = result.model, entry.inputs["input_ids"][:, :5]
@@ -133,6 +139,7 @@ def test_the_viewer_escapes_names(tmp_path):
     assert page.count("<script") == page.count("</script>")
 
 
+@pytest.mark.xdist_group("llama")
 def test_repair_helps_the_trained_models_on_heldout_text():
     entry, known = program("llama")
     rows = entry.heldout[:12]
@@ -147,6 +154,7 @@ def test_repair_helps_the_trained_models_on_heldout_text():
     assert dense < fasp < after(method="fasp", restore="none") < after(method="magnitude")
 
 
+@pytest.mark.xdist_group("llama-random")
 def test_a_lack_of_memory_is_not_taken_for_a_class_that_cannot(monkeypatch):
     def full(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 4 bytes")
@@ -158,19 +166,18 @@ def test_a_lack_of_memory_is_not_taken_for_a_class_that_cannot(monkeypatch):
 
 
 def test_each_module_stays_in_its_mode(tmp_path):
-    entry = models_zoo.load("llama")
-    pruned = fg.prune(
-        entry.model, entry.inputs, None, fg.Config(0.3, method="magnitude", layout="uniform")
-    )
+    dense, inputs, batches = decoding.llama()
+    config = fg.Config(0.3, method="magnitude", layout="uniform")
+    pruned = fg.prune(dense, inputs, None, config)
     model = pruned.model.train()
     model.lm_head.eval()
     modes = {path: module.training for path, module in model.named_modules()}
 
     fg.save(pruned, tmp_path / "small")
     fg.export(pruned, tmp_path / "small.onnx", cache=True)
-    fg.perplexity(model, entry.heldout[:2])
+    fg.perplexity(model, decoding.windows())
 
     assert {path: module.training for path, module in model.named_modules()} == modes
     pytest.importorskip("peft")
-    trained = fg.recover(pruned, list(entry.calibration), tokens=2_000).model
+    trained = fg.recover(pruned, batches, tokens=200).model
     assert {path: module.training for path, module in trained.named_modules()} == modes
