@@ -2,14 +2,18 @@
 go by weight magnitude, nothing is repaired there, and the report says so. The rest is pruned.
 """
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 
 import fasp_graph as fg
+from fasp_graph.prune import read
 from passes.errors import CalibrationError
 
 WIDTH, INNER, UNSEEN = 6, 20, 2
+pytestmark = pytest.mark.xdist_group("untold")  # one capture of each model
 METHODS = ["best", "fasp", "slimgpt", "flap", "wanda"]
 
 
@@ -76,17 +80,27 @@ def data(count=8, rows=40):
     return [torch.randn(rows, WIDTH, generator=generator).double() for _ in range(count)]
 
 
+@functools.cache
+def dense(make, *given):
+    """The model, and what was read of it."""
+    model = make(*given).double().eval()
+    return model, read(model, data()[0])
+
+
+def pruned_of(make, batches, *given, **options):
+    model, known = dense(make, *given)
+    return fg.prune(model, data()[0], batches, fg.Config(**options), program=known)
+
+
 def heaviest(weight, keep):
     return sorted(weight.norm(dim=0).argsort(descending=True)[:keep].tolist())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_expert_that_no_row_reaches_keeps_its_heaviest_units_unrepaired(method):
-    model, batches = Mixture().double().eval(), data()
+    pruned = pruned_of(Mixture, data(), method=method, sparsity=0.3)
 
-    pruned = fg.prune(model, batches[0], batches, fg.Config(method=method, sparsity=0.3))
-
-    down = model.experts[UNSEEN][2]
+    down = dense(Mixture)[0].experts[UNSEEN][2]
     kept = list(pruned.plan.kept[f"experts.{UNSEEN}.0.0"])
     assert len(kept) < INNER and kept == heaviest(down.weight, len(kept))
     small = pruned.model.experts[UNSEEN][2]
@@ -100,11 +114,9 @@ def test_an_expert_that_no_row_reaches_keeps_its_heaviest_units_unrepaired(metho
 
 @pytest.mark.parametrize("method", METHODS)
 def test_units_of_which_only_zeros_are_seen_go_by_their_weights(method):
-    model, batches = Dead().double().eval(), data()
+    pruned = pruned_of(Dead, data(), method=method, sparsity=0.3)
 
-    pruned = fg.prune(model, batches[0], batches, fg.Config(method=method, sparsity=0.3))
-
-    kept = pruned.plan.kept
+    model, kept = dense(Dead)[0], pruned.plan.kept
     dead = list(kept["dead.0"])
     assert len(dead) < INNER and dead == heaviest(model.down.weight[:, :INNER], len(dead))
     assert len(kept["alive.0"]) < INNER
@@ -115,16 +127,21 @@ def test_units_of_which_only_zeros_are_seen_go_by_their_weights(method):
     assert "down.weight, so that nothing is repaired there" in note and "help: calibrate on" in note
 
 
+def alone():
+    """What `Readers` is without the reader that sees nothing."""
+    model = dense(Readers)[0]
+    return nn.Sequential(model.up, nn.ReLU(), model.left)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_reader_that_saw_nothing_has_no_say(method):
-    model, batches = Readers().double().eval(), data()
-    config = fg.Config(method=method, sparsity=0.3, restore="none", allocation="uniform")
+    options = {"method": method, "sparsity": 0.3, "restore": "none", "allocation": "uniform"}
 
-    pruned = fg.prune(model, batches[0], batches, config)
+    pruned = pruned_of(Readers, data(), **options)
 
+    model = dense(Readers)[0]
     ((name, kept),) = pruned.plan.kept.items()
-    alone = nn.Sequential(model.up, nn.ReLU(), model.left)
-    (expected,) = fg.prune(alone, batches[0], batches, config).plan.kept.values()
+    (expected,) = pruned_of(alone, data(), **options).plan.kept.values()
     assert len(kept) == len(expected) and set(kept) == set(expected), name
     assert torch.equal(pruned.model.right.weight, model.right.weight[:, list(kept)])
     assert any("token reaches right.weight" in note for note in pruned.report.notes)
@@ -132,10 +149,8 @@ def test_a_reader_that_saw_nothing_has_no_say(method):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_routed_rows_are_cut_into_pieces_of_a_budget_of_memory(masked):
-    model, batches = Mixture(masked).double().eval(), data()
-
     whole, cut = (
-        fg.prune(model, batches[0], batches, fg.Config(method="fasp", max_memory=most))
+        pruned_of(Mixture, data(), masked, method="fasp", max_memory=most)
         for most in (None, 10_000)
     )
 
@@ -166,4 +181,4 @@ def test_what_is_not_finite_is_refused_wherever_it_comes(method):
     batches = data()
     batches[0][0] = float("nan")
     with pytest.raises(CalibrationError, match="non-finite activations reach .*weight.*help"):
-        fg.prune(Mixture().double().eval(), data()[0], batches, fg.Config(method=method))
+        pruned_of(Mixture, batches, method=method)
