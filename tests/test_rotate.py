@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fasp_graph as fg
 from fasp_graph.config import Config
+from fasp_graph.prune import read
 from fasp_graph.refit import Turn, refit
 from passes.analysis import analysis
 from passes.capture import capture
@@ -247,16 +248,31 @@ def test_modegpt_scores_by_ridge_leverage():
     torch.testing.assert_close(found, wanted)
 
 
+@functools.cache
+def dense(name):
+    """The model, and what was read of it."""
+    make, shape, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = make().double().eval()
+    return model, read(model, drawn(*shape))
+
+
+@functools.cache
+def quarter(name, **method):
+    """A quarter pruned by a method, the same of all groups."""
+    model, known = dense(name)
+    batches = [drawn(*MODELS[name][1], seed=seed) for seed in range(40)]
+    config = Config(0.25, allocation="uniform", **method)
+    return fg.prune(model, batches[0], batches, config, program=known)
+
+
+@pytest.mark.xdist_group("rotate")  # one capture of each model
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("given", [{"score": "rotation"}, {}, {"method": "modegpt"}], ids=str)
 def test_pruned_and_verified_it_is_nearer_to_the_dense_model(name, given):
-    make, shape, _ = MODELS[name]
-    model, *_ = built(make, shape)
-    batches = [drawn(*shape, seed=seed) for seed in range(40)]
-    method = {"method": "slimgpt", **given} if given else {}
-    asked = {"sparsity": 0.25, "allocation": "uniform"}
-    pruned = fg.prune(model, batches[0], batches, Config(**method, **asked))
-    plain = fg.prune(model, batches[0], batches, Config(method="slimgpt", **asked))
+    model, shape = dense(name)[0], MODELS[name][1]
+    pruned = quarter(name, **({"method": "slimgpt", **given} if given else {}))
+    plain = quarter(name, method="slimgpt")
 
     def lost(one):
         y = drawn(*shape, seed=99)
