@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from trial import zeroed
 
 import fasp_graph as fg
+from fasp_graph.prune import read
 from passes.capture import capture
 from passes.errors import CalibrationError, CaptureError, UnsupportedOp
 from passes.held import held_inputs
@@ -43,17 +44,24 @@ def drawn(grid=GRID, count=4):
 
 
 @pytest.fixture(scope="module")
-def pruned():
+def known():
+    return read(Packed().eval(), drawn()[0], check=True)
+
+
+@pytest.fixture(scope="module")
+def pruned(known):
     inputs, *calibration = drawn()
-    return fg.prune(Packed().eval(), inputs, calibration, fg.Config(sparsity=0.3, check=True))
+    config = fg.Config(sparsity=0.3, check=True)
+    return fg.prune(Packed().eval(), inputs, calibration, config, program=known)
 
 
-def test_every_layer_goes_and_the_class_takes_other_grids(pruned):
+def test_every_layer_goes_and_the_class_takes_other_grids(pruned, known):
     kept = pruned.plan.kept
     assert {pruned.deps[name].size for name in kept} == {16, 32}
     assert isinstance(pruned.model, Packed)
     x = drawn()[0]["x"]
-    magnitude = fg.prune(Packed().eval(), drawn()[0], None, fg.Config(0.3, method="magnitude"))
+    config = fg.Config(0.3, method="magnitude")
+    magnitude = fg.prune(Packed().eval(), drawn()[0], None, config, program=known)
     expected = zeroed(Packed().eval(), magnitude.deps, magnitude.plan.kept)
     for grid in (GRID, OTHER):
         torch.testing.assert_close(
@@ -61,12 +69,12 @@ def test_every_layer_goes_and_the_class_takes_other_grids(pruned):
         )
 
 
-def test_the_graph_refuses_other_numbers(pruned):
+def test_the_graph_refuses_other_numbers(pruned, known):
     given = drawn(OTHER)
     with pytest.raises(RuntimeError, match="grid is not what it was in the example inputs"):
         pruned.graph_module(**given[0])
     with pytest.raises(CalibrationError, match="grid is not what it was"):
-        fg.prune(Packed().eval(), drawn()[0], given, fg.Config(method="fasp"))
+        fg.prune(Packed().eval(), drawn()[0], given, fg.Config(method="fasp"), program=known)
 
 
 def test_onnx_takes_what_may_vary(pruned, tmp_path):
