@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import fasp_graph
 from fasp_graph import Config
+from fasp_graph.prune import Program, read
 from passes.capture import capture
 from passes.control import STEPS
 from passes.visit import op_name
@@ -103,16 +105,23 @@ def block(middle: Middle) -> Block:
     return Block(middle).double().eval().requires_grad_(False)
 
 
+@functools.cache
+def program(middle: Middle) -> Program:
+    return read(block(middle), numbers())
+
+
 def numbers(batch: int = 4, length: int = 5, sign: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, length, 6, generator=generator, dtype=torch.float64)
     return sign * (x if x.sum() > 0 else -x)
 
 
+@pytest.mark.xdist_group("control")  # one capture for both
 @pytest.mark.parametrize("middle", APART)
 def test_what_is_inside_is_pruned(middle: Middle) -> None:
     config = Config(sparsity=0.4, method="magnitude", kinds=("chain", "bilinear"))
-    pruned = fasp_graph.prune(block(middle), numbers(), [numbers()], config)
+    known = program(middle)
+    pruned = fasp_graph.prune(block(middle), numbers(), None, config, program=known)
 
     assert any(group.kept < group.units for group in pruned.report.groups)
     assert pruned.report.verify_max_error < 1e-9
@@ -121,10 +130,11 @@ def test_what_is_inside_is_pruned(middle: Middle) -> None:
         torch.testing.assert_close(pruned.model(fresh), pruned.graph_module(fresh))
 
 
+@pytest.mark.xdist_group("control")
 @pytest.mark.parametrize("middle", APART)
 def test_the_graph_computes_what_the_model_does_both_ways(middle: Middle) -> None:
     model = block(middle)
-    held = capture(model, numbers()).graph_module
+    held = program(middle).captured.graph_module
 
     names = {op_name(node) for node in held.graph.nodes}
     assert not names & {"cond", "map_impl", "scan"}
