@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 import fasp_graph
 from fasp_graph import Config
+from fasp_graph.prune import Program, read
 from passes.capture import capture
 
 HEADS, GROUPS, SIZE, WIDE = 8, 4, 4, 24
@@ -93,12 +95,17 @@ def of_one_word(block: Block, ids: Tensor) -> dict[str, Any]:
     return {"block_mask": mask}
 
 
-MODS = [of_one_word, nothing, slopes, biases, tables, own_words, causal, causal_slopes, none_first]
+MODS = [of_one_word, nothing, slopes, biases, tables, own_words, causal, none_first]
 
 
 def block(mods: Callable[..., dict[str, Any]]) -> Block:
     torch.manual_seed(0)
     return Block(mods).double().eval().requires_grad_(False)
+
+
+@functools.cache
+def program(mods: Callable[..., dict[str, Any]]) -> Program:
+    return read(block(mods), ids())
 
 
 def ids(batch: int = 3, length: int = 16) -> Tensor:
@@ -109,11 +116,12 @@ def calls(module: torch.fx.GraphModule) -> str:
     return " ".join(str(node.target) for node in module.graph.nodes)
 
 
+@pytest.mark.xdist_group("flex")  # one capture for both
 @pytest.mark.parametrize("mods", MODS)
 def test_every_group_of_a_flexible_attention_is_pruned(mods: Callable[..., dict[str, Any]]) -> None:
     model = block(mods)
     config = Config(sparsity=0.5, method="magnitude", kinds=("chain", "bilinear", "head"))
-    pruned = fasp_graph.prune(model, ids(), [ids()], config)
+    pruned = fasp_graph.prune(model, ids(), None, config, program=program(mods))
     cut = {group.kind for group in pruned.report.groups if group.kept < group.units}
     assert cut == {"chain", "bilinear", "head"}
     assert pruned.report.verify_max_error < 1e-12
@@ -121,14 +129,15 @@ def test_every_group_of_a_flexible_attention_is_pruned(mods: Callable[..., dict[
     torch.testing.assert_close(pruned.model(fresh), pruned.graph_module(fresh))
 
 
+@pytest.mark.xdist_group("flex")
 @pytest.mark.parametrize("mods", [nothing, causal])
 def test_attention_without_a_score_mod_is_the_fused_op(mods: Callable[..., dict[str, Any]]) -> None:
-    held = capture(block(mods), ids()).graph_module
+    held = program(mods).captured.graph_module
     assert "scaled_dot_product_attention" in calls(held)
     assert "index_put" not in calls(held)  # nothing of the blocks' table stays
 
 
-@pytest.mark.parametrize("mods", [nothing, slopes, tables])
+@pytest.mark.parametrize("mods", [nothing, tables])
 def test_a_graph_takes_other_sizes_whatever_was_run_before(
     mods: Callable[..., dict[str, Any]],
 ) -> None:
