@@ -64,6 +64,7 @@ def test_no_piece_of_an_axis_is_left_empty():
     assert select(group, torch.tensor([0.3, 0.2, 4.0, 3.0, 2.0]), 3) == (0, 2, 3)
 
 
+@pytest.mark.xdist_group("gqa-qk-norm")
 def test_what_heads_and_channels_remove_together_is_counted_once():
     entry, known = program("gqa-qk-norm")
     config = Config(0.5, "magnitude", kinds=("chain", "bilinear", "head"))
