@@ -163,11 +163,17 @@ CASES = {
 }
 
 
+@functools.cache
+def program_of(make):
+    """Captured once for all cases, at four rows."""
+    return read(make().double().eval(), batches(4)[0].double())
+
+
 def decided(name):
     """What is decided for a case, table by table."""
     make, rows, options = CASES[name]
     given = [batch.double() for batch in batches(*rows)]
-    program = read(make().double().eval(), given[0][:4])
+    program = program_of(make)
     config = Config(sparsity=0.4, **options)
     groups = [group for group in program.deps.groups if group.kind in config.kinds]
     found = decide(program.captured, program.deps, groups, given, config)
