@@ -167,8 +167,9 @@ _UNITE, _SLICED = Labels.unite, removal.sliced
 Patch = tuple[Any, str, Any]
 
 
-def of_engine() -> Iterator[tuple[str, Patch]]:
-    """Name and patch (object, attribute, replacement)."""
+def of_engine(module: GraphModule) -> Iterator[tuple[str, Patch]]:
+    """Name and patch (object, attribute, replacement), of the ops that a graph has."""
+    ops = {op_name(node) for node in module.graph.nodes}
     for n in range(12):
         yield f"union {n} dropped", (Labels, "unite", _nth(_UNITE, n, lambda *a: None))
         yield f"union {n} shifted", (Labels, "unite", _nth(_UNITE, n, _shifted))
@@ -177,10 +178,10 @@ def of_engine() -> Iterator[tuple[str, Patch]]:
         yield f"tensor {n} cut at its end", (rewrite, "sliced", patched)
         uncut = _nth(_SLICED, n, lambda tensor, cuts: tensor)
         yield f"tensor {n} not cut", (rewrite, "sliced", uncut)
-    for name in edits.EDITS:
+    for name in sorted(ops & edits.EDITS.keys()):
         table = {**edits.EDITS, name: lambda edit: None}
         yield f"edit of {name} skipped", (rewrite, "EDITS", table)
-    for name in places.HANDLERS:
+    for name in sorted(ops & places.HANDLERS.keys()):
         table = {**places.HANDLERS, name: _carried}
         yield f"{name} taken for pointwise", (places, "HANDLERS", table)
     yield "blocks not united", (moves, "_unite_inside", lambda v, x, d, array, e, t: array)
@@ -247,7 +248,7 @@ def engine_tried(name: str) -> Tried:
     """
     right, model = subject(name), build(SUBJECTS[name])
     caught, spared, missed = 0, 0, []
-    for what, (holder, attribute, other) in of_engine():
+    for what, (holder, attribute, other) in of_engine(right.module):
         try:
             with patch.object(holder, attribute, other):
                 broken = compiled(right.module, right.inputs)
