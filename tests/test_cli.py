@@ -78,11 +78,11 @@ def test_prune_eval_and_export_a_folder(run, tmp_path):
 
 @pytest.mark.parametrize("form", ["json", "dot", "graphml", "mermaid", "svg"])
 def test_inspect_prints_and_writes_every_format(run, tmp_path, form):
-    code, out, error = run("inspect", "zoo:resnet", "--format", form)
+    code, out, error = run("inspect", "plain:several", "--format", form)
     assert code == 0, error
 
-    assert run("inspect", "zoo:resnet", "--output", tmp_path / f"graph.{form}")[0] == 0
-    assert (tmp_path / f"graph.{form}").read_text() == out and "conv1" in out
+    assert run("inspect", "plain:several", "--output", tmp_path / f"graph.{form}")[0] == 0
+    assert (tmp_path / f"graph.{form}").read_text() == out and "middle" in out
 
 
 def test_inspect_tells_in_words(run):
@@ -125,7 +125,7 @@ def test_a_dry_run_says_what_pruning_then_does(run, tmp_path):
 
 
 def test_a_dry_run_says_where_a_run_keeps_others(run):
-    asked = ("prune", "decoding:llama", "--dry-run", "--method", "best")
+    asked = ("prune", "plain:several", "--dry-run", "--method", "best")
 
     assert json.loads(run(*asked, "--json")[1])["exact"] is False
     words = " ".join(run(*asked)[1].split())
@@ -168,7 +168,7 @@ def test_options_from_a_file_are_overruled_by_flags(run, tmp_path):
     file = tmp_path / "options.toml"
     file.write_text('sparsity = 0.2\nmethod = "magnitude"\nmin-keep = 3\nkinds = ["chain"]\n')
 
-    asked = ("prune", "zoo:resnet", "--config", file, "--json")
+    asked = ("prune", "plain:several", "--config", file, "--json")
     low = json.loads(run(*asked)[1])["sparsity"]
     high = json.loads(run(*asked, "--sparsity", 0.5)[1])["sparsity"]
 
@@ -302,7 +302,7 @@ def test_a_device_is_chosen_or_refused_with_a_reason(run):
     assert code == 0 and json.loads(out)["parameters"], error
     short = ("--runs", 2, "--length", 8, "--no-onnx", "--no-memory")
     assert run("bench", "decoding:llama", *short, *one)[0] == 0
-    code, _, error = run("prune", "decoding:llama", "--method", "fasp", "--compute-on", "cpu", *one)
+    code, _, error = run("prune", "plain:several", "--method", "fasp", "--compute-on", "cpu", *one)
     assert code == 0, error
     for device, reason in (
         ("cuda:77", "device 'cuda:77' cannot be used"),

@@ -181,7 +181,7 @@ def test_a_model_without_data_is_refused_before_capture(run, mine, monkeypatch):
 
 def test_recover_without_data(run, mine):
     folder = mine / "small"
-    asked = ("prune", "zoo:llama-random", "--method", "magnitude", "--output", folder)
+    asked = ("prune", "decoding:llama", "--method", "magnitude", "--output", folder)
     assert run(*asked)[0] == 0
 
     idle = ("there is nothing to train on", "help: --data DATA, or --distill MODEL")

@@ -55,9 +55,10 @@ def test_prune_keeps_a_journal_unless_told_not_to(run, tmp_path, monkeypatch, mo
     assert seen == [None if more else work_folder(tmp_path / "small")]
 
 
-def test_prune_shows_what_each_layer_keeps(run):
-    asked = ("prune", "zoo:llama-random", "--method", "magnitude")
-    out, report = run(*asked)[1], json.loads(run(*asked, "--json")[1])
+def test_prune_shows_what_each_layer_keeps(run, tmp_path):
+    asked = ("prune", "zoo:llama-random", "--method", "magnitude", "--output", tmp_path / "small")
+    out = run(*asked)[1]
+    report = json.loads((tmp_path / "small/report.json").read_text())
 
     shares = [100 * held["kept"] / held["units"] for held in report["groups"][:2]]
     assert [row for row in cells(out) if len(row) == 3] == [

@@ -379,10 +379,10 @@ def test_a_folder_too_large_for_memory_has_a_budget_in_time(tmp_path, clock):
 
 def test_the_command_line_measures_for_a_plan_too(run, clock):
     words = ("--budget", "latency", "--method", "magnitude", "--dry-run")
-    code, told, _ = run("prune", "zoo:llama-random", *words)
+    code, told, _ = run("prune", "plain:several", *words)
     assert code == 0 and "a run measures it anew" in told and "uniform allocation" not in told
 
-    code, out, _ = run("prune", "zoo:llama-random", *words, "--json")
+    code, out, _ = run("prune", "plain:several", *words, "--json")
 
     found = json.loads(out)
     assert code == 0 and len(clock) == 2
@@ -390,7 +390,7 @@ def test_the_command_line_measures_for_a_plan_too(run, clock):
 
 
 def test_a_dry_run_counts_the_passes_of_the_run(clock):
-    target = load_target("zoo:llama-random")
+    target = load_target("decoding:llama")
     config = latency()
 
     expected = dry_run(target, config).forward_passes
