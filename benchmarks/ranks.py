@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -40,9 +41,9 @@ def seconds(ranks: int, *given: str) -> dict[str, float]:
     own = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = []
     for rank in range(ranks):
-        told = [f"{key}={value}" for key, value in {**own, "RANK": str(rank)}.items()]
-        command = ["env", *told, sys.executable, "-W", "ignore", "-c", WORKER, *given]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        told = {**os.environ, **own, "RANK": str(rank)}
+        command = [sys.executable, "-W", "ignore", "-c", WORKER, *given]
+        started.append(subprocess.Popen(command, env=told, stdout=subprocess.PIPE, text=True))
     said = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise SystemExit("a process failed")

@@ -14,6 +14,7 @@ from passes.skeleton import has_numbers
 
 from .config import Config
 from .scale.devices import device_of
+from .scale.distributed import world
 
 UNQUANTISED = "prune the model in its original precision, then quantise the result"
 
@@ -110,6 +111,11 @@ def refuse_unstreamable(lazy: bool, config: Config) -> None:
         raise ConfigError(
             "budget=latency measures ops where the model is, not on the devices of compute_on · "
             "help: move the model to the device, or budget='parameters'"
+        )
+    if world()[1] > 1 and any(":" in name for name in config.compute_on):
+        raise ConfigError(
+            f"compute_on={','.join(config.compute_on)} would be the same devices for each of "
+            f"{world()[1]} processes · help: compute_on=('cuda',) gives each on a machine its own"
         )
     for name in config.compute_on:
         device_of(name)

@@ -14,9 +14,17 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import fasp_graph as fg
+from fasp_graph.prune import read
 from fasp_graph.scale import spill
+from fasp_graph.scale.devices import bounds
+from fasp_graph.scale.spill import held_bytes
 from fasp_graph.scale.streaming import prune_folder
-from tests.side import devices, ran
+from passes.capture import as_args
+from passes.consumers import linears
+from passes.observe import walk
+from passes.placement import moved
+from passes.room import Room
+from tests.side import Side, devices, ran
 
 TWO = ("side:0", "side:1")
 CASES = {
@@ -59,6 +67,26 @@ def convolutions():
     return nn.Sequential(*layers, nn.Linear(8 * 16, 5)).double().eval()
 
 
+class Writes(nn.Module):
+    """A buffer is written, and read behind a product with a weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, x):
+        inner = torch.relu(self.enter(x))
+        self.mean.copy_(inner.mean(0))
+        return self.leave(inner - self.mean)
+
+
+def rows():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 16, generator=generator, dtype=torch.double) for _ in range(4)]
+
+
 def ids():
     generator = torch.Generator().manual_seed(1)
     return [{"input_ids": torch.randint(0, 64, (2, 24), generator=generator)} for _ in range(4)]
@@ -91,6 +119,34 @@ def pair(model, data, options):
     }
 
 
+def bounded():
+    """Most bytes of values on a device, at stops of a walk over a model that is there, before and
+    after what enters each layer is summed, and the budget, of which a batch takes a part.
+    """
+    module = read(llama(), ids()[0]).captured.graph_module.to("side:0")
+    batches = [moved(as_args(batch), torch.device("side:0")) for batch in ids() * 4]
+    views = {view.node: view for view in linears(module)}
+    budget, found, grams = 100_000, [], []
+
+    def visit(state, node):
+        found.append(on_device(state))
+        grams.append(state.moments(views[node]).gram.cpu())
+        found.append(on_device(state))
+
+    settle, devices = bounds(module, fg.Config(max_memory=budget))
+    walk(module, batches, views, visit, room=Room(settle=settle, devices=devices))
+    bound, grams = grams, []
+    walk(module.to("cpu"), [as_args(batch) for batch in ids() * 4], views, visit)
+    apart = max(float((one - other).abs().max()) for one, other in zip(bound, grams, strict=True))
+    return {"most": max(found), "budget": budget, "apart": apart, "stops": len(bound)}
+
+
+def on_device(state):
+    """Bytes of the values of all batches that are on a device."""
+    values = [v for e in state.environments for v in e.values() if isinstance(v, Side)]
+    return held_bytes(values)
+
+
 def streamed(root: Path):
     """A folder, in memory on the CPU and weight by weight on devices."""
     llama().float().save_pretrained(root / "dense", max_shard_size=20_000)
@@ -114,6 +170,8 @@ def main() -> None:
     seen = {name: pair(llama(), ids(), options) for name, options in CASES.items()}
     seen["experts"] = pair(experts(), ids(), {})
     seen["convolutions"] = pair(convolutions(), images(), {"restore": "affine"})
+    seen["writes"] = pair(Writes().double().eval(), rows(), {})
+    seen["bounded"] = bounded()
     seen["streamed"] = streamed(Path(sys.argv[1]))
     print(json.dumps(seen))
 

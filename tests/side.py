@@ -115,9 +115,7 @@ def devices():
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
-    library.impl(
-        "_copy_from", lambda a, b, non_blocking=False: b.inner.copy_(_inner(a)), "PrivateUse1"
-    )
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
     return (*kept, library)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import fasp_graph as fg
 from fasp_graph.prune import read
@@ -29,7 +30,7 @@ def seen(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", [*CASES, "experts", "convolutions"])
+@pytest.mark.parametrize("case", [*CASES, "experts", "convolutions", "writes"])
 def test_on_several_devices_it_is_what_it_is_on_one(seen, case):
     found = seen[case]
     assert found["same"] and found["apart"] < (1e-4 if case == "experts" else 1e-9)  # float32
@@ -41,6 +42,12 @@ def test_on_several_devices_it_is_what_it_is_on_one(seen, case):
 
 def test_values_beyond_max_memory_go_to_the_host_and_come_back(seen):
     assert seen["spilled"]["to host"] > seen["residual"]["to host"] + 10
+
+
+def test_a_model_on_a_device_holds_its_values_there_within_max_memory(seen):
+    found = seen["bounded"]
+    assert found["stops"] > 10 and found["apart"] < 1e-4
+    assert 0 < found["most"] <= found["budget"]
 
 
 def test_a_folder_is_streamed_to_devices(seen):
@@ -65,6 +72,23 @@ def test_the_graph_is_spread_in_order_by_bytes_of_weights():
     assert spread(graph, []) == {}
 
 
+def test_a_weight_that_is_used_again_counts_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.long, self.next = nn.Linear(9, 9, bias=False), nn.Linear(9, 9, bias=False)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = torch.relu(self.long(x))
+            return self.next(x)
+
+    graph = read(Twice().eval(), torch.randn(2, 9)).captured.graph_module
+    places = spread(graph, [torch.device("cuda", number) for number in range(2)])
+    products = [place.index for node, place in places.items() if "linear" in node.name]
+    assert products == [0, 0, 0, 1] or products == [0, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -80,3 +104,10 @@ def test_what_cannot_be_done_on_devices_is_refused_first(options, word):
     with pytest.raises(ConfigError, match=word) as error:
         fg.prune(llama(), ids()[0], None, fg.Config(**{"compute_on": ("cpu",), **options}))
     assert "help:" in str(error.value)
+
+
+def test_processes_do_not_share_devices(monkeypatch):
+    monkeypatch.setattr("fasp_graph.inputs.world", lambda: (0, 2))
+    config = fg.Config(method="fasp", compute_on=("cuda:0", "cuda:1"))
+    with pytest.raises(ConfigError, match="each of 2 processes · help: compute_on="):
+        fg.prune(llama(), ids()[0], None, config)

@@ -3,9 +3,12 @@
 import io
 import re
 
+import torch
 from rich.console import Console
 from rich.progress import TimeRemainingColumn
+from torch import nn
 
+from fasp_graph import Config, prune
 from fasp_graph.commands.progress import progress_bar, staged
 
 CLOCK = r"\d:\d\d:\d\d"
@@ -45,3 +48,16 @@ def test_a_bar_tells_the_time_that_went_by_and_that_is_left():
 
     assert re.fullmatch(CLOCK, elapsed) and elapsed != "0:00:00"
     assert isinstance(bars.columns[-1], TimeRemainingColumn) and re.fullmatch(CLOCK, remaining)
+
+
+def test_a_walk_never_goes_back():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+    data, told = [torch.randn(20, 6) for _ in range(3)], []
+
+    def progress(stage, done, total):
+        if stage == "prune" and total:
+            told.append((done, total))
+
+    prune(model.eval(), data[0], data, Config(method="fasp"), progress)
+    assert told == sorted(told) and told[-1] == (5, 5) and len(told) > 6

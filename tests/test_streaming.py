@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,14 @@ from transformers import (
 import fasp_graph as fg
 from fasp_graph import cli, refit
 from fasp_graph.folders.lazyfolder import open_folder
-from fasp_graph.folders.shards import folder_tensors, write_shard
+from fasp_graph.folders.shards import Stored, folder_tensors, write_shard
 from fasp_graph.scale.journal import KEY, _begin, close, work_folder
 from fasp_graph.scale.streaming import prune_folder
-from passes.capture import capture
+from passes.capture import as_args, capture
 from passes.compare import tensors
 from passes.errors import ConfigError, FaspGraphError
 from passes.lazy import Lazy, materialized
+from passes.observe import begun, last_reads
 
 SHARD = 20_000
 CONFIG = fg.Config(sparsity=0.4, method="fasp")
@@ -67,6 +69,26 @@ def in_memory(dense, tmp_path_factory):
     model = OPTForCausalLM.from_pretrained(dense).eval()
     pruned = fg.prune(model, INPUTS, batches(), CONFIG)
     return fg.save(pruned, tmp_path_factory.mktemp("memory") / "out", max_shard_size=SHARD)
+
+
+def test_a_promised_weight_is_gone_before_the_next_is_read(dense, monkeypatch):
+    alive, most = [], []
+
+    def read(self):
+        numbers = taken(self)
+        alive.append(weakref.ref(numbers))
+        here = {id(held()) for held in alive if held() is not None}
+        most.append(len(here))
+        return numbers
+
+    taken = Stored.read
+    module = capture(open_folder(dense), INPUTS).graph_module
+    monkeypatch.setattr(Stored, "read", read)
+    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    state = begun(module, [as_args(batch) for batch in batches()])
+    with torch.no_grad():
+        state.run(nodes, last_reads(module))
+    assert len(most) > 10 and max(most) == 2  # a weight and its bias
 
 
 def weights(folder):
