@@ -125,3 +125,35 @@ def test_recovery_on_the_gpu():
     before = perplexity(pruned.model, heldout)
     recovered = fg.recover(pruned, list(entry.calibration), distill=entry.model, tokens=60_000)
     assert perplexity(recovered.model, heldout) < before
+
+
+@pytest.mark.parametrize("options", [{}, {"restore": "residual"}, {"max_memory": 2_000_000}])
+def test_weights_on_the_host_are_computed_with_on_the_gpu(options):
+    several = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+    here = pruned_on("cpu", "llama", method="fasp", **options)
+    there = pruned_on("cpu", "llama", method="fasp", compute_on=several, **options)
+    assert all(not p.is_cuda for p in there.model.parameters())
+    assert torch.cuda.max_memory_allocated() > 0
+    heldout = models_zoo.load("llama").heldout[:16]
+    left, right = perplexity(here.model, heldout), perplexity(there.model, heldout)
+    assert right == pytest.approx(left, rel=0.02)
+    same = [len(set(a) & set(b)) / len(a) for a, b in _plans(here, there)]
+    assert sum(same) / len(same) > 0.9
+
+
+def test_values_go_to_the_host_and_come_back():
+    whole = pruned_on("cuda", "llama", method="fasp")
+    bound = pruned_on("cuda", "llama", method="fasp", max_memory=2_000_000)
+    same = [len(set(a) & set(b)) / len(a) for a, b in _plans(whole, bound)]
+    assert sum(same) / len(same) > 0.95 and bound.report.verify_max_error < 1e-9
+
+
+def test_a_folder_is_streamed_to_the_gpu(tmp_path):
+    entry = models_zoo.load("llama")
+    entry.model.save_pretrained(tmp_path / "dense")
+    data = list(entry.calibration)
+    config = fg.Config(method="fasp", compute_on=("cuda",))
+    found = fg.prune_folder(tmp_path / "dense", entry.inputs, data, config, tmp_path / "out")
+    plain = fg.prune(entry.model, entry.inputs, data, fg.Config(method="fasp"))
+    same = [len(set(a) & set(b)) / len(a) for a, b in _plans(plain, found)]
+    assert sum(same) / len(same) > 0.9
