@@ -37,8 +37,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
-def pytest_collection_finish():
-    """A million objects of libraries stay to the end: the collector need not visit them anew."""
+def pytest_collection_finish(session):
+    """Groups are told to the workers; a million objects of libraries stay to the end, so that the
+    collector need not visit them anew.
+    """
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if session.config.getoption("loadgroup", False) and not all("@" in i.nodeid for i in grouped):
+        raise pytest.UsageError("this pytest-xdist does not tell groups to this pytest")
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
