@@ -170,11 +170,11 @@ class Walk:
 
     def go_home(self) -> None:
         """Weights that were replaced here, back to where the model is."""
-        away = [
-            n for n, w in self.weights.items() if w.device == self.here and not isinstance(w, Lazy)
-        ]
-        for name in away if self.places else ():
-            self.weights[name] = self.weights[name].to(home(self.module, name))
+        if not self.places:
+            return
+        for name, held in list(self.weights.items()):
+            if held.device == self.here and not isinstance(held, Lazy):
+                self.weights[name] = held.to(home(self.module, name))
 
     def _far(self, weight: Node) -> bool:
         held: Any = self.held(str(weight.target))

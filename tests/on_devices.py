@@ -97,14 +97,16 @@ def images():
     return [torch.randn(6, 3, 8, 8, generator=generator, dtype=torch.double) for _ in range(4)]
 
 
-def pair(model, data, options):
+def pair(model, data, options, program=None):
     """The same on the CPU and on devices: whether plans agree, how far weights are apart, where
     they ended, and the products on each device.
     """
     options = {"method": "fasp", "sparsity": 0.4, "compute_on": TWO, **options}
-    plain = fg.prune(model, data[0], data, fg.Config(**{**options, "compute_on": ()}))
+    program = program or read(model, data[0])
+    config = fg.Config(**{**options, "compute_on": ()})
+    plain = fg.prune(model, data[0], data, config, program=program)
     ran.clear()
-    placed = fg.prune(model, data[0], data, fg.Config(**options))
+    placed = fg.prune(model, data[0], data, fg.Config(**options), program=program)
     both = zip(plain.model.parameters(), placed.model.parameters(), strict=True)
     told = dict(ran)
     return {
@@ -167,7 +169,9 @@ def streamed(root: Path):
 def main() -> None:
     devices()
     spill.SMALLEST = 1
-    seen = {name: pair(llama(), ids(), options) for name, options in CASES.items()}
+    model = llama()
+    program = read(model, ids()[0])
+    seen = {name: pair(model, ids(), options, program) for name, options in CASES.items()}
     seen["experts"] = pair(experts(), ids(), {})
     seen["convolutions"] = pair(convolutions(), images(), {"restore": "affine"})
     seen["writes"] = pair(Writes().double().eval(), rows(), {})
